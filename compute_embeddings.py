@@ -30,15 +30,8 @@ from diffusers import SD3Transformer2DModel
 from diffusers.training_utils import free_memory
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import (
-    BitsAndBytesConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    PreTrainedTokenizerBase,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+from transformers import BitsAndBytesConfig, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 from transformers.utils import ModelOutput
 
 try:
@@ -94,11 +87,11 @@ def hash_image(path: Path) -> str:
 
 
 def peak_memory() -> str:
-    """Peak VRAM and RAM of this process so far, in GiB; RAM counts mapped files, such as weights, too."""
+    """Peak VRAM and RAM of this process so far; RAM counts mapped files, such as weights, too."""
     vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
-    memory = psutil.Process().memory_info()
-    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else memory.peak_wset
-    return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
+    if resource is None:
+        return f"{vram}peak RAM {psutil.Process().memory_info().peak_wset / 2**30:.2f} GiB"
+    return f"{vram}peak RAM {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
 
 
 def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs: object) -> object:
@@ -204,8 +197,9 @@ def encode_prompts(args: argparse.Namespace, prompts: list[str], scratch: Path) 
 
 
 def write_embeddings(
-    path: Path, captions: dict[str, list[str]], prompt_embeds: np.ndarray, pooled_prompt_embeds: np.ndarray, about: dict
-) -> None:
+    path: Path, captions: dict[str, list[str]], prompt_embeds: np.ndarray, pooled_prompt_embeds: np.ndarray,
+    about: dict[str, object],
+) -> None:  # fmt: skip
     """One row and row group per prompt, in a file that appears complete or not at all.
 
     captions: the hashes of the pictures that each prompt captions; embeddings of (N, L, D) and (N, P).

@@ -25,8 +25,10 @@ import os
 import random
 import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 logging.disable(logging.WARNING)  # the libraries have much to say at start-up; their errors still come through
@@ -66,6 +68,7 @@ HEIC_SUFFIXES = {".heic", ".heif"} if importlib.util.find_spec("pillow_heif") el
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"} | HEIC_SUFFIXES
 CROPS_PER_IMAGE = 4  # random cropping chooses among this many places, since latents are encoded ahead
 LORA_NAME = "pytorch_lora_weights.safetensors"
+MAY_BE_ZERO = ["seed", "lr_warmup_steps", "num_validation_images", "dataloader_num_workers", "precondition_outputs"]
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a resumed run must share with the one that it continues, besides the pictures and the number of samples a step.
 SETTINGS_THAT_MATTER = [
@@ -79,30 +82,14 @@ SETTINGS_THAT_MATTER = [
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def at_least(minimum: float, kind: type = int) -> type:
-    """An argparse type: a number that is not below the minimum."""
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not minimum <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not {minimum} or more")
-        return value
-
-    number.__name__ = kind.__name__
-    return number
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The reference's flags keep their names and meaning; the others are named as in diffusers' training scripts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    count, positive, fraction = at_least(1), at_least(0), at_least(0.0, float)
+    about = {"description": __doc__.splitlines()[0], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(allow_abbrev=False, **about)
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Hub repository or folder in diffusers' layout, SD3 or SD3.5")
+    add("--pretrained_model_name_or_path", required=True,
+        help="SD3 or SD3.5: Hub repository, or folder in diffusers' layout")
     add("--revision", help="branch, tag or commit of the repository; unset: its main branch")
     add("--variant", help="variant of the weight files, such as fp16; unset: the plain files")
     add("--cache_dir", help="where downloads are kept; unset: the Hugging Face cache")
@@ -111,47 +98,47 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--instance_data_dir", type=Path, required=True, help="folder with the pictures of the subject")
     add("--data_df_path", type=Path, required=True, help="Parquet file that compute_embeddings.py wrote")
     add("--instance_prompt", required=True, help="prompt of the pictures, such as 'a photo of sks dog'")
-    add("--resolution", type=count, default=512, help="side of the training square in pixels, a multiple of 16")
+    add("--resolution", type=int, default=512, help="side of the training square in pixels, a multiple of 16")
     add("--center_crop", action="store_true", help="crop the middle of a picture instead of a random part")
     add("--random_flip", action="store_true", help="mirror pictures at random")
-    add("--max_sequence_length", type=count, help="T5 tokens that the embeddings must have; unset: what they have")
-    add("--dataloader_num_workers", type=positive, default=0, help="worker processes; 0: read in the main process")
+    add("--max_sequence_length", type=int, help="T5 tokens that the embeddings must have; unset: what they have")
+    add("--dataloader_num_workers", type=int, default=0, help="worker processes; 0: read in the main process")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=count, default=4, help="rank of the update matrices")
-    add("--lora_alpha", type=at_least(0.0, float), help="strength: updates are scaled by alpha / rank; unset: the rank")
-    add("--lora_dropout", type=fraction, default=0.0, help="dropout probability on the way into the LoRA")
+    add("--rank", type=int, default=4, help="rank of the update matrices")
+    add("--lora_alpha", type=float, help="strength: updates are scaled by alpha / rank; unset: the rank")
+    add("--lora_dropout", type=float, default=0.0, help="dropout probability on the way into the LoRA")
     add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="layers to train, by the ends of their names")
     add("--lora_blocks", help="transformer blocks to train, such as 12,13,14; unset: all")
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", type=Path, default=Path("sd3-dreambooth-lora"), help="folder for everything that is written")
-    add("--seed", type=positive, help="makes the run repeatable; unset: one is drawn and printed")
-    add("--train_batch_size", type=count, default=4, help="pictures per device and forward pass")
-    add("--gradient_accumulation_steps", type=count, default=1, help="forward passes per optimizer step")
-    add("--num_train_epochs", type=count, default=1, help="passes over the pictures, unless --max_train_steps is given")
-    add("--max_train_steps", type=count, help="optimizer steps; unset: from --num_train_epochs")
-    add("--learning_rate", type=fraction, default=1e-4, help="peak learning rate")
+    add("--seed", type=int, help="makes the run repeatable; unset: one is drawn and printed")
+    add("--train_batch_size", type=int, default=4, help="pictures per device and forward pass")
+    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
+    add("--num_train_epochs", type=int, default=1, help="passes over the pictures, unless --max_train_steps is given")
+    add("--max_train_steps", type=int, help="optimizer steps; unset: from --num_train_epochs")
+    add("--learning_rate", type=float, default=1e-4, help="peak learning rate")
     add("--scale_lr", action="store_true", help="multiply the learning rate by the pictures per optimizer step")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", default="constant", choices=schedules, help="course of the learning rate")
-    add("--lr_warmup_steps", type=positive, default=500, help="optimizer steps of warm-up, where the schedule has one")
-    add("--lr_num_cycles", type=count, default=1, help="restarts of cosine_with_restarts")
-    add("--lr_power", type=fraction, default=1.0, help="power of polynomial")
+    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up, where the schedule has one")
+    add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
+    add("--lr_power", type=float, default=1.0, help="power of polynomial")
     schemes = ["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
     add("--weighting_scheme", default="logit_normal", choices=schemes, help="which noise levels count how much")
     add("--logit_mean", type=float, default=0.0, help="mean of logit_normal")
-    add("--logit_std", type=fraction, default=1.0, help="standard deviation of logit_normal")
+    add("--logit_std", type=float, default=1.0, help="standard deviation of logit_normal")
     add("--mode_scale", type=float, default=1.29, help="scale of mode")
     add("--precondition_outputs", type=int, nargs="?", const=1, default=0, choices=[0, 1],
         help="1: the reference's loss on the clean latents, sigma² times the velocity loss")
     add("--optimizer", type=str.lower, default="adamw", choices=["adamw"], help="there is one; see --use_8bit_adam")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes")
-    add("--adam_beta1", type=fraction, default=0.9, help="decay of the first moment")
-    add("--adam_beta2", type=fraction, default=0.999, help="decay of the second moment")
-    add("--adam_weight_decay", type=fraction, default=1e-4, help="weight decay")
-    add("--adam_epsilon", type=fraction, default=1e-8, help="epsilon")
-    add("--max_grad_norm", type=fraction, default=1.0, help="gradients are clipped to this norm")
+    add("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
+    add("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
+    add("--adam_weight_decay", type=float, default=1e-4, help="weight decay")
+    add("--adam_epsilon", type=float, default=1e-8, help="epsilon")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
 
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision; unset: what accelerate is set to")
@@ -161,30 +148,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
     add = parser.add_argument_group("previews").add_argument
-    add("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="prompts of previews, from the Parquet file")
-    add("--negative_prompt", default="", help="what previews are guided away from, from the Parquet file")
-    add("--num_validation_images", type=positive, default=4, help="pictures per prompt")
-    add("--validation_epochs", type=count, default=50, help="preview after every so many passes over the pictures")
-    add("--validation_steps", type=count, help="preview after every so many optimizer steps instead")
-    add("--num_inference_steps", type=count, default=28, help="denoising steps of a preview")
-    add("--guidance_scale", type=fraction, default=7.0, help="classifier-free guidance of a preview")
+    add("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="prompts of previews")
+    add("--negative_prompt", default="", help="what previews are guided away from")
+    add("--num_validation_images", type=int, default=4, help="pictures per prompt")
+    add("--validation_epochs", type=int, default=50, help="preview after every so many passes over the pictures")
+    add("--validation_steps", type=int, help="preview after every so many optimizer steps instead")
+    add("--num_inference_steps", type=int, default=28, help="denoising steps of a preview")
+    add("--guidance_scale", type=float, default=7.0, help="classifier-free guidance of a preview")
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
-    add("--checkpointing_steps", type=count, default=500, help="save a checkpoint every so many optimizer steps")
-    add("--checkpoints_total_limit", type=count, help="how many checkpoints to keep; unset: all")
-    add("--resume_from_checkpoint", metavar="latest|PATH", help="continue from the newest checkpoint, or from this one")
-    add("--report_to", default="tensorboard", help="tensorboard, wandb, another tracker that accelerate knows, all, none")
+    add("--checkpointing_steps", type=int, default=500, help="save a checkpoint every so many optimizer steps")
+    add("--checkpoints_total_limit", type=int, help="how many checkpoints to keep; unset: all")
+    add("--resume_from_checkpoint", metavar="latest|PATH", help="continue from the newest or from this one")
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, none, all, or what else accelerate knows")
     add("--logging_dir", default="logs", help="folder of TensorBoard's files, under --output_dir")
 
     add = parser.add_argument_group("Hub").add_argument
     add("--push_to_hub", action="store_true", help="upload the LoRA, its card and its samples at the end")
     add("--hub_model_id", help="repository to upload to; unset: the name of --output_dir")
-    add("--hub_token", help="token to use; `hf auth login` or HF_TOKEN is safer, as a command line can be seen and logged")
+    add("--hub_token", help="token to use; `hf auth login` or HF_TOKEN is safer: command lines are seen and logged")
     args = parser.parse_args(argv)
 
     problems = []
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"--{name} {value} is not a finite number")
+        elif type(value) in (int, float) and name not in ("logit_mean", "mode_scale", "local_rank"):
+            least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
+            if value < least:
+                problems.append(f"--{name} {value} is below {least}")
     if args.resolution % 16:
-        problems.append(f"--resolution {args.resolution} is not a multiple of 16, such as {args.resolution // 16 * 16}")
+        problems.append(f"--resolution {args.resolution} is not a multiple of 16")
     if args.hub_token and args.report_to in ("wandb", "all"):
         problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
     if args.lora_dropout >= 1:
@@ -221,7 +215,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def crop_boxes(width: int, height: int, resolution: int, center_crop: bool) -> list[tuple[float, float, float, float]]:
-    """The squares to train on, (left, top, right, bottom) in the picture's pixels: one, or some along its longer side."""
+    """The squares to train on, (left, top, right, bottom) in pixels: one, or several along the longer side."""
     side = min(width, height)
     slack = max(width, height) - side
     varies = not center_crop and slack * resolution / side >= 8  # a latent pixel is 8 pixels wide
@@ -244,17 +238,14 @@ class PromptEmbeddings:
         self.about = json.loads((self.file.schema_arrow.metadata or {}).get(b"sd3_embeddings", "{}"))
         row_counts = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
         self.first_rows = [0, *itertools.accumulate(row_counts)]
-        index = self.file.read([name for name in ("prompt", "image_hashes", "image_hash") if name in names]).to_pydict()
+        index = self.file.read(["prompt", "image_hashes"] if self.has_prompts else ["image_hash"]).to_pydict()
         prompts = index["prompt"] if self.has_prompts else index["image_hash"]
-        hashes = index["image_hashes"] if self.has_prompts else [[image_hash] for image_hash in index["image_hash"]]
+        hashes = index["image_hashes"] if self.has_prompts else [[image_hash] for image_hash in prompts]
         self.row_of_prompt = {prompt: row for row, prompt in enumerate(prompts)}
         self.prompt_of_image = {one: prompt for prompt, many in zip(prompts, hashes, strict=True) for one in many}
 
     def __reduce__(self) -> tuple:
         return PromptEmbeddings, (self.path, self.joint_attention_dim)  # worker processes open the file themselves
-
-    def __contains__(self, prompt: str) -> bool:
-        return prompt in self.row_of_prompt
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - the object lives as long as the program
     def __getitem__(self, prompt: str) -> tuple[Tensor, Tensor]:
@@ -294,6 +285,12 @@ def latents_are_current(path: Path, key: str) -> bool:
         return False
 
 
+def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
+    """The VAE in fp32; the real one overflows in fp16."""
+    source = {"subfolder": "vae", "variant": args.variant, **model_source(args)}
+    return AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, **source).to(device, torch.float32)
+
+
 @torch.inference_mode()
 def encode_image(vae: AutoencoderKL, image: Image.Image, args: argparse.Namespace) -> pa.RecordBatch:
     """The posterior of one picture's latents, normalised as SD3 wants them: a row per crop and mirror image."""
@@ -301,7 +298,7 @@ def encode_image(vae: AutoencoderKL, image: Image.Image, args: argparse.Namespac
     for box in crop_boxes(*image.size, args.resolution, args.center_crop):
         crop = image.resize((args.resolution, args.resolution), Image.Resampling.LANCZOS, box)
         for picture in [crop, ImageOps.mirror(crop)] if args.random_flip else [crop]:
-            pixel_values = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W)
+            pixel_values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W)
             posterior = vae.encode(pixel_values.to(vae.device)).latent_dist  # of (1, 16, H/8, W/8)
             mean = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
             std = posterior.std * vae.config.scaling_factor
@@ -315,29 +312,33 @@ def encode_image(vae: AutoencoderKL, image: Image.Image, args: argparse.Namespac
 
 
 def write_latents(path: Path, key: str, images: list[Path], args: argparse.Namespace, device: torch.device) -> None:
-    """Encode every picture once, in fp32 and untiled, into a memory-mapped Arrow file: one record batch per picture."""
-    vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **model_source(args))
-    vae.to(device, torch.float32).requires_grad_(False)
+    """Encode every picture, in fp32 and untiled, into an Arrow file with one record batch per picture."""
+    vae = load_vae(args, device)
     del vae.decoder  # 0.2 GB that encoding does not need
-    schema = LATENTS_SCHEMA.with_metadata({"key": key})
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            for image_path in tqdm(images, desc="Encoding pictures", unit="picture"):
-                writer.write_batch(encode_image(vae, open_image(image_path), args))
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial, unreadable = path.with_name(f"{path.name}.partial"), []
+    with open(partial, "wb") as file, pa.ipc.new_file(file, LATENTS_SCHEMA.with_metadata({"key": key})) as writer:
+        for image_path in tqdm(images, desc="Encoding pictures", unit="picture"):
+            try:
+                image = open_image(image_path)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                unreadable.append(f"{image_path} ({error})")
+            else:
+                writer.write_batch(encode_image(vae, image, args))
+    if unreadable:
+        partial.unlink()
+        raise SystemExit(f"Repair these pictures, or take them out of the folder: {', '.join(unreadable)}")
+    sync_and_rename(partial, path)
+
+
+@functools.lru_cache(maxsize=1)
+def open_latents(path: Path) -> pa.ipc.RecordBatchFileReader:
+    """The pictures' latents, mapped into memory; once in every process."""
+    return pa.ipc.open_file(pa.memory_map(str(path)))
 
 
 def seeded_generator(*numbers: int) -> torch.Generator:
     """A generator that depends on these numbers and on nothing else."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, length: int) -> list[int]:
-    """The order of the pictures in one epoch."""
-    return torch.randperm(length, generator=seeded_generator(seed, 0, epoch)).tolist()
 
 
 class SampleDataset(Dataset):
@@ -355,20 +356,14 @@ class SampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.sample_numbers)
 
-    @functools.cached_property
-    def latents(self) -> pa.ipc.RecordBatchFileReader:
-        return pa.ipc.open_file(pa.memory_map(str(self.latents_path)))
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "latents"}
-
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         """Latents and noise (16, H/8, W/8), sigma (), the prompt's embeddings, the loss's weight () and mask."""
         sample_number = self.sample_numbers[index]
         epoch, position = divmod(sample_number, len(self.prompts))
-        image = epoch_order(self.seed, epoch, len(self.prompts))[position]
+        order = torch.randperm(len(self.prompts), generator=seeded_generator(self.seed, 0, epoch))
+        image = int(order[position])
         generator = seeded_generator(self.seed, 1, sample_number)
-        variants = self.latents.get_batch(image)
+        variants = open_latents(self.latents_path).get_batch(image)
         row = variants.slice(int(torch.randint(variants.num_rows, (), generator=generator)), 1)
         height, width = row["height"][0].as_py(), row["width"][0].as_py()
         mean, std = (torch.from_numpy(row[name].flatten().to_numpy().astype(np.float32)) for name in ("mean", "std"))
@@ -395,117 +390,115 @@ class SampleDataset(Dataset):
 
 
 def model_source(args: argparse.Namespace) -> dict[str, str | None]:
-    """Where from_pretrained finds the model's weights."""
-    return {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")} | {"token": args.hub_token}
+    """Where to find the model, as from_pretrained and hf_hub_download take it."""
+    return {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
 
 
 def model_file(args: argparse.Namespace, filename: str) -> Path:
     """One file of the model: in its folder, or downloaded from the Hub."""
     name = args.pretrained_model_name_or_path
-    if Path(name).is_dir():
-        return Path(name, filename)
-    source = {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
-    return Path(hf_hub_download(name, filename, **source))
+    return Path(name, filename) if Path(name).is_dir() else Path(hf_hub_download(name, filename, **model_source(args)))
 
 
 def embeddings_command(args: argparse.Namespace, about: dict) -> str:
     """The command line that writes the embeddings this run needs."""
-    command = ["python", "compute_embeddings.py", "--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
-    command += ["--local_data_dir", str(args.instance_data_dir), "--output_path", str(args.data_df_path)]
-    command += ["--prompt", args.instance_prompt]
+    command = ["python", "compute_embeddings.py", "--prompt", args.instance_prompt]
+    command += ["--local_data_dir", args.instance_data_dir, "--output_path", args.data_df_path]
+    command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
     if args.validation_prompt:
         command += ["--validation_prompt", *args.validation_prompt]
     if args.negative_prompt:
         command += ["--negative_prompt", args.negative_prompt]
     if length := args.max_sequence_length or about.get("max_sequence_length"):
-        command += ["--max_sequence_length", str(length)]
-    return shlex.join(command + {"exact": ["--t5_precision", "exact"], "none": ["--no_t5"]}.get(about.get("t5"), []))
+        command += ["--max_sequence_length", length]
+    command += {"exact": ["--t5_precision", "exact"], "none": ["--no_t5"]}.get(about.get("t5"), [])
+    return shlex.join(map(str, command))
 
 
-def check_images(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """The pictures to train on, and what is wrong with them; headers only, as pixels are read when they are encoded."""
+def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: list[str]) -> list[Path]:
+    """The pictures to train on; only their headers are read here, their pixels when they are encoded."""
     folder = args.instance_data_dir
-    if not folder.is_dir():
-        return [], [f"--instance_data_dir {folder} is not a folder."]
-    images, passed_over = find_images(folder)
+    images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
     if passed_over:
-        print(f"passed over, not a picture: {', '.join(path.name for path in passed_over)}")
-    problems = [] if images else [f"{folder} has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})."]
+        accelerator.print(f"passed over, not a picture: {', '.join(path.name for path in passed_over)}")
+    if not images:
+        what = f"has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})" if folder.is_dir() else "is not a folder"
+        problems.append(f"--instance_data_dir {folder} {what}.")
     for path in images:
         try:
             Image.open(path).close()
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             problems.append(f"{path} is not a readable picture ({error}). Repair it or take it out of the folder.")
-    return images, problems
+    return images
 
 
-def check_model(args: argparse.Namespace) -> tuple[dict, list[str]]:
-    """The transformer's config, {} if it cannot be had, and what does not go with it."""
-    name, problems = args.pretrained_model_name_or_path, []
+def check_model(args: argparse.Namespace, problems: list[str]) -> dict:
+    """The transformer's config, or {} if it cannot be had."""
+    name = args.pretrained_model_name_or_path
     try:
         config = json.loads(model_file(args, "transformer/config.json").read_text())
     except (OSError, ValueError) as error:
-        page = f"For a gated repository, accept the licence on https://huggingface.co/{name} and run: hf auth login"
-        reason = str(error).strip().splitlines()[0]
-        return {}, [f"Cannot read {name}: {reason}\n  A folder needs diffusers' layout. {page}"]
+        problems.append(
+            f"Cannot read {name}: {str(error).strip().splitlines()[0]}\n  A folder needs diffusers' layout. "
+            f"For a gated repository, accept the licence on https://huggingface.co/{name} and run: hf auth login"
+        )
+        return {}
     largest = config["pos_embed_max_size"] * config["patch_size"] * 8  # the VAE makes one latent of 8 x 8 pixels
     if args.resolution > largest:
         problems.append(f"--resolution {args.resolution} is above the model's {largest}.")
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)
-    unmatched = [layer for layer in args.lora_layers.split(",") if not lora_targets(transformer, layer, None)]
-    if unmatched:
-        problems.append(f"--lora_layers: the transformer has no layer {', '.join(unmatched)}.")
-    blocks = [int(block) for block in (args.lora_blocks or "0").split(",")]
-    if max(blocks) >= config["num_layers"]:
-        problems.append(f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {config['num_layers'] - 1}.")
-    return config, problems
+    for layer in args.lora_layers.split(","):
+        if not lora_targets(transformer, layer, None):
+            problems.append(f"--lora_layers: the transformer has no linear layer {layer}.")
+    if max(int(block) for block in (args.lora_blocks or "0").split(",")) >= config["num_layers"]:
+        problems.append(f"--lora_blocks {args.lora_blocks}: the last block is {config['num_layers'] - 1}.")
+    return config
 
 
 def check_embeddings(
-    args: argparse.Namespace, images: list[Path], image_hashes: list[str], config: dict
-) -> tuple[PromptEmbeddings | None, list[str]]:
-    """The embeddings, and which pictures and prompts they lack or what else does not fit, with the command that mends it."""
+    args: argparse.Namespace, hash_of_image: dict[Path, str], config: dict, problems: list[str]
+) -> PromptEmbeddings | None:
+    """The embeddings, if they can be read; what they lack is reported with the command that mends it."""
     path = args.data_df_path
     try:
         embeddings = PromptEmbeddings(path, config.get("joint_attention_dim", 1))
-        name = next(iter(embeddings.row_of_prompt))
-        prompt_embeds, pooled_prompt_embeds = embeddings[name]
+        prompt_embeds, pooled_prompt_embeds = embeddings[next(iter(embeddings.row_of_prompt))]
     except (OSError, pa.ArrowException, KeyError, StopIteration, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return None, [f"--data_df_path {path} cannot be read ({reason}). Run: {embeddings_command(args, {})}"]
-    problems, command = [], embeddings_command(args, embeddings.about)
-    widths = (prompt_embeds.shape[-1], len(pooled_prompt_embeds))
-    if config and widths != (config["joint_attention_dim"], config["pooled_projection_dim"]):
-        problems.append(f"{path} was computed with another kind of model. Run: {command}")
-    if args.max_sequence_length not in (None, length := embeddings.about.get("max_sequence_length", 77)):
-        problems.append(f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}.")
-    lacking = [image for image, one in zip(images, image_hashes, strict=True) if one not in embeddings.prompt_of_image]
+        problems.append(f"--data_df_path {path} cannot be read ({reason}). Run: {embeddings_command(args, {})}")
+        return None
+    cure = f"Run: {embeddings_command(args, embeddings.about)}"
+    length = embeddings.about.get("max_sequence_length", 77)
+    widths = [prompt_embeds.shape[-1], len(pooled_prompt_embeds)]
+    if config and widths != [config["joint_attention_dim"], config["pooled_projection_dim"]]:
+        problems.append(f"{path} was computed with another kind of model. {cure}")
+    if args.max_sequence_length not in (None, length):
+        problems.append(f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {cure}")
+    lacking = [image.name for image, one in hash_of_image.items() if one not in embeddings.prompt_of_image]
     if lacking:
-        what = f"{len(lacking)} of {len(images)} pictures in {args.instance_data_dir} have no embeddings in {path}"
-        problems.append(f"{what} (first: {lacking[0].name}). Run: {command}")
+        what = f"{len(lacking)} of {len(hash_of_image)} pictures in {args.instance_data_dir}"
+        problems.append(f"{what} have no embeddings in {path} (first: {lacking[0]}). {cure}")
     wanted = [args.instance_prompt] if embeddings.has_prompts else []
-    if args.validation_prompt:
-        wanted += [*args.validation_prompt, args.negative_prompt]
-    if unknown := [prompt for prompt in wanted if prompt not in embeddings]:
-        problems.append(f"{path} has no embeddings of {', '.join(map(repr, unknown))}. Run: {command}")
-    return embeddings, problems
+    wanted += [*args.validation_prompt, args.negative_prompt] if args.validation_prompt else []
+    if unknown := [prompt for prompt in wanted if prompt not in embeddings.row_of_prompt]:
+        problems.append(f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}")
+    return embeddings
 
 
-def check_environment(args: argparse.Namespace, accelerator: Accelerator) -> list[str]:
-    """What this machine cannot do: a precision, a tracker, writing the output folder, reaching the Hub."""
-    problems = []
+def check_environment(args: argparse.Namespace, accelerator: Accelerator, problems: list[str]) -> None:
+    """Whether this machine can do it: the precision, the tracker, writing the output folder, reaching the Hub."""
     if accelerator.mixed_precision not in WEIGHT_DTYPES:
-        problems.append(f"Precision {accelerator.mixed_precision} is not supported; use --mixed_precision fp16 or bf16.")
+        problems.append(f"Precision {accelerator.mixed_precision} is not available: use fp16 or bf16.")
     no_bf16 = accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator.mixed_precision == "bf16" and no_bf16:
         problems.append(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
     if args.report_to not in ("none", "all") and not accelerator.log_with:
-        problems.append(f"--report_to {args.report_to}: not installed. Run: pip install {args.report_to}")
+        problems.append(f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}")
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / ".writable").touch()
-        (args.output_dir / ".writable").unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
     except OSError as error:
         problems.append(f"--output_dir {args.output_dir} cannot be written: {error.strerror}.")
     if args.push_to_hub and accelerator.is_main_process:
@@ -513,21 +506,53 @@ def check_environment(args: argparse.Namespace, accelerator: Accelerator) -> lis
             HfApi(token=args.hub_token).whoami()
         except (OSError, ValueError) as error:
             problems.append(f"--push_to_hub: {str(error).splitlines()[0]} Run: hf auth login")
-    return problems
 
 
-def stop_on_problems(problems: list[str], accelerator: Accelerator) -> None:
-    """End every process with exit code 1 after one message that has all the problems."""
+def find_checkpoint(
+    args: argparse.Namespace, accelerator: Accelerator, problems: list[str]
+) -> tuple[Path | None, dict]:
+    """The checkpoint to resume from, if any, and its trainer_state.json."""
+    wanted, there = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
+    if wanted == "latest" and not there:
+        accelerator.print(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
+    if not wanted or (wanted == "latest" and not there):
+        return None, {}
+    candidates = [there[-1]] if wanted == "latest" else [Path(wanted), args.output_dir / wanted]
+    for checkpoint in candidates:
+        if (checkpoint / "trainer_state.json").is_file():
+            return checkpoint, json.loads((checkpoint / "trainer_state.json").read_text())
+    names = ", ".join(path.name for path in there) or "none"
+    problems.append(f"--resume_from_checkpoint {wanted} is not a checkpoint. {args.output_dir} has: {names}.")
+    return None, {}
+
+
+def preflight(
+    args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[dict[Path, str], PromptEmbeddings, Path | None, dict]:
+    """Pictures with their hashes, embeddings, checkpoint, settings; or exit with all that is wrong in one message."""
+    problems: list[str] = []
+    checkpoint, state = find_checkpoint(args, accelerator, problems)
+    if args.seed is None:
+        args.seed = state.get("settings", {}).get("seed", random.SystemRandom().randrange(2**31))
+        args.seed = broadcast_object_list([args.seed])[0]
+    hash_of_image = {path: hash_image(path) for path in check_images(args, accelerator, problems)}
+    embeddings = check_embeddings(args, hash_of_image, check_model(args, problems), problems)
+    check_environment(args, accelerator, problems)
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(hash_of_image) / samples_per_step)
+    settings = {name: getattr(args, name) for name in SETTINGS_THAT_MATTER}
+    settings |= {"mixed_precision": accelerator.mixed_precision, "samples_per_step": samples_per_step}
+    settings["images"] = hashlib.sha256("".join(hash_of_image.values()).encode()).hexdigest()
+    if args.lr_scheduler not in ("constant", "constant_with_warmup"):  # a longer run would have another course
+        settings["max_train_steps"] = args.max_train_steps
+    for name, saved in state.get("settings", {}).items():
+        if settings.get(name) != saved:
+            problems.append(f"{checkpoint} was trained with {name} {saved}, this run has {settings.get(name)}.")
     if problems:
         message = "".join(f"\n- {problem}" for problem in problems)
         raise SystemExit(f"Cannot start:{message}" if accelerator.is_main_process else 1)
-
-
-def require_disk(folder: Path, needed: float, what: str) -> None:
-    """Stop before `what` rather than in the middle of it; needed is in bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise SystemExit(f"{what} need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free.")
+    return hash_of_image, embeddings, checkpoint, settings
 
 
 # ----------------------------------------------------------------------------------------------- model and objective
@@ -543,8 +568,9 @@ def lora_targets(transformer: nn.Module, layers: str, blocks: str | None) -> lis
 
 def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3Transformer2DModel:
     """The frozen transformer, straight in the training dtype, with a LoRA that is always trained in fp32."""
-    source = {"subfolder": "transformer", "torch_dtype": weight_dtype, **model_source(args)}
-    transformer = SD3Transformer2DModel.from_pretrained(args.pretrained_model_name_or_path, **source)
+    source = {"subfolder": "transformer", "torch_dtype": weight_dtype, "variant": args.variant}
+    name = args.pretrained_model_name_or_path
+    transformer = SD3Transformer2DModel.from_pretrained(name, **source, **model_source(args))
     transformer.requires_grad_(False)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -558,8 +584,9 @@ def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3
     return transformer
 
 
-def make_optimizer(lora_params: list[nn.Parameter], args: argparse.Namespace, samples_per_step: int) -> Optimizer:
+def make_optimizer(transformer: nn.Module, args: argparse.Namespace, samples_per_step: int) -> Optimizer:
     """AdamW over the LoRA, fused, or with its states in 8 bit."""
+    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer, extra = (bnb.optim.AdamW8bit, {}) if args.use_8bit_adam else (torch.optim.AdamW, {"fused": True})
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
@@ -572,9 +599,9 @@ def flow_matching_loss(
 ) -> Tensor:  # fmt: skip
     """Per-sample weighted velocity error, (B,). Rectified flow, arXiv 2403.03206 §3.1.
 
-    velocity_pred, latents, noise (B, 16, H, W); sigmas (B, 1, 1, 1); mask (B, 1, H, W). With precondition_outputs it is
-    the error of the clean latents that the velocity implies, as in the reference: x0 = noisy - sigma * velocity, so
-    that error is sigma² times the velocity's.
+    velocity_pred, latents, noise (B, 16, H, W); sigmas (B, 1, 1, 1); mask (B, 1, H, W). With precondition_outputs it
+    is the error of the clean latents that the velocity implies, as in the reference: x0 = noisy - sigma * velocity,
+    so that error is sigma² times the velocity's.
     """
     velocity = noise - latents
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
@@ -583,12 +610,12 @@ def flow_matching_loss(
     return (weighting * mask * (velocity_pred.float() - velocity) ** 2).mean(dim=(1, 2, 3))
 
 
-def training_loss(transformer: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: argparse.Namespace) -> Tensor:
+def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: argparse.Namespace) -> Tensor:
     """The mean loss of one micro-batch, ()."""
     latents, noise = batch["latents"], batch["noise"]  # (B, 16, H/8, W/8)
     sigmas = batch["sigma"].view(-1, 1, 1, 1)
     noisy_latents = (1 - sigmas) * latents + sigmas * noise
-    velocity_pred = transformer(
+    velocity_pred = model(
         hidden_states=noisy_latents.to(dtype),
         timestep=1000 * batch["sigma"],
         encoder_hidden_states=batch["prompt_embeds"].to(dtype),  # (B, L, D)
@@ -600,43 +627,60 @@ def training_loss(transformer: nn.Module, batch: dict[str, Tensor], dtype: torch
     return (batch["loss_weight"] * losses).mean()
 
 
-def training_steps(
-    args: argparse.Namespace, accelerator: Accelerator, transformer: nn.Module, optimizer: Optimizer,
-    lr_scheduler: LRScheduler, dataloader: DataLoader,
-) -> Iterator[dict[str, float]]:  # fmt: skip
-    """Train, and yield the loss (mean of all samples of the step) and learning rate of every optimizer step."""
-    weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
-    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+@dataclass
+class Run:
+    """What the loop, the checkpoints and the previews share; `transformer` is the model inside the prepared one."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    embeddings: PromptEmbeddings
+    noise_scheduler: FlowMatchEulerDiscreteScheduler
+    transformer: SD3Transformer2DModel
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+    settings: dict[str, object]
+    global_step: int = 0
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return WEIGHT_DTYPES[self.accelerator.mixed_precision]
+
+
+def training_steps(run: Run, model: nn.Module, dataloader: DataLoader) -> Iterator[dict[str, float]]:
+    """Train; yield the loss, a mean over all samples of the step, and learning rate of every optimizer step."""
+    args, accelerator = run.args, run.accelerator
+    lora_params = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss_sum = torch.zeros((), device=accelerator.device)
-    transformer.train()
+    model.train()
     for batch in dataloader:
-        with accelerator.accumulate(transformer):
+        with accelerator.accumulate(model):
             if args.lora_dropout:  # the one random thing that happens inside the model
                 torch.manual_seed(args.seed + int(batch["sample_number"][0]))
-            loss = training_loss(transformer, batch, weight_dtype, args)
+            loss = training_loss(model, batch, run.weight_dtype, args)
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
         if accelerator.sync_gradients:
-            learning_rate = lr_scheduler.get_last_lr()[0]
-            lr_scheduler.step()  # not accelerate's, which would step once per process
+            learning_rate = run.lr_scheduler.get_last_lr()[0]
+            run.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
+            run.global_step += 1
             yield {"loss": accelerator.reduce(loss_sum, "mean").item(), "lr": learning_rate}
             loss_sum.zero_()
 
 
 @torch.no_grad()
-def estimate_step_seconds(args: argparse.Namespace, accelerator: Accelerator, transformer: nn.Module, dataset: Dataset) -> float:
-    """Seconds of an optimizer step, from the time of one forward pass: a backward pass costs two, recomputing one."""
-    batch = torch.utils.data.default_collate([dataset[0]] * args.train_batch_size)
-    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+def estimate_step_seconds(run: Run, model: nn.Module, dataset: SampleDataset) -> float:
+    """Seconds of an optimizer step, from those of a forward pass: a backward pass takes two of it, recomputing one."""
+    batch = torch.utils.data.default_collate([dataset[0]] * run.args.train_batch_size)
+    batch = {name: value.to(run.accelerator.device) for name, value in batch.items()}
     for _ in range(2):  # the first pass loads kernels
         started = time.monotonic()
-        training_loss(transformer, batch, WEIGHT_DTYPES[accelerator.mixed_precision], args).item()
-    passes = 4 if args.gradient_checkpointing else 3
-    return passes * args.gradient_accumulation_steps * (time.monotonic() - started)
+        training_loss(model, batch, run.weight_dtype, run.args).item()
+    passes = 4 if run.args.gradient_checkpointing else 3
+    return passes * run.args.gradient_accumulation_steps * (time.monotonic() - started)
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -676,16 +720,6 @@ def save_lora(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool
     sync_and_rename(partial, folder / LORA_NAME)
 
 
-def run_settings(args: argparse.Namespace, accelerator: Accelerator, image_hashes: list[str], samples_per_step: int) -> dict:
-    """What decides the result of a run, for a resumed run to compare."""
-    settings = {name: getattr(args, name) for name in SETTINGS_THAT_MATTER}
-    images = hashlib.sha256("".join(image_hashes).encode()).hexdigest()
-    settings |= {"mixed_precision": accelerator.mixed_precision, "samples_per_step": samples_per_step, "images": images}
-    if args.lr_scheduler not in ("constant", "constant_with_warmup"):
-        settings["max_train_steps"] = args.max_train_steps
-    return settings
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
@@ -693,106 +727,74 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if steps[path].isdigit()), key=lambda path: int(steps[path]))
 
 
-def save_checkpoint(
-    args: argparse.Namespace, accelerator: Accelerator, transformer: SD3Transformer2DModel, optimizer: Optimizer,
-    lr_scheduler: LRScheduler, global_step: int, settings: dict,
-) -> None:  # fmt: skip
+def save_checkpoint(run: Run) -> None:
     """checkpoint-N: a LoRA that can be used as it is, what the optimizer needs to go on, and the run's settings."""
-    final = args.output_dir / f"checkpoint-{global_step}"
+    final = run.args.output_dir / f"checkpoint-{run.global_step}"
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_lora(partial, transformer, fold_alpha=False)
-    state = {"optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()}
-    if accelerator.scaler:
-        state["scaler"] = accelerator.scaler.state_dict()
+    save_lora(partial, run.transformer, fold_alpha=False)
+    state = {"optimizer": run.optimizer.state_dict(), "lr_scheduler": run.lr_scheduler.state_dict()}
+    if run.accelerator.scaler:
+        state["scaler"] = run.accelerator.scaler.state_dict()
     torch.save(state, partial / "training_state.pt")
-    (partial / "trainer_state.json").write_text(json.dumps({"global_step": global_step, "settings": settings}, indent=2))
+    about = {"global_step": run.global_step, "settings": run.settings}
+    (partial / "trainer_state.json").write_text(json.dumps(about, indent=2))
     sync_and_rename(partial, final)
-    for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
-        shutil.rmtree(old)
+    if limit := run.args.checkpoints_total_limit:
+        for old in list_checkpoints(run.args.output_dir)[:-limit]:
+            shutil.rmtree(old)
 
 
-def load_checkpoint(
-    checkpoint: Path, accelerator: Accelerator, transformer: SD3Transformer2DModel, optimizer: Optimizer,
-    lr_scheduler: LRScheduler,
-) -> int:  # fmt: skip
-    """Put the LoRA, optimizer, schedule and loss scale back to where save_checkpoint found them; returns the step."""
+def load_checkpoint(run: Run, checkpoint: Path) -> None:
+    """Put the LoRA, optimizer, schedule and loss scale back to where save_checkpoint found them."""
     lora = load_file(checkpoint / LORA_NAME)
-    set_peft_model_state_dict(transformer, {name.removeprefix("transformer."): value for name, value in lora.items()})
+    lora = {name.removeprefix("transformer."): value for name, value in lora.items()}
+    set_peft_model_state_dict(run.transformer, lora)
     state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if accelerator.scaler:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-
-
-def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict, list[str]]:
-    """The checkpoint to resume from, its trainer_state.json, and what is wrong with it."""
-    wanted = args.resume_from_checkpoint
-    if not wanted:
-        return None, {}, []
-    if wanted == "latest":
-        checkpoints = list_checkpoints(args.output_dir)
-        if not checkpoints:
-            print(f"No checkpoint in {args.output_dir}: starting from the beginning.")
-            return None, {}, []
-        checkpoint = checkpoints[-1]
-    else:
-        checkpoint = Path(wanted) if Path(wanted).exists() else args.output_dir / wanted
-    try:
-        return checkpoint, json.loads((checkpoint / "trainer_state.json").read_text()), []
-    except (OSError, ValueError):
-        there = ", ".join(path.name for path in list_checkpoints(args.output_dir)) or "none"
-        return None, {}, [f"--resume_from_checkpoint {wanted} is no checkpoint of this script (in output_dir: {there})."]
-
-
-def settings_problems(settings: dict, state: dict) -> list[str]:
-    """What a checkpoint was trained with and this run is not."""
-    saved = state.get("settings", settings)
-    changed = [name for name in settings | saved if settings.get(name) != saved.get(name)]
-    return [f"The checkpoint has {name} {saved.get(name)}, this run {settings.get(name)}." for name in changed]
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if run.accelerator.scaler:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.global_step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
 
 
 # ------------------------------------------------------------------------------------------ previews and publishing
 
 
-def preview_due(args: argparse.Namespace, global_step: int, samples_per_step: int, image_count: int) -> bool:
+def preview_due(run: Run, image_count: int) -> bool:
     """Whether previews are to be made after this step, and not by the end of training anyway."""
-    if not args.validation_prompt or global_step == args.max_train_steps:
+    args, step, samples = run.args, run.global_step, run.settings["samples_per_step"]
+    if not (args.validation_prompt and args.num_validation_images) or step >= args.max_train_steps:
         return False
     if args.validation_steps:
-        return global_step % args.validation_steps == 0
-    period = args.validation_epochs * image_count
-    return global_step * samples_per_step // period > (global_step - 1) * samples_per_step // period
+        return step % args.validation_steps == 0
+    period = args.validation_epochs * image_count  # in samples
+    return step * samples // period > (step - 1) * samples // period
 
 
 @torch.no_grad()
-def generate_latents(
-    args: argparse.Namespace, transformer: SD3Transformer2DModel, scheduler: FlowMatchEulerDiscreteScheduler,
-    embeddings: PromptEmbeddings, prompt: str, dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """Sample latents, each (1, 16, H/8, W/8), with the pipeline but without text encoders, VAE or side effects."""
+def generate_latents(run: Run, prompt: str) -> list[Tensor]:
+    """Sample latents, each (1, 16, H/8, W/8), with the pipeline but without text encoders and VAE."""
+    args = run.args
     missing = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **dict.fromkeys(missing))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.noise_scheduler.config)
+    pipeline = StableDiffusion3Pipeline(transformer=run.transformer, scheduler=scheduler, **dict.fromkeys(missing))
     pipeline.set_progress_bar_config(desc="Preview", leave=False)
-    tensors = [tensor[None].to(transformer.device, dtype) for key in (prompt, args.negative_prompt) for tensor in embeddings[key]]
     names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-    options = dict(zip(names, tensors, strict=True)) | {
-        "height": args.resolution, "width": args.resolution, "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale, "output_type": "latent",
-    }  # fmt: skip
-    generators = [seeded_generator(args.seed, 2, image) for image in range(args.num_validation_images)]
+    tensors = [*run.embeddings[prompt], *run.embeddings[args.negative_prompt]]
+    tensors = [tensor[None].to(pipeline.device, run.weight_dtype) for tensor in tensors]
+    options = dict(zip(names, tensors, strict=True))
+    options |= {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
+    options |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    generators = [seeded_generator(args.seed, 2, number) for number in range(args.num_validation_images)]
     return [pipeline(generator=generator, **options).images for generator in generators]
 
 
 @torch.no_grad()
 def decode_latents(args: argparse.Namespace, latents: list[Tensor], device: torch.device) -> list[Image.Image]:
-    """Pictures of latents, by a VAE in fp32 that is loaded for this and gone afterwards."""
-    vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **model_source(args))
-    vae.to(device, torch.float32)
+    """Pictures of latents (1, 16, H/8, W/8), by a VAE that is loaded for this and gone afterwards."""
+    vae = load_vae(args, device)
     pictures = []
     for sample in tqdm(latents, desc="Decoding previews", unit="picture", leave=False):
         sample = sample.float() / vae.config.scaling_factor + vae.config.shift_factor
@@ -800,47 +802,42 @@ def decode_latents(args: argparse.Namespace, latents: list[Tensor], device: torc
     return pictures
 
 
-def make_previews(
-    args: argparse.Namespace, accelerator: Accelerator, transformer: SD3Transformer2DModel,
-    scheduler: FlowMatchEulerDiscreteScheduler, embeddings: PromptEmbeddings, global_step: int,
-) -> list[tuple[str, Path]]:  # fmt: skip
+def make_previews(run: Run) -> list[tuple[str, Path]]:
     """Write samples/*.png and hand them to the trackers: (prompt, file) of each."""
-    dtype, device = WEIGHT_DTYPES[accelerator.mixed_precision], accelerator.device
-    transformer.eval()
-    samples = []
+    args, accelerator = run.args, run.accelerator
+    run.transformer.eval()
     with accelerator.autocast():
-        for prompt in args.validation_prompt:
-            latents = generate_latents(args, transformer, scheduler, embeddings, prompt, dtype)
-            samples += [(prompt, number, sample) for number, sample in enumerate(latents)]
-    transformer.to("cpu")  # the VAE's decoder needs 3.3 GiB at 1024 x 1024
+        latents = [sample for prompt in args.validation_prompt for sample in generate_latents(run, prompt)]
+    run.transformer.to("cpu")  # makes room, as the VAE's decoder takes 3.3 GiB at 1024 x 1024
     free_memory()
-    pictures = decode_latents(args, [sample for _, _, sample in samples], device)
+    pictures = decode_latents(args, latents, accelerator.device)
     free_memory()
-    transformer.to(device).train()
-    folder = args.output_dir / "samples"
+    run.transformer.to(accelerator.device).train()
+    folder, count = args.output_dir / "samples", args.num_validation_images
     folder.mkdir(exist_ok=True)
     written = []
-    for (prompt, number, _), picture in zip(samples, pictures, strict=True):
-        path = folder / f"step-{global_step:06d}-prompt-{args.validation_prompt.index(prompt)}-{number}.png"
-        picture.save(path)
-        written.append((prompt, path))
-    for tracker in (tracker for tracker in accelerator.trackers if tracker.name in ("tensorboard", "wandb")):
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        for prompt in args.validation_prompt:
-            mine = [np.asarray(picture) for (one, _, _), picture in zip(samples, pictures, strict=True) if one == prompt]
-            tracker.log_images({prompt: np.stack(mine)}, step=global_step, **layout)
+    for i, prompt in enumerate(args.validation_prompt):
+        group = pictures[i * count : (i + 1) * count]
+        for number, picture in enumerate(group):
+            path = folder / f"step-{run.global_step:06d}-prompt-{i}-{number}.png"
+            picture.save(path)
+            written.append((prompt, path))
+        for tracker in accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({prompt: np.stack(group)}, step=run.global_step, **layout)
     return written
 
 
-def write_model_card(args: argparse.Namespace, repo_id: str, settings: dict, previews: list[tuple[str, Path]]) -> None:
+def write_model_card(run: Run, repo_id: str, previews: list[tuple[str, Path]]) -> None:
     """README.md for the Hub: base model, trigger, gallery, how to load it, licence and training settings."""
+    args = run.args
     is_folder = Path(args.pretrained_model_name_or_path).is_dir()
     base = Path(args.pretrained_model_name_or_path).name if is_folder else args.pretrained_model_name_or_path
-    licence = "stabilityai-ai-community" if base.startswith("stabilityai/") else "license-of-the-base-model"
     data = ModelCardData(
         base_model=None if is_folder else base,
         license="other",
-        license_name=licence,
+        license_name="stabilityai-ai-community" if base.startswith("stabilityai/") else "license-of-the-base-model",
         license_link=None if is_folder else f"https://huggingface.co/{base}",
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -848,10 +845,10 @@ def write_model_card(args: argparse.Namespace, repo_id: str, settings: dict, pre
         tags=["text-to-image", "diffusers-training", "diffusers", "lora", "sd3", "sd3-diffusers", "template:sd-lora"],
         widget=[{"text": prompt, "output": {"url": f"samples/{path.name}"}} for prompt, path in previews] or None,
     )
-    shown = {name: value for name, value in settings.items() if name not in ("images", "pretrained_model_name_or_path")}
-    shown |= {"max_train_steps": args.max_train_steps}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(shown.items()) if value is not None)
-    text = f"""# {repo_id}
+    hidden = {"images", "pretrained_model_name_or_path"}
+    shown = {name: value for name, value in run.settings.items() if name not in hidden and value is not None}
+    text = f"""
+# {repo_id}
 
 <Gallery />
 
@@ -867,27 +864,26 @@ pipeline.enable_model_cpu_offload()
 image = pipeline("{args.instance_prompt}").images[0]
 ```
 
-The licence is that of the base model, {base}.
+The licence is that of the base model, {base}. Trained for {run.global_step} steps with:
 
-| setting | value |
-|---|---|
-{rows}
+```json
+{json.dumps(shown, indent=2)}
+```
 """
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(args.output_dir / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(args.output_dir / "README.md")
 
 
 def push_to_hub(args: argparse.Namespace, repo_id: str, previews: list[tuple[str, Path]]) -> None:
     """Upload the LoRA, its card and the card's samples, and nothing else."""
     files = [LORA_NAME, "README.md", *(f"samples/{path.name}" for _, path in previews)]
-    folder, message = args.output_dir, "Add DreamBooth LoRA"
+    upload = {"repo_id": repo_id, "folder_path": args.output_dir, "allow_patterns": files}
     try:
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message=message
-        )
+        HfApi(token=args.hub_token).upload_folder(**upload, commit_message="Add a DreamBooth LoRA")
     except (OSError, ValueError) as error:
         includes = [part for file in files for part in ("--include", file)]
-        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *includes])
-        raise SystemExit(f"The upload failed ({error}). Everything is in {folder}; to send it: {command}") from error
+        command = shlex.join(["hf", "upload", repo_id, str(args.output_dir), ".", *includes])
+        raise SystemExit(f"The upload failed: {error}\nNothing is lost. To send it: {command}") from error
+    print(f"pushed to https://huggingface.co/{repo_id}")
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -896,8 +892,9 @@ def push_to_hub(args: argparse.Namespace, repo_id: str, previews: list[tuple[str
 def peak_memory() -> str:
     """Peak VRAM and RAM of this process so far; RAM counts mapped files, such as weights, too."""
     vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
-    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else psutil.Process().memory_info().peak_wset
-    return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
+    if resource is None:
+        return f"{vram}peak RAM {psutil.Process().memory_info().peak_wset / 2**30:.2f} GiB"
+    return f"{vram}peak RAM {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -919,107 +916,90 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def preflight(
-    args: argparse.Namespace, accelerator: Accelerator
-) -> tuple[list[Path], list[str], PromptEmbeddings, Path | None, dict]:
-    """Everything that can be known in seconds: pictures, their hashes, embeddings, checkpoint, settings; or one message."""
-    checkpoint, state, problems = find_checkpoint(args)
-    if args.seed is None:
-        drawn = state.get("settings", {}).get("seed", random.SystemRandom().randrange(2**31))
-        args.seed = broadcast_object_list([drawn])[0]
-    images, image_problems = check_images(args)
-    image_hashes = [hash_image(path) for path in images]
-    config, model_problems = check_model(args)
-    embeddings, embedding_problems = check_embeddings(args, images, image_hashes, config)
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    if args.max_train_steps is None:
-        args.max_train_steps = math.ceil(args.num_train_epochs * len(images) / samples_per_step)
-    settings = run_settings(args, accelerator, image_hashes, samples_per_step)
-    problems += image_problems + model_problems + embedding_problems
-    problems += check_environment(args, accelerator) + settings_problems(settings, state)
-    stop_on_problems(problems, accelerator)
-    return images, image_hashes, embeddings, checkpoint, settings
+def check_disk(run: Run, lora_size: int) -> None:
+    """Stop now rather than in the middle, if the checkpoints of a LoRA of so many parameters will not fit."""
+    args = run.args
+    saves = max(0, args.max_train_steps - run.global_step) // args.checkpointing_steps
+    kept = min(saves, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else saves
+    bytes_each = 4 + (2 if args.use_8bit_adam else 8)  # the weight and AdamW's two states
+    needed, free = (4 + kept * bytes_each) * lora_size, shutil.disk_usage(args.output_dir).free
+    if free < needed:
+        raise SystemExit(
+            f"{kept} checkpoints need {needed / 1e9:.1f} GB in {args.output_dir}, which has {free / 1e9:.1f} GB free. "
+            "Make room, or keep fewer with --checkpoints_total_limit."
+        )
+
+
+def load_run(args: argparse.Namespace, accelerator: Accelerator, embeddings: PromptEmbeddings, settings: dict) -> Run:
+    """The transformer with its LoRA, and what trains it."""
+    transformer = load_transformer(args, WEIGHT_DTYPES[accelerator.mixed_precision])
+    optimizer = make_optimizer(transformer, args, settings["samples_per_step"])
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles, power=args.lr_power,
+    )  # fmt: skip
+    name, source = args.pretrained_model_name_or_path, model_source(args)
+    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(name, subfolder="scheduler", **source)
+    return Run(args, accelerator, embeddings, noise_scheduler, transformer, optimizer, lr_scheduler, settings)
 
 
 def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     accelerator = make_accelerator(args)
-    images, image_hashes, embeddings, checkpoint, settings = preflight(args, accelerator)
-    samples_per_step = settings["samples_per_step"]
+    hash_of_image, embeddings, checkpoint, settings = preflight(args, accelerator)
     repo_id = args.hub_model_id or args.output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = HfApi(token=args.hub_token).create_repo(repo_id, exist_ok=True).repo_id
 
-    latents_path, key = args.output_dir / "latents.arrow", latents_key(args, image_hashes)
+    latents_path, key = args.output_dir / "latents.arrow", latents_key(args, list(hash_of_image.values()))
     if accelerator.is_main_process and not latents_are_current(latents_path, key):
-        write_latents(latents_path, key, images, args, accelerator.device)
+        write_latents(latents_path, key, list(hash_of_image), args, accelerator.device)
         free_memory()
     accelerator.wait_for_everyone()
 
-    transformer = load_transformer(args, WEIGHT_DTYPES[accelerator.mixed_precision])
-    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(lora_params, args, samples_per_step)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles, power=args.lr_power,
-    )  # fmt: skip
-    global_step = load_checkpoint(checkpoint, accelerator, transformer, optimizer, lr_scheduler) if checkpoint else 0
-    source = {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", **source
-    )
-    prompts = [embeddings.prompt_of_image[image_hash] for image_hash in image_hashes]
-    sample_numbers = range(global_step * samples_per_step, args.max_train_steps * samples_per_step)
-    dataset = SampleDataset(args, latents_path, embeddings, prompts, scheduler.sigmas, sample_numbers)
-    dataloader = DataLoader(
-        dataset, args.train_batch_size, num_workers=args.dataloader_num_workers, pin_memory=torch.cuda.is_available()
-    )
-    transformer, optimizer, dataloader = accelerator.prepare(transformer, optimizer, dataloader)
+    run = load_run(args, accelerator, embeddings, settings)
+    if checkpoint:
+        load_checkpoint(run, checkpoint)
+    samples_per_step, steps_left = settings["samples_per_step"], max(0, args.max_train_steps - run.global_step)
+    prompts = [embeddings.prompt_of_image[image_hash] for image_hash in hash_of_image.values()]
+    sample_numbers = range(run.global_step * samples_per_step, (run.global_step + steps_left) * samples_per_step)
+    dataset = SampleDataset(args, latents_path, embeddings, prompts, run.noise_scheduler.sigmas, sample_numbers)
+    loading = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
+    dataloader = DataLoader(dataset, args.train_batch_size, **loading)
+    model, run.optimizer, dataloader = accelerator.prepare(run.transformer, run.optimizer, dataloader)
 
-    steps_left = max(0, args.max_train_steps - global_step)
-    trained = sum(parameter.numel() for parameter in lora_params)
-    saves = min(steps_left // args.checkpointing_steps, args.checkpoints_total_limit or steps_left)
-    require_disk(args.output_dir, 4 * trained + saves * trained * (6 if args.use_8bit_adam else 12), "Checkpoints")
-    accelerator.print(
-        f"{len(images)} pictures, {samples_per_step} samples a step, {trained:,} trained parameters, seed {args.seed}\n"
-        f"{steps_left} steps to go from step {global_step}"
-    )
+    lora_size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    check_disk(run, lora_size)
+    accelerator.print(f"{len(prompts)} pictures, {lora_size:,} parameters to train, seed {args.seed}")
+    accelerator.print(f"{steps_left} steps of {samples_per_step} samples, from step {run.global_step}", end="")
     if steps_left:
-        seconds = estimate_step_seconds(args, accelerator, transformer, dataset)
-        accelerator.print(f"about {seconds:.3g} s a step, {steps_left * seconds / 60:.0f} minutes in all")
+        seconds = estimate_step_seconds(run, model, dataset)
+        accelerator.print(f"; about {seconds:.2g} s a step, {steps_left * seconds / 60:.0f} minutes in all")
     if accelerator.log_with:
         shown = {name: value if isinstance(value, int | float) else str(value) for name, value in settings.items()}
         accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=shown)
 
-    base = accelerator.unwrap_model(transformer)
-    progress_bar = tqdm(
-        total=args.max_train_steps, initial=global_step, desc="Training", unit="step",
-        disable=not accelerator.is_main_process,
-    )  # fmt: skip
-    for logs in training_steps(args, accelerator, transformer, optimizer, lr_scheduler, dataloader):
-        global_step += 1
-        progress_bar.update()
-        progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}", memory=peak_memory())
-        accelerator.log(logs, step=global_step)
-        if accelerator.is_main_process and global_step % args.checkpointing_steps == 0:
-            save_checkpoint(args, accelerator, base, optimizer, lr_scheduler, global_step, settings)
-        if accelerator.is_main_process and preview_due(args, global_step, samples_per_step, len(images)):
-            make_previews(args, accelerator, base, scheduler, embeddings, global_step)
-    progress_bar.close()
+    bar = {"total": args.max_train_steps, "initial": run.global_step, "disable": not accelerator.is_main_process}
+    with tqdm(desc="Training", unit="step", **bar) as progress_bar:
+        for logs in training_steps(run, model, dataloader):
+            progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}", memory=peak_memory())
+            progress_bar.update()
+            accelerator.log(logs, step=run.global_step)
+            if accelerator.is_main_process and run.global_step % args.checkpointing_steps == 0:
+                save_checkpoint(run)
+            if accelerator.is_main_process and preview_due(run, len(prompts)):
+                make_previews(run)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_lora(args.output_dir, base, fold_alpha=True)
-        previews = []
-        if args.validation_prompt and args.num_validation_images:
-            previews = make_previews(args, accelerator, base, scheduler, embeddings, global_step)
-        write_model_card(args, repo_id, settings, previews)
-        if args.push_to_hub:
-            push_to_hub(args, repo_id, previews)
-            print(f"pushed to {repo_id}")
+        save_lora(args.output_dir, run.transformer, fold_alpha=True)
+        previews = make_previews(run) if args.validation_prompt and args.num_validation_images else []
+        write_model_card(run, repo_id, previews)
         size = (args.output_dir / LORA_NAME).stat().st_size / 1e6
         print(f"wrote {args.output_dir / LORA_NAME}: {size:.1f} MB; README.md and {len(previews)} samples beside it")
         print(f"{peak_memory()}, {time.monotonic() - started:.0f} s")
+        if args.push_to_hub:
+            push_to_hub(args, repo_id, previews)
     accelerator.end_training()
 
 
