@@ -178,8 +178,8 @@ def encode_prompts(args: argparse.Namespace, prompts: list[str], scratch: Path) 
     for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
         tokenizer = load_part(CLIPTokenizer.from_pretrained, args, f"tokenizer{suffix}")
         kwargs = {"variant": args.variant, "dtype": torch.float32}  # even CLIP-G in fp32 weighs less than T5 in 8 bit
-        clip = load_part(CLIPTextModelWithProjection.from_pretrained, args, f"text_encoder{suffix}", **kwargs)
-        encoder = clip.to(device)
+        encoder = load_part(CLIPTextModelWithProjection.from_pretrained, args, f"text_encoder{suffix}", **kwargs)
+        encoder.to(device)
         for chunk, output in encode(encoder, tokenizer, prompts, clip_tokens, name, output_hidden_states=True):
             hidden_states = to_float16(output.hidden_states[-2], name)  # SD3 takes the last layer but one
             right = left + hidden_states.shape[-1]

@@ -568,7 +568,7 @@ def lora_targets(transformer: nn.Module, layers: str, blocks: str | None) -> lis
 
 def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3Transformer2DModel:
     """The frozen transformer, straight in the training dtype, with a LoRA that is always trained in fp32."""
-    source = {"subfolder": "transformer", "torch_dtype": weight_dtype, "variant": args.variant}
+    source = {"subfolder": "transformer", "dtype": weight_dtype, "variant": args.variant}
     name = args.pretrained_model_name_or_path
     transformer = SD3Transformer2DModel.from_pretrained(name, **source, **model_source(args))
     transformer.requires_grad_(False)
@@ -858,7 +858,7 @@ A LoRA of {base} that knows what **{args.instance_prompt}** looks like, trained 
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained("{base}", torch_dtype=torch.float16)
+pipeline = StableDiffusion3Pipeline.from_pretrained("{base}", dtype=torch.float16)
 pipeline.load_lora_weights("{repo_id}")
 pipeline.enable_model_cpu_offload()
 image = pipeline("{args.instance_prompt}").images[0]

@@ -1,0 +1,102 @@
+"""Tiny pipelines, pictures and embeddings that the tests share, and a way to run the real trainer in this process."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": os.environ.get("TEST_GPU", "")}
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import compute_embeddings as embed
+import numpy as np
+import pytest
+import tiny_pipeline
+import train_dreambooth_sd3_lora_miniature as trainer
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+PROMPT, PREVIEW_PROMPT = "a photo of sks dog", "sks dog in a bucket"
+RANK = 64  # the smallest at which bitsandbytes keeps the tiny transformer's states in 8 bit
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline like SD3-medium."""
+    return tiny_pipeline.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny35(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline like SD3.5-medium."""
+    return tiny_pipeline.save(tmp_path_factory.mktemp("tiny35"), "sd35")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures: upright, wide, square, in different formats."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    shapes = [("a.jpg", 96, 128), ("b.JPEG", 128, 96), ("c.png", 80, 80), ("d.webp", 100, 75), ("e.bmp", 64, 64)]
+    for name, height, width in shapes:
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / name)
+    return folder
+
+
+def compute(model: Path, photos: Path, output: Path, *flags: str) -> Path:
+    """Run compute_embeddings.py in this process."""
+    command = ["--pretrained_model_name_or_path", model, "--local_data_dir", photos, "--output_path", output]
+    embed.main(embed.parse_args([*map(str, command), *flags]))
+    return output
+
+
+@pytest.fixture(scope="session")
+def embeddings(tiny: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline's embeddings of the pictures' prompt and a preview prompt."""
+    path = tmp_path_factory.mktemp("embeddings") / "embeddings.parquet"
+    return compute(tiny, photos, path, "--t5_precision", "exact", "--validation_prompt", PREVIEW_PROMPT)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """accelerate keeps its precision and devices for the life of a process; each test starts anew."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    yield
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def train(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Run the trainer in this process, 4 steps unless told otherwise, and return its output folder."""
+
+    def run(*flags: str, output: str = "out") -> Path:
+        reset_accelerate()
+        defaults = {
+            "pretrained_model_name_or_path": tiny, "instance_data_dir": photos, "data_df_path": embeddings,
+            "instance_prompt": PROMPT, "output_dir": tmp_path / output, "resolution": 64, "train_batch_size": 1,
+            "max_train_steps": 4, "lr_warmup_steps": 0, "learning_rate": 1e-3, "rank": RANK, "seed": 0,
+            "num_inference_steps": 2, "num_validation_images": 1,
+        }  # fmt: skip
+        command = [f"--{name}={value}" for name, value in defaults.items()]
+        trainer.main(trainer.parse_args([*command, *flags]))
+        return tmp_path / output
+
+    return run
+
+
+def logged(folder: Path, name: str = "loss") -> list[float]:
+    """A scalar of every optimizer step, from all TensorBoard files under a folder."""
+    values: dict[int, float] = {}
+    for file in sorted(folder.rglob("events.out.tfevents*")):
+        events = EventAccumulator(str(file)).Reload()
+        if name in events.Tags()["scalars"]:
+            values |= {event.step: event.value for event in events.Scalars(name)}
+    return [values[step] for step in sorted(values)]

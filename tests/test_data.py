@@ -1,0 +1,165 @@
+"""Pictures, latents, and training samples as a function of (seed, sample number)."""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_pipeline
+import torch
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import PROMPT
+from diffusers import AutoencoderKL
+from PIL import Image
+
+
+def make_args(model: Path, photos: Path, *flags: str) -> argparse.Namespace:
+    values = {
+        "pretrained_model_name_or_path": model, "instance_data_dir": photos, "data_df_path": "e",
+        "instance_prompt": PROMPT, "resolution": 64, "seed": 0,
+    }  # fmt: skip
+    return trainer.parse_args([*(f"--{name}={value}" for name, value in values.items()), *flags])
+
+
+def encode(args: argparse.Namespace, path: Path) -> list[str]:
+    """Write the latents of a folder; the pictures' hashes."""
+    images, _ = trainer.find_images(args.instance_data_dir)
+    hashes = [trainer.hash_image(image) for image in images]
+    trainer.write_latents(path, trainer.latents_key(args, hashes), images, args, torch.device("cpu"))
+    return hashes
+
+
+@pytest.fixture
+def samples(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> Callable[..., trainer.SampleDataset]:
+    """Training samples of the five pictures, by a range of numbers and flags."""
+
+    def make(sample_numbers: range, *flags: str) -> trainer.SampleDataset:
+        args = make_args(tiny, photos, *flags)
+        path = tmp_path / f"{abs(hash(flags))}.arrow"
+        hashes = encode(args, path)
+        table = trainer.PromptEmbeddings(embeddings, tiny_pipeline.T5_WIDTH)
+        sigmas = torch.linspace(1, 0.001, 1000)
+        prompts = [table.prompt_of_image[image_hash] for image_hash in hashes]
+        return trainer.SampleDataset(args, path, table, prompts, sigmas, sample_numbers)
+
+    return make
+
+
+def test_latents_have_shift_and_scale(tiny: Path, tmp_path: Path) -> None:
+    """(z - shift) * scale, as the pipeline decodes them; the reference forgot the shift."""
+    (tmp_path / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photos" / "a.png")
+    encode(make_args(tiny, tmp_path / "photos"), tmp_path / "latents.arrow")
+    row = trainer.open_latents(tmp_path / "latents.arrow").get_batch(0)
+    vae = AutoencoderKL.from_pretrained(tiny, subfolder="vae")
+    with torch.no_grad():
+        posterior = vae.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
+    expected = ((posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor).flatten().half().numpy()
+    assert np.array_equal(row["mean"].flatten().to_numpy(), expected)
+    expected = (posterior.std * vae.config.scaling_factor).flatten().half().numpy()
+    assert np.array_equal(row["std"].flatten().to_numpy(), expected)
+
+
+def test_a_sample_is_a_function_of_seed_and_number(samples: Callable[..., trainer.SampleDataset]) -> None:
+    """Whoever asks for it, whenever: sample 7 is sample 7. Another seed gives another."""
+    flags = ["--random_flip"]
+    whole, rest = samples(range(10), *flags), samples(range(5, 10), *flags)
+    for name, value in whole[7].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(rest[2][name])), name
+    assert not torch.equal(samples(range(10), *flags, "--seed=1")[7]["noise"], whole[7]["noise"])
+    assert not torch.equal(whole[6]["noise"], whole[7]["noise"])
+
+
+def test_every_epoch_has_every_picture_once_in_another_order(samples: Callable[..., trainer.SampleDataset]) -> None:
+    """Two epochs of five pictures: the same pictures, another permutation."""
+    dataset = samples(range(10), "--center_crop")
+    means = [trainer.open_latents(dataset.latents_path).get_batch(i)["mean"].flatten().to_numpy() for i in range(5)]
+    seen = [int(np.argmin([np.abs(dataset[i]["latents"].numpy().ravel() - mean).mean() for mean in means])) for i in range(10)]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4] and seen[:5] != seen[5:]
+
+
+def test_crops_and_flips_vary_between_epochs(samples: Callable[..., trainer.SampleDataset]) -> None:
+    """The reference froze them at load. An oblong picture has four crops and their mirror images, a square one two."""
+    dataset = samples(range(5), "--random_flip")
+    variants = [trainer.open_latents(dataset.latents_path).get_batch(i).num_rows for i in range(5)]
+    assert variants == [8, 8, 2, 8, 2]
+    dataset.sample_numbers, dataset.prompts = range(40), dataset.prompts[:1]  # 40 epochs of the first picture
+    latents = torch.stack([dataset[i]["latents"].round(decimals=1).flatten() for i in range(40)])
+    assert (torch.cdist(latents, latents) > 3).any()
+
+
+def test_center_crop_takes_the_middle() -> None:
+    """One square, in the middle; without it, four along the longer side, from edge to edge."""
+    assert trainer.crop_boxes(300, 100, 64, True) == [(100, 0, 200, 100)]
+    boxes = trainer.crop_boxes(100, 400, 64, False)
+    assert [box[1] for box in boxes] == [0, 100, 200, 300] and all(box[2:] == (100, box[1] + 100) for box in boxes)
+    assert len(trainer.crop_boxes(100, 105, 64, False)) == 1  # what a crop could move is less than a latent pixel
+
+
+@pytest.mark.parametrize("scheme", ["mode", "sigma_sqrt", "cosmap", "none"])
+def test_every_scheme_draws_noise_levels_of_the_schedule(samples: Callable[..., trainer.SampleDataset], scheme: str) -> None:
+    """Also `mode`, which can reach one step past the end."""
+    dataset = samples(range(200), f"--weighting_scheme={scheme}")
+    sigmas = torch.stack([dataset[i]["sigma"] for i in range(200)])
+    assert sigmas.min() > 0 and sigmas.max() <= 1 and sigmas.unique().numel() > 100
+
+
+def test_mode_at_its_edge_stays_inside_the_schedule(
+    samples: Callable[..., trainer.SampleDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A density of exactly 1 is the last step, not one past it."""
+    dataset = samples(range(1))
+    monkeypatch.setattr(trainer, "compute_density_for_timestep_sampling", lambda **_: torch.ones(1))
+    assert dataset[0]["sigma"] == dataset.sigmas[-1]
+
+
+def test_latents_are_reused_until_something_changes(train: Callable[..., Path], photos: Path, tmp_path: Path) -> None:
+    """The second run keeps the file; another resolution or flag, or a torn file, makes it anew."""
+    latents = train() / "latents.arrow"
+    first = latents.stat().st_mtime_ns
+    train("--learning_rate=1e-4")
+    assert latents.stat().st_mtime_ns == first
+    train("--random_flip")
+    second = latents.stat().st_mtime_ns
+    assert second != first
+    latents.write_bytes(latents.read_bytes()[:-100])
+    train("--random_flip")
+    assert latents.stat().st_mtime_ns != second
+    assert [path.name for path in latents.parent.glob("latents*")] == ["latents.arrow"]
+
+
+def test_what_latents_depend_on(tiny: Path, tiny35: Path, photos: Path) -> None:
+    """Pictures, resolution, cropping and the VAE's weights; not the learning rate."""
+    key = trainer.latents_key(make_args(tiny, photos), ["a"])
+    assert key == trainer.latents_key(make_args(tiny, photos, "--learning_rate=1"), ["a"])
+    others = [make_args(tiny, photos, flag) for flag in ("--resolution=32", "--center_crop", "--random_flip")]
+    assert all(trainer.latents_key(args, ["a"]) != key for args in others)
+    assert trainer.latents_key(make_args(tiny, photos), ["b"]) != key
+
+
+def test_unreadable_pixels_are_named_before_the_transformer_loads(
+    train: Callable[..., Path], photos: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A truncated JPEG has a good header; decoding finds it. Both bad pictures are named, and no file is left."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    for name in ("a.jpg", "b.JPEG"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-200])
+    monkeypatch.setattr(trainer, "load_transformer", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(trainer, "check_embeddings", lambda *_: None)
+    with pytest.raises(SystemExit, match="(?s)a.jpg.*b.JPEG"):
+        train(f"--instance_data_dir={folder}")
+    assert not list((tmp_path / "out").glob("latents*"))
+
+
+def test_pictures_are_upright_and_on_white(tmp_path: Path) -> None:
+    """A phone's EXIF rotation is applied; what is transparent becomes white."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
+    assert trainer.open_image(tmp_path / "a.jpg").size == (10, 20)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "b.png")
+    assert trainer.open_image(tmp_path / "b.png").getpixel((0, 0)) == (255, 255, 255)

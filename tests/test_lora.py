@@ -1,0 +1,135 @@
+"""The LoRA: what is trained in which precision, and that every program applies it at the same strength."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import PROMPT
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def make_args(model: Path, *flags: str) -> object:
+    values = {"pretrained_model_name_or_path": model, "instance_data_dir": "d", "data_df_path": "e", "seed": 0}
+    return trainer.parse_args([*(f"--{name}={value}" for name, value in values.items()), "--instance_prompt=p", *flags])
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    shapes = {"hidden_states": (1, 16, 8, 8), "encoder_hidden_states": (1, 154, 128), "pooled_projections": (1, 80)}
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()} | {"timestep": torch.tensor([500.0])}
+
+
+def answer(transformer: SD3Transformer2DModel) -> Tensor:
+    with torch.no_grad():
+        return transformer.eval()(**inputs(transformer.dtype), return_dict=False)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_lora_is_fp32_and_the_base_in_the_training_dtype(tiny: Path, dtype: torch.dtype) -> None:
+    """add_adapter gives the LoRA the base's dtype, in which its updates would vanish."""
+    transformer = trainer.load_transformer(make_args(tiny), dtype)
+    dtypes = {parameter.requires_grad: parameter.dtype for parameter in transformer.parameters()}
+    assert dtypes == {True: torch.float32, False: dtype}
+    assert all(("lora_" in name) == parameter.requires_grad for name, parameter in transformer.named_parameters())
+
+
+def test_the_transformer_is_never_in_fp32_first(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is read straight into the training dtype."""
+    asked, load = [], SD3Transformer2DModel.from_pretrained
+
+    def record(*args: object, **kwargs: object) -> SD3Transformer2DModel:
+        asked.append(kwargs["dtype"])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "from_pretrained", record)
+    trainer.load_transformer(make_args(tiny), torch.float16)
+    assert asked == [torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("flags", "layers", "blocks"),
+    [
+        ([], {"to_q", "to_k", "to_v", "to_out.0"}, {0, 1}),
+        (["--lora_layers=attn.to_q,add_k_proj"], {"to_q", "add_k_proj"}, {0, 1}),
+        (["--lora_blocks=1"], {"to_q", "to_k", "to_v", "to_out.0"}, {1}),
+    ],
+)
+def test_layers_and_blocks_choose_what_is_trained(tiny: Path, flags: list[str], layers: set, blocks: set) -> None:
+    """By the ends of the layers' names, and by the numbers of the blocks."""
+    transformer = trainer.load_transformer(make_args(tiny, *flags), torch.float32)
+    trained = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if "lora_A" in name}
+    assert trained == {f"transformer_blocks.{block}.attn.{layer}" for block in blocks for layer in layers}
+
+
+def test_on_sd35_both_attentions_are_trained(tiny35: Path) -> None:
+    """SD3.5-medium's dual layers have a second attention with the same names."""
+    transformer = trainer.load_transformer(make_args(tiny35), torch.float32)
+    names = [name for name, _ in transformer.named_parameters() if "lora_A" in name]
+    assert sum("attn2" in name for name in names) == 4 and sum("attn." in name for name in names) == 8
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_alpha=16"], ["--lora_blocks=0", "--lora_alpha=100"]])
+def test_a_fresh_process_of_diffusers_applies_the_trained_strength(
+    train: Callable[..., Path], tiny: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """The final file and the last checkpoint, loaded by the pipeline, give what the trained model gave."""
+    trained, save_lora = [], trainer.save_lora
+
+    def keep_and_save(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool) -> None:
+        trained.append(answer(transformer))
+        save_lora(folder, transformer, fold_alpha)
+
+    monkeypatch.setattr(trainer, "save_lora", keep_and_save)
+    output = train("--checkpointing_steps=4", *flags)
+    bare = answer(SD3Transformer2DModel.from_pretrained(tiny, subfolder="transformer"))
+    assert not torch.allclose(trained[-1], bare, atol=1e-3)
+    for folder in (output, output / "checkpoint-4"):
+        pipeline = StableDiffusion3Pipeline.from_pretrained(tiny)
+        pipeline.load_lora_weights(folder)
+        assert torch.allclose(answer(pipeline.transformer), trained[-1], atol=1e-5)
+
+
+def test_alpha_is_folded_so_that_programs_without_metadata_agree(train: Callable[..., Path]) -> None:
+    """ComfyUI knows no alpha in this layout and takes strength 1: lora_B holds alpha / rank times the trained one."""
+    output = train("--checkpointing_steps=4", "--lora_alpha=16")
+    final, checkpoint = (load_file(folder / trainer.LORA_NAME) for folder in (output, output / "checkpoint-4"))
+    assert final.keys() == checkpoint.keys() and not any("alpha" in name for name in final)
+    for name, value in final.items():
+        assert torch.equal(value, checkpoint[name] * 0.25 if "lora_B" in name else checkpoint[name])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_leaves_the_base_as_it_was(
+    train: Callable[..., Path], tiny: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Bit for bit, and still in its dtype after the LoRA was saved: the reference made it fp32 to save 5 MB."""
+    kept, save_lora = [], trainer.save_lora
+
+    def save_and_keep(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool) -> None:
+        save_lora(folder, transformer, fold_alpha)
+        kept.append(transformer)
+
+    monkeypatch.setattr(trainer, "save_lora", save_and_keep)
+    train(f"--mixed_precision={precision}")
+    dtype = trainer.WEIGHT_DTYPES[precision]
+    expected = SD3Transformer2DModel.from_pretrained(tiny, subfolder="transformer", dtype=dtype).state_dict()
+    state = {name.replace(".base_layer", ""): value for name, value in kept[-1].state_dict().items()}
+    assert all(torch.equal(state[name], value) and state[name].dtype == dtype for name, value in expected.items())
+
+
+def test_the_loaded_lora_changes_the_picture(train: Callable[..., Path], tiny: Path) -> None:
+    """Same prompt, same noise: another picture."""
+    output, pictures = train(), []
+    for lora in (None, output):
+        pipeline = StableDiffusion3Pipeline.from_pretrained(tiny)
+        pipeline.set_progress_bar_config(disable=True)
+        if lora:
+            pipeline.load_lora_weights(lora)
+        generator = torch.Generator().manual_seed(0)
+        options = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt"}
+        pictures.append(pipeline(PROMPT, generator=generator, **options).images)
+    assert (pictures[0] - pictures[1]).abs().max() > 0.01

@@ -1,0 +1,314 @@
+"""The trainer from end to end: what it writes, that it resumes exactly, and what it refuses to start on."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import train_dreambooth_sd3_lora_miniature as trainer
+import transformers
+from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, logged
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+Train = Callable[..., Path]
+REFERENCE_COMMAND = """--mixed_precision="fp16" --instance_prompt="a photo of sks dog" --resolution=1024
+--train_batch_size=1 --gradient_accumulation_steps=4 --gradient_checkpointing --use_8bit_adam --learning_rate=1e-4
+--report_to="tensorboard" --lr_scheduler="constant" --lr_warmup_steps=0 --seed="0" """
+
+
+def lora(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / trainer.LORA_NAME)
+
+
+def equal(one: object, other: object) -> bool:
+    """Whether two nested states are the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def state(checkpoint: Path) -> dict:
+    return torch.load(checkpoint / "training_state.pt", weights_only=True)
+
+
+def test_a_run_writes_these_files_and_no_others(train: Train) -> None:
+    """LoRA, card, samples, checkpoints, latents, logs."""
+    output = train("--checkpointing_steps=2", f"--validation_prompt={PREVIEW_PROMPT}", "--validation_steps=2")
+    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file() and "logs" not in path.parts}
+    parts = ["pytorch_lora_weights.safetensors", "trainer_state.json", "training_state.pt"]
+    samples = {f"samples/step-{step:06d}-prompt-0-0.png" for step in (2, 4)}
+    expected = {f"checkpoint-{step}/{part}" for step in (2, 4) for part in parts} | samples
+    assert files == expected | {"README.md", "latents.arrow", "pytorch_lora_weights.safetensors"}
+    assert len(logged(output)) == 4 and Image.open(output / min(samples)).size == (64, 64)
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--use_8bit_adam"], ["--use_8bit_adam", "--mixed_precision=bf16", "--gradient_checkpointing"],
+    ["--use_8bit_adam", "--mixed_precision=fp16"], ["--lora_dropout=0.2", "--random_flip", "--lora_alpha=48"],
+])  # fmt: skip
+def test_resumed_equals_uninterrupted(train: Train, flags: list[str]) -> None:
+    """Bit for bit: LoRA, optimizer, schedule, loss scale and logged losses; from 'latest' and from a path elsewhere."""
+    flags = [*flags, "--gradient_accumulation_steps=2", "--lr_scheduler=cosine", "--checkpointing_steps=2"]
+    whole = train(*flags, output="whole")
+    assert trainer.list_checkpoints(whole)[-1].name == "checkpoint-4"
+    resumed = train(*flags, f"--resume_from_checkpoint={whole / 'checkpoint-2'}", output="resumed")
+    assert equal(lora(whole), lora(resumed))
+    assert equal(state(whole / "checkpoint-4"), state(resumed / "checkpoint-4"))
+    assert logged(whole)[2:] == logged(resumed) and len(logged(resumed)) == 2
+    if "--use_8bit_adam" in flags:
+        moments = [s["state1"] for s in state(whole / "checkpoint-4")["optimizer"]["state"].values()]
+        assert moments and all(moment.dtype == torch.uint8 for moment in moments)
+    if "--mixed_precision=fp16" in flags:
+        assert "scale" in state(whole / "checkpoint-4")["scaler"]
+
+
+def test_resuming_ends_at_max_train_steps(train: Train) -> None:
+    """The reference went from step 2 of 4 to step 5. A folder named checkpoints, which broke it, does no harm."""
+    output = train("--checkpointing_steps=2", "--max_train_steps=2")
+    (output / "checkpoints").mkdir()
+    train("--checkpointing_steps=1", "--resume_from_checkpoint=latest", "--gradient_accumulation_steps=1")
+    assert [path.name for path in trainer.list_checkpoints(output)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert len(logged(output)) == 4
+
+
+def test_a_finished_run_resumed_ends_well(train: Train) -> None:
+    """The reference crashed; here the LoRA is written once more, the same."""
+    output = train("--checkpointing_steps=4")
+    before = lora(output)
+    train("--checkpointing_steps=4", "--resume_from_checkpoint=latest")
+    assert equal(before, lora(output)) and len(logged(output)) == 4
+
+
+def test_resuming_latest_without_a_checkpoint_starts_anew(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in the reference, with a line that says so."""
+    assert len(logged(train("--resume_from_checkpoint=latest"))) == 4
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_resuming_with_other_settings_is_refused(train: Train) -> None:
+    """Every difference is named; more steps on a constant schedule are none."""
+    output = train("--checkpointing_steps=2", "--max_train_steps=2")
+    with pytest.raises(SystemExit, match=r"(?s)learning_rate 0.001, this run has 0.1.*seed 0, this run has 1"):
+        train("--resume_from_checkpoint=latest", "--learning_rate=0.1", "--seed=1")
+    train("--resume_from_checkpoint=latest", "--max_train_steps=3")
+    assert len(logged(output)) == 3
+
+
+def test_a_path_that_is_no_checkpoint_is_refused(train: Train, tmp_path: Path) -> None:
+    """With what there is instead."""
+    train("--checkpointing_steps=2")
+    with pytest.raises(SystemExit, match="has: checkpoint-2, checkpoint-4"):
+        train("--resume_from_checkpoint=checkpoint-3")
+
+
+def test_only_the_newest_checkpoints_are_kept(train: Train) -> None:
+    """--checkpoints_total_limit."""
+    output = train("--checkpointing_steps=1", "--checkpoints_total_limit=2")
+    assert [path.name for path in trainer.list_checkpoints(output)] == ["checkpoint-3", "checkpoint-4"]
+    assert not list(output.glob("*.partial"))
+
+
+def test_the_seed_decides(train: Train) -> None:
+    """Seed 0 gives the same LoRA again, seed 1 another."""
+    first, again, other = train(output="a"), train(output="b"), train("--seed=1", output="c")
+    assert equal(lora(first), lora(again)) and not equal(lora(first), lora(other))
+
+
+def test_an_unset_seed_is_drawn_printed_and_stored(
+    tiny: Path, photos: Path, embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a resumed run takes it from the checkpoint."""
+    command = [f"--pretrained_model_name_or_path={tiny}", f"--instance_data_dir={photos}", f"--data_df_path={embeddings}"]
+    command += [f"--instance_prompt={PROMPT}", f"--output_dir={tmp_path}", "--resolution=64", "--checkpointing_steps=1"]
+    trainer.main(trainer.parse_args([*command, "--max_train_steps=1"]))
+    saved = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert f"seed {saved['settings']['seed']}" in capsys.readouterr().out
+    args = trainer.parse_args([*command, "--max_train_steps=2", "--resume_from_checkpoint=latest"])
+    trainer.main(args)
+    assert args.seed == saved["settings"]["seed"]
+
+
+def test_the_schedule_counts_optimizer_steps(train: Train) -> None:
+    """Two steps of warm-up are two optimizer steps, whatever the accumulation."""
+    flags = ["--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=2", "--gradient_accumulation_steps=3"]
+    assert logged(train(*flags), "lr") == pytest.approx([0, 0.0005, 0.001, 0.001])
+
+
+def test_epochs_are_passes_over_the_pictures(tiny: Path) -> None:
+    """Five pictures, two epochs, four samples a step: three steps. Previews every epoch come after steps 2 and 3."""
+    args = trainer.parse_args([
+        f"--pretrained_model_name_or_path={tiny}", "--instance_data_dir=d", "--data_df_path=e", "--instance_prompt=p",
+        "--validation_prompt=p", "--validation_epochs=1", "--max_train_steps=9",
+    ])  # fmt: skip
+    due = []
+    for step in range(1, 10):
+        run = trainer.Run(args, None, None, None, None, None, None, {"samples_per_step": 4}, step)
+        if trainer.preview_due(run, image_count=5):
+            due.append(step)
+    assert due == [2, 3, 4, 5, 7, 8]
+
+
+def test_num_train_epochs_gives_the_number_of_steps(train: Train) -> None:
+    """ceil(2 epochs * 5 pictures / 4 samples)."""
+    flags = ["--num_train_epochs=2", "--gradient_accumulation_steps=4", "--max_train_steps=0"]
+    with pytest.raises(SystemExit):
+        train(*flags)
+    args = trainer.parse_args([f"--{name}=x" for name in ("pretrained_model_name_or_path", "instance_data_dir",
+                              "data_df_path", "instance_prompt")] + ["--num_train_epochs=2"])  # fmt: skip
+    assert args.max_train_steps is None
+
+
+def test_previews_change_nothing(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without previews the LoRA is the same, bit for bit. No text encoder and no second pipeline is loaded."""
+
+    def fail(*_: object, **__: object) -> None:
+        pytest.fail("loaded a text encoder or a pipeline")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", fail)
+    for name in ("T5EncoderModel", "CLIPTextModelWithProjection"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", fail)
+    flags = [f"--validation_prompt={PREVIEW_PROMPT}", "--validation_steps=1", "--use_8bit_adam"]
+    assert equal(lora(train(output="without")), lora(train(*flags[:2], output="with")))
+    assert equal(lora(train(flags[2], output="without8")), lora(train(*flags, output="with8")))
+
+
+def test_previews_have_fixed_noise(train: Train) -> None:
+    """Run again, they are the same pictures; each number has its own noise."""
+    flags = [f"--validation_prompt={PREVIEW_PROMPT}", "--num_validation_images=2", "--max_train_steps=1"]
+    one, other = train(*flags, output="a") / "samples", train(*flags, output="b") / "samples"
+    names = sorted(path.name for path in one.iterdir())
+    assert len(names) == 2 and all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+    assert (one / names[0]).read_bytes() != (one / names[1]).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_launchers_precision_is_the_precision(train: Train, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """The reference asked its own flag, left the LoRA in fp16 when the launcher set it, and the loss became nan."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    output = train("--checkpointing_steps=4")
+    assert all(torch.isfinite(torch.tensor(logged(output)))) and all(v.dtype == torch.float32 for v in lora(output).values())
+    saved = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
+    assert saved["settings"]["mixed_precision"] == precision
+
+
+def test_sd35_trains(train: Train, tiny35: Path) -> None:
+    """Dual attention and QK norm, from the same embeddings."""
+    assert len(lora(train(f"--pretrained_model_name_or_path={tiny35}"))) == 24
+
+
+def test_gradient_accumulation_equals_a_larger_batch(train: Train) -> None:
+    """Four samples at once or one after the other: the same losses and, but for rounding, the same LoRA."""
+    whole = train("--train_batch_size=4", output="whole")
+    parts = train("--gradient_accumulation_steps=4", output="parts")
+    assert logged(whole) == pytest.approx(logged(parts), abs=1e-5)
+    assert all(torch.allclose(value, lora(parts)[name], atol=1e-5) for name, value in lora(whole).items())
+
+
+def test_the_card_has_the_base_models_licence_and_no_path(train: Train, tmp_path: Path) -> None:
+    """Not openrail++, which is no licence of SD3; the folder of the model is named without its path."""
+    output = train(f"--validation_prompt={PREVIEW_PROMPT}", "--hub_model_id=me/dog")
+    card = (output / "README.md").read_text()
+    assert "license: other" in card and "openrail" not in card and str(tmp_path.parent) not in card
+    assert f"instance_prompt: {PROMPT}" in card and 'load_lora_weights("me/dog")' in card
+    assert "url: samples/step-000004-prompt-0-0.png" in card
+
+
+def test_without_a_tracker_nothing_is_logged(train: Train) -> None:
+    """--report_to none."""
+    assert not (train("--report_to=none") / "logs").exists()
+
+
+def test_the_token_is_in_no_file(train: Train) -> None:
+    """The reference wrote it into the tracker's configuration and uploaded the logs."""
+    output = train("--hub_token=hf_secret_token", "--checkpointing_steps=2")
+    assert all(b"hf_secret_token" not in path.read_bytes() for path in output.rglob("*") if path.is_file())
+
+
+def test_all_problems_are_told_at_once(train: Train, tmp_path: Path) -> None:
+    """A bad picture, a picture and a prompt without embeddings, a wrong layer; with the command that mends it."""
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    (folder / "bad.jpg").write_text("not a picture")
+    Image.new("RGB", (64, 64)).save(folder / "new.png")
+    flags = ["--lora_layers=to_q,nothing", "--validation_prompt", "unknown prompt", "--lora_blocks=7"]
+    with pytest.raises(SystemExit) as exit_info:
+        train(f"--instance_data_dir={folder}", *flags)
+    message = str(exit_info.value)
+    for part in ["bad.jpg is not a readable picture", "2 of 2 pictures", "first: bad.jpg", "'unknown prompt'", "nothing",
+                 "the last block is 1", "compute_embeddings.py", f"--local_data_dir '{folder}'"]:  # fmt: skip
+        assert part in message, part
+    assert not (tmp_path / "out" / "latents.arrow").exists()
+
+
+@pytest.mark.parametrize(("flags", "part"), [
+    (["--data_df_path=nowhere.parquet"], "nowhere.parquet cannot be read"),
+    (["--instance_data_dir=nowhere"], "nowhere is not a folder"),
+    (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot read nowhere/nothing"),
+    (["--instance_prompt=another prompt"], "has no embeddings of 'another prompt'"),
+    (["--max_sequence_length=256"], "has 77 T5 tokens, not --max_sequence_length 256"),
+    (["--resolution=512"], "--resolution 512 is above the model's 256"),
+    (["--report_to=comet_ml"], "--report_to comet_ml is not installed"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_a_model_loads(
+    train: Train, monkeypatch: pytest.MonkeyPatch, flags: list[str], part: str
+) -> None:
+    """One message, exit code 1."""
+    monkeypatch.setattr(trainer, "load_vae", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match=part):
+        train(*flags)
+
+
+def test_widths_of_another_model_are_refused(train: Train, tiny: Path, tmp_path: Path) -> None:
+    """Embeddings must have the transformer's widths."""
+    (tmp_path / "transformer").mkdir()
+    config = json.loads((tiny / "transformer" / "config.json").read_text()) | {"joint_attention_dim": 64}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="computed with another kind of model"):
+        train(f"--pretrained_model_name_or_path={tmp_path}")
+
+
+def test_emulated_bf16_is_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 says that it can do bf16, but only emulates it."""
+    accelerator = type("T4", (), {"mixed_precision": "bf16", "device": torch.device("cuda"), "is_main_process": True})
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    args = trainer.parse_args(["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--data_df_path=e",
+                               "--instance_prompt=p", "--report_to=none", "--output_dir=/tmp"])  # fmt: skip
+    problems: list[str] = []
+    trainer.check_environment(args, accelerator, problems)
+    assert problems == ["Tesla T4 only emulates bf16; use --mixed_precision fp16."]
+
+
+def test_a_disk_that_is_too_small_is_told_before_training(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is needed and what there is."""
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SystemExit, match="4 checkpoints need .* GB free"):
+        train("--checkpointing_steps=1")
+
+
+def test_the_references_own_command_line_runs_through_accelerate_launch(
+    tiny: Path, photos: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    """From its notebook, changed in paths, tracker, resolution of the tiny model and number of steps alone."""
+    command = REFERENCE_COMMAND.replace("1024", "128")
+    paths = {"pretrained_model_name_or_path": tiny, "instance_data_dir": photos, "data_df_path": embeddings,
+             "output_dir": tmp_path / "trained-sd3-lora-miniature", "max_train_steps": 2}  # fmt: skip
+    flags = [*shlex.split(command), *(f"--{name}={value}" for name, value in paths.items())]
+    script = str(ROOT / "train_dreambooth_sd3_lora_miniature.py")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes=1", script, *flags]
+    result = subprocess.run(launch, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(lora(tmp_path / "trained-sd3-lora-miniature")) == 2 * 2 * 4
+    assert "Traceback" not in result.stderr and "Warning" not in result.stderr
+    assert RANK > 4 and "steps of 4 samples" in result.stdout
