@@ -255,11 +255,11 @@ class PromptEmbeddings:
         table = self.file.read_row_group(group, ["prompt_embeds", "pooled_prompt_embeds"], use_threads=False)
         table = table.slice(row - self.first_rows[group], 1)
         if self.has_prompts:
-            arrays = [column.combine_chunks().to_numpy_ndarray()[0] for column in table.columns]
+            arrays = [column.combine_chunks().to_numpy_ndarray()[0].copy() for column in table.columns]
         else:
-            arrays = [np.asarray(column[0].values, dtype=np.float32) for column in table.columns]
-        prompt_embeds, pooled_prompt_embeds = (torch.from_numpy(array.copy()) for array in arrays)
-        return prompt_embeds.view(-1, self.joint_attention_dim), pooled_prompt_embeds
+            arrays = [column[0].values.to_numpy().astype(np.float32) for column in table.columns]
+            arrays[0] = arrays[0].reshape(-1, self.joint_attention_dim)
+        return tuple(map(torch.from_numpy, arrays))
 
 
 LATENTS_SCHEMA = pa.schema([
@@ -464,7 +464,7 @@ def check_embeddings(
     try:
         embeddings = PromptEmbeddings(path, config.get("joint_attention_dim", 1))
         prompt_embeds, pooled_prompt_embeds = embeddings[next(iter(embeddings.row_of_prompt))]
-    except (OSError, pa.ArrowException, KeyError, StopIteration, RuntimeError) as error:
+    except (OSError, pa.ArrowException, KeyError, StopIteration, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problems.append(f"--data_df_path {path} cannot be read ({reason}). Run: {embeddings_command(args, {})}")
         return None
@@ -503,9 +503,14 @@ def check_environment(args: argparse.Namespace, accelerator: Accelerator, proble
         problems.append(f"--output_dir {args.output_dir} cannot be written: {error.strerror}.")
     if args.push_to_hub and accelerator.is_main_process:
         try:
-            HfApi(token=args.hub_token).whoami()
+            api = HfApi(token=args.hub_token)
+            api.whoami()
+            if not problems:  # the repository is made last, when nothing else is in the way
+                name = args.hub_model_id or args.output_dir.resolve().name
+                args.hub_model_id = api.create_repo(name, exist_ok=True).repo_id
         except (OSError, ValueError) as error:
-            problems.append(f"--push_to_hub: {str(error).splitlines()[0]} Run: hf auth login")
+            reason = str(error).splitlines()[0]
+            problems.append(f"--push_to_hub: {reason}\n  With a token that may write, run: hf auth login")
 
 
 def find_checkpoint(
@@ -537,7 +542,6 @@ def preflight(
         args.seed = broadcast_object_list([args.seed])[0]
     hash_of_image = {path: hash_image(path) for path in check_images(args, accelerator, problems)}
     embeddings = check_embeddings(args, hash_of_image, check_model(args, problems), problems)
-    check_environment(args, accelerator, problems)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(hash_of_image) / samples_per_step)
@@ -549,6 +553,7 @@ def preflight(
     for name, saved in state.get("settings", {}).items():
         if settings.get(name) != saved:
             problems.append(f"{checkpoint} was trained with {name} {saved}, this run has {settings.get(name)}.")
+    check_environment(args, accelerator, problems)
     if problems:
         message = "".join(f"\n- {problem}" for problem in problems)
         raise SystemExit(f"Cannot start:{message}" if accelerator.is_main_process else 1)
@@ -829,9 +834,9 @@ def make_previews(run: Run) -> list[tuple[str, Path]]:
     return written
 
 
-def write_model_card(run: Run, repo_id: str, previews: list[tuple[str, Path]]) -> None:
+def write_model_card(run: Run, previews: list[tuple[str, Path]]) -> None:
     """README.md for the Hub: base model, trigger, gallery, how to load it, licence and training settings."""
-    args = run.args
+    args, name = run.args, run.args.hub_model_id or run.args.output_dir.resolve().name
     is_folder = Path(args.pretrained_model_name_or_path).is_dir()
     base = Path(args.pretrained_model_name_or_path).name if is_folder else args.pretrained_model_name_or_path
     data = ModelCardData(
@@ -848,7 +853,7 @@ def write_model_card(run: Run, repo_id: str, previews: list[tuple[str, Path]]) -
     hidden = {"images", "pretrained_model_name_or_path"}
     shown = {name: value for name, value in run.settings.items() if name not in hidden and value is not None}
     text = f"""
-# {repo_id}
+# {name}
 
 <Gallery />
 
@@ -859,7 +864,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained("{base}", dtype=torch.float16)
-pipeline.load_lora_weights("{repo_id}")
+pipeline.load_lora_weights("{name}")
 pipeline.enable_model_cpu_offload()
 image = pipeline("{args.instance_prompt}").images[0]
 ```
@@ -873,17 +878,17 @@ The licence is that of the base model, {base}. Trained for {run.global_step} ste
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(args.output_dir / "README.md")
 
 
-def push_to_hub(args: argparse.Namespace, repo_id: str, previews: list[tuple[str, Path]]) -> None:
+def push_to_hub(args: argparse.Namespace, previews: list[tuple[str, Path]]) -> None:
     """Upload the LoRA, its card and the card's samples, and nothing else."""
     files = [LORA_NAME, "README.md", *(f"samples/{path.name}" for _, path in previews)]
-    upload = {"repo_id": repo_id, "folder_path": args.output_dir, "allow_patterns": files}
+    upload = {"repo_id": args.hub_model_id, "folder_path": args.output_dir, "allow_patterns": files}
     try:
         HfApi(token=args.hub_token).upload_folder(**upload, commit_message="Add a DreamBooth LoRA")
     except (OSError, ValueError) as error:
         includes = [part for file in files for part in ("--include", file)]
-        command = shlex.join(["hf", "upload", repo_id, str(args.output_dir), ".", *includes])
+        command = shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *includes])
         raise SystemExit(f"The upload failed: {error}\nNothing is lost. To send it: {command}") from error
-    print(f"pushed to https://huggingface.co/{repo_id}")
+    print(f"pushed to {args.hub_model_id}")
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -947,9 +952,6 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     accelerator = make_accelerator(args)
     hash_of_image, embeddings, checkpoint, settings = preflight(args, accelerator)
-    repo_id = args.hub_model_id or args.output_dir.resolve().name
-    if args.push_to_hub and accelerator.is_main_process:
-        repo_id = HfApi(token=args.hub_token).create_repo(repo_id, exist_ok=True).repo_id
 
     latents_path, key = args.output_dir / "latents.arrow", latents_key(args, list(hash_of_image.values()))
     if accelerator.is_main_process and not latents_are_current(latents_path, key):
@@ -994,12 +996,12 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         save_lora(args.output_dir, run.transformer, fold_alpha=True)
         previews = make_previews(run) if args.validation_prompt and args.num_validation_images else []
-        write_model_card(run, repo_id, previews)
+        write_model_card(run, previews)
         size = (args.output_dir / LORA_NAME).stat().st_size / 1e6
         print(f"wrote {args.output_dir / LORA_NAME}: {size:.1f} MB; README.md and {len(previews)} samples beside it")
         print(f"{peak_memory()}, {time.monotonic() - started:.0f} s")
         if args.push_to_hub:
-            push_to_hub(args, repo_id, previews)
+            push_to_hub(args, previews)
     accelerator.end_training()
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": os.environ.get("TEST_GPU", "")}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # threads only slow tiny models
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -77,7 +77,7 @@ def reset_accelerate() -> None:
 def train(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> Callable[..., Path]:
     """Run the trainer in this process, 4 steps unless told otherwise, and return its output folder."""
 
-    def run(*flags: str, output: str = "out") -> Path:
+    def run(*flags: str, output: str = "out", **changes: object) -> Path:
         reset_accelerate()
         defaults = {
             "pretrained_model_name_or_path": tiny, "instance_data_dir": photos, "data_df_path": embeddings,
@@ -85,7 +85,7 @@ def train(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> Callabl
             "max_train_steps": 4, "lr_warmup_steps": 0, "learning_rate": 1e-3, "rank": RANK, "seed": 0,
             "num_inference_steps": 2, "num_validation_images": 1,
         }  # fmt: skip
-        command = [f"--{name}={value}" for name, value in defaults.items()]
+        command = [f"--{name}={value}" for name, value in (defaults | changes).items() if value is not None]
         trainer.main(trainer.parse_args([*command, *flags]))
         return tmp_path / output
 

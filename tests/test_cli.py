@@ -12,13 +12,15 @@ import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import ROOT
 
 REQUIRED = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--data_df_path=e", "--instance_prompt=p"]
-REFERENCE_FLAGS = """pretrained_model_name_or_path revision variant instance_data_dir data_df_path cache_dir instance_prompt
-max_sequence_length validation_prompt num_validation_images validation_epochs rank output_dir seed resolution center_crop
-random_flip train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit
+REFERENCE_FLAGS = """
+pretrained_model_name_or_path revision variant instance_data_dir data_df_path cache_dir instance_prompt
+max_sequence_length validation_prompt num_validation_images validation_epochs rank output_dir seed resolution
+center_crop random_flip train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit
 resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
-lr_warmup_steps lr_num_cycles lr_power dataloader_num_workers weighting_scheme logit_mean logit_std mode_scale optimizer
-use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id
-logging_dir allow_tf32 report_to mixed_precision prior_generation_precision local_rank""".split()
+lr_warmup_steps lr_num_cycles lr_power dataloader_num_workers weighting_scheme logit_mean logit_std mode_scale
+optimizer use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub hub_token
+hub_model_id logging_dir allow_tf32 report_to mixed_precision prior_generation_precision local_rank
+""".split()
 
 
 def test_bare_compute_embeddings_has_the_references_defaults() -> None:

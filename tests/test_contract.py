@@ -179,7 +179,8 @@ def reference_file(path: Path, photos: Path, embeddings: Path) -> Path:
 
 def test_files_of_the_reference_are_read(photos: Path, embeddings: Path, tmp_path: Path) -> None:
     """A row per picture, and no fixed 154 x 4096."""
-    old = trainer.PromptEmbeddings(reference_file(tmp_path / "old.parquet", photos, embeddings), tiny_pipeline.T5_WIDTH)
+    path = reference_file(tmp_path / "old.parquet", photos, embeddings)
+    old = trainer.PromptEmbeddings(path, tiny_pipeline.T5_WIDTH)
     new = trainer.PromptEmbeddings(embeddings, tiny_pipeline.T5_WIDTH)
     assert old.prompt_of_image.keys() == new.prompt_of_image.keys()
     for image_hash in old.prompt_of_image:

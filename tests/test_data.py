@@ -77,7 +77,8 @@ def test_every_epoch_has_every_picture_once_in_another_order(samples: Callable[.
     """Two epochs of five pictures: the same pictures, another permutation."""
     dataset = samples(range(10), "--center_crop")
     means = [trainer.open_latents(dataset.latents_path).get_batch(i)["mean"].flatten().to_numpy() for i in range(5)]
-    seen = [int(np.argmin([np.abs(dataset[i]["latents"].numpy().ravel() - mean).mean() for mean in means])) for i in range(10)]
+    latents = [dataset[i]["latents"].numpy().ravel() for i in range(10)]
+    seen = [int(np.argmin([np.abs(one - mean).mean() for mean in means])) for one in latents]
     assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4] and seen[:5] != seen[5:]
 
 
@@ -100,7 +101,9 @@ def test_center_crop_takes_the_middle() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["mode", "sigma_sqrt", "cosmap", "none"])
-def test_every_scheme_draws_noise_levels_of_the_schedule(samples: Callable[..., trainer.SampleDataset], scheme: str) -> None:
+def test_every_scheme_draws_noise_levels_of_the_schedule(
+    samples: Callable[..., trainer.SampleDataset], scheme: str
+) -> None:
     """Also `mode`, which can reach one step past the end."""
     dataset = samples(range(200), f"--weighting_scheme={scheme}")
     sigmas = torch.stack([dataset[i]["sigma"] for i in range(200)])

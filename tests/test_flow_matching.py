@@ -46,7 +46,7 @@ def test_unweighted_it_is_the_mean_squared_error_of_each_sample() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_preconditioned_it_is_the_references_loss(scheme: str) -> None:
-    """The reference: prediction -> x0 = noisy - sigma * prediction, compared with the latents. Equals sigma² times ours."""
+    """The reference compares x0 = noisy - sigma * prediction with the latents: sigma² times the velocity's error."""
     one, velocity_pred = batch(), torch.randn(3, 16, 4, 4)
     sigmas = one["sigma"].view(-1, 1, 1, 1)
     noisy = sigmas * one["noise"] + (1 - sigmas) * one["latents"]
@@ -60,7 +60,8 @@ def test_every_weighting_is_finite_at_every_noise_level(scheme: str) -> None:
     """Also for a prediction in fp16: in the reference's fp16 sigmas, sigma_sqrt was infinite."""
     count = len(SIGMAS)
     one = {"latents": torch.zeros(count, 16, 2, 2), "noise": torch.ones(count, 16, 2, 2), "sigma": SIGMAS}
-    losses = loss(torch.zeros(count, 16, 2, 2, dtype=torch.float16), one | {"mask": torch.ones(count, 1, 2, 2)}, scheme)
+    one["mask"] = torch.ones(count, 1, 2, 2)
+    losses = loss(torch.zeros(count, 16, 2, 2, dtype=torch.float16), one, scheme)
     assert torch.isfinite(losses).all() and (losses > 0).all()
 
 

@@ -1,0 +1,128 @@
+"""A small Hugging Face Hub on loopback, for tests: repositories in memory, the requests that huggingface_hub sends.
+
+Speaks whoami, create_repo, upload_folder (preupload, LFS batch, commit) and file downloads, without Xet.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "0" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One request. `server` holds repos: {repo_id: {path: bytes}}, blobs: {sha256: bytes}, tokens: {token: role}."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+    def reply(self, code: int, body: object = None, headers: dict[str, str] | None = None) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def handle_request(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = self.path.partition("?")[0]
+        role = self.server.tokens.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
+        for pattern, action, needs_write in self.ROUTES:
+            if match := re.fullmatch(pattern, path):
+                if needs_write and role != "write":
+                    return self.reply(403 if role else 401, {"error": "You need a token that may write."})
+                return action(self, role, **match.groupdict())
+        return self.reply(404, {"error": "Not found"})
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    def whoami(self, role: str | None) -> None:
+        if role is None:
+            return self.reply(401, {"error": "Invalid username or password."})
+        token = {"displayName": "test", "role": role}
+        return self.reply(200, {"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": token}})
+
+    def create(self, role: str) -> None:
+        name = f"me/{json.loads(self.body)['name']}"
+        known = name in self.server.repos
+        self.server.repos.setdefault(name, {})
+        url = f"{self.server.url}/{name}"
+        self.reply(409 if known else 200, {"url": url, "name": name, "error": "You already created this model repo"})
+
+    def info(self, role: str | None, repo: str) -> None:
+        if repo not in self.server.repos:
+            return self.reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        files = [{"rfilename": path} for path in self.server.repos[repo]]
+        return self.reply(200, {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": files, "private": False})
+
+    def validate(self, role: str | None) -> None:
+        self.reply(200, {"errors": [], "warnings": []})
+
+    def preupload(self, role: str, repo: str) -> None:
+        files = [file["path"] for file in json.loads(self.body)["files"]]
+        modes = [{"path": path, "uploadMode": "regular" if path.endswith(".md") else "lfs"} for path in files]
+        self.reply(200, {"files": [mode | {"shouldIgnore": False} for mode in modes], "commitOid": COMMIT})
+
+    def lfs_batch(self, role: str, repo: str) -> None:
+        objects = json.loads(self.body)["objects"]
+        upload = [{"actions": {"upload": {"href": f"{self.server.url}/lfs/{one['oid']}"}}} for one in objects]
+        batch = [one | actions for one, actions in zip(objects, upload, strict=True)]
+        self.reply(200, {"transfer": "basic", "objects": batch})
+
+    def lfs_put(self, role: str | None, oid: str) -> None:
+        assert hashlib.sha256(self.body).hexdigest() == oid
+        self.server.blobs[oid] = self.body
+        self.reply(200, {})
+
+    def commit(self, role: str, repo: str) -> None:
+        for line in self.body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "file":
+                self.server.repos[repo][value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                self.server.repos[repo][value["path"]] = self.server.blobs[value["oid"]]
+        url = f"{self.server.url}/{repo}/commit/{COMMIT}"
+        self.reply(200, {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
+
+    def resolve(self, role: str | None, repo: str, path: str) -> None:
+        data = self.server.repos.get(repo, {}).get(path)
+        if data is None:
+            return self.reply(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        return self.reply(200, data, {"X-Repo-Commit": COMMIT, "ETag": etag})
+
+    REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+    ROUTES = [
+        (r"/api/whoami-v2", whoami, False),
+        (r"/api/repos/create", create, True),
+        (r"/api/validate-yaml", validate, False),
+        (rf"/api/models/{REPO}(?:/revision/[^/]+)?", info, False),
+        (rf"/api/models/{REPO}/preupload/[^/]+", preupload, True),
+        (rf"/{REPO}\.git/info/lfs/objects/batch", lfs_batch, True),
+        (r"/lfs/(?P<oid>[0-9a-f]{64})", lfs_put, False),
+        (rf"/api/models/{REPO}/commit/[^/]+", commit, True),
+        (rf"/{REPO}/resolve/[^/]+/(?P<path>.+)", resolve, False),
+    ]
+
+
+@contextmanager
+def serve() -> Iterator[ThreadingHTTPServer]:
+    """A running Hub of user `me`; its `url` goes into HF_ENDPOINT."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    server.repos, server.blobs, server.tokens = {}, {}, {"hf_write": "write", "hf_read": "read"}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()

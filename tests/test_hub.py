@@ -1,0 +1,62 @@
+"""Pushing to the Hub, here a server on loopback: what is sent, with which token, and that a failure costs nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT
+from hub_server import serve
+
+
+def run(
+    model: Path, photos: Path, embeddings: Path, output: Path, url: str, *flags: str
+) -> subprocess.CompletedProcess:
+    """The trainer in a process of its own, which reads the Hub's address when it starts."""
+    values = {
+        "pretrained_model_name_or_path": model, "instance_data_dir": photos, "data_df_path": embeddings,
+        "instance_prompt": PROMPT, "output_dir": output, "resolution": 64, "max_train_steps": 1, "rank": RANK,
+        "train_batch_size": 1, "num_inference_steps": 1, "num_validation_images": 1, "checkpointing_steps": 1,
+        "validation_prompt": PREVIEW_PROMPT,
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "train_dreambooth_sd3_lora_miniature.py"), "--push_to_hub", *flags]
+    environment = {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(output.parent / "hf"),
+                   "PATH": "/usr/bin:/bin", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    command += [f"--{name}={value}" for name, value in values.items()]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_only_lora_card_and_samples_are_pushed(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
+    """Byte for byte; no log, latent or checkpoint, and no token anywhere."""
+    with serve() as hub:
+        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write")
+        assert result.returncode == 0, result.stderr
+        pushed = hub.repos["me/dog"]
+    sample = "samples/step-000001-prompt-0-0.png"
+    assert set(pushed) == {"README.md", "pytorch_lora_weights.safetensors", sample}
+    assert all((tmp_path / "dog" / name).read_bytes() == data for name, data in pushed.items())
+    written = [path.read_bytes() for path in (tmp_path / "dog").rglob("*") if path.is_file()]
+    assert not any(b"hf_write" in text for text in [*written, result.stdout.encode(), result.stderr.encode()])
+
+
+@pytest.mark.parametrize(("token", "part"), [("hf_read", "may write"), ("hf_wrong", "Invalid user token")])
+def test_a_token_that_cannot_push_is_told_before_training(
+    tiny: Path, photos: Path, embeddings: Path, tmp_path: Path, token: str, part: str
+) -> None:
+    """A read-only or invalid token: one message, exit code 1, nothing trained."""
+    with serve() as hub:
+        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, f"--hub_token={token}")
+    assert result.returncode == 1 and part in result.stderr and token not in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "dog" / "latents.arrow").exists()
+
+
+def test_a_failed_push_loses_nothing(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
+    """The LoRA is on disk, and the command that sends it is printed."""
+    with serve() as hub:
+        hub.RequestHandlerClass = type("Broken", (hub.RequestHandlerClass,), {
+            "ROUTES": [route for route in hub.RequestHandlerClass.ROUTES if "/commit/" not in route[0]],
+        })  # fmt: skip
+        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"hf upload me/dog {tmp_path / 'dog'} . --include pytorch_lora_weights.safetensors" in result.stderr
+    assert (tmp_path / "dog" / "pytorch_lora_weights.safetensors").exists()
