@@ -56,6 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="a Hub repository or a folder in diffusers' layout; SD3 or SD3.5")
     model.add_argument("--revision", help="branch, tag or commit of the Hub repository; unset: its main branch")
     model.add_argument("--variant", help="variant of the weight files, such as fp16; unset: the plain files")
+    model.add_argument("--cache_dir", help="where downloads are kept; unset: the Hugging Face cache")
     model.add_argument("--t5_precision", choices=["int8", "exact"], default="int8",
                        help="int8: LLM.int8(), fast, 8 GB; exact: fp32, streamed from disk block by block, 2 GB")
     model.add_argument("--no_t5", action="store_true", help="zeros for T5, as SD3 accepts; saves a 9.5 GB download")
@@ -96,9 +97,9 @@ def peak_memory() -> str:
 
 def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs: object) -> object:
     """What `load` (a from_pretrained or load_config) gives for one part of the pipeline; exits if it cannot be had."""
-    name = args.pretrained_model_name_or_path
+    name, source = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     try:
-        return load(name, subfolder=subfolder, revision=args.revision, **kwargs)
+        return load(name, subfolder=subfolder, **source, **kwargs)
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"Cannot load {subfolder} of {name}: {str(error).strip().splitlines()[0]}\n"

@@ -27,7 +27,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -269,10 +269,16 @@ LATENTS_SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
+def model_file(name: str, *, subfolder: str, filename: str, **source: str | None) -> Path:
+    """One file of the model: in its folder, or downloaded from the Hub."""
+    path = Path(name, subfolder, filename)
+    return path if path.exists() else Path(hf_hub_download(name, filename, subfolder=subfolder, **source))
+
+
 def latents_key(args: argparse.Namespace, image_hashes: list[str]) -> str:
     """Everything that the latents depend on; they are encoded anew when it changes."""
-    name = f"diffusion_pytorch_model{f'.{args.variant}' if args.variant else ''}.safetensors"
-    vae_hash = hash_image(model_file(args, f"vae/{name}"))
+    filename = f"diffusion_pytorch_model{f'.{args.variant}' if args.variant else ''}.safetensors"
+    vae_hash = hash_image(load_part(model_file, args, "vae", filename=filename, token=args.hub_token))
     return json.dumps([vae_hash, args.resolution, args.center_crop, args.random_flip, CROPS_PER_IMAGE, image_hashes])
 
 
@@ -285,10 +291,23 @@ def latents_are_current(path: Path, key: str) -> bool:
         return False
 
 
+def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs: object) -> object:
+    """What `load` (a from_pretrained or load_config) gives for one part of the pipeline; exits if it cannot be had."""
+    name, source = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        return load(name, subfolder=subfolder, **source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"Cannot load {subfolder} of {name}: {str(error).strip().splitlines()[0]}\n"
+            "A folder needs diffusers' layout. For a gated repository, accept the licence on "
+            f"https://huggingface.co/{name} and run: hf auth login"
+        ) from error
+
+
 def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
     """The VAE in fp32; the real one overflows in fp16."""
-    source = {"subfolder": "vae", "variant": args.variant, **model_source(args)}
-    return AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, **source).to(device, torch.float32)
+    kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": torch.float32}
+    return load_part(AutoencoderKL.from_pretrained, args, "vae", **kwargs).to(device)
 
 
 @torch.inference_mode()
@@ -389,17 +408,6 @@ class SampleDataset(Dataset):
 # ------------------------------------------------------------------------------------------------------- preflight
 
 
-def model_source(args: argparse.Namespace) -> dict[str, str | None]:
-    """Where to find the model, as from_pretrained and hf_hub_download take it."""
-    return {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
-
-
-def model_file(args: argparse.Namespace, filename: str) -> Path:
-    """One file of the model: in its folder, or downloaded from the Hub."""
-    name = args.pretrained_model_name_or_path
-    return Path(name, filename) if Path(name).is_dir() else Path(hf_hub_download(name, filename, **model_source(args)))
-
-
 def embeddings_command(args: argparse.Namespace, about: dict) -> str:
     """The command line that writes the embeddings this run needs."""
     command = ["python", "compute_embeddings.py", "--prompt", args.instance_prompt]
@@ -434,14 +442,10 @@ def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: l
 
 def check_model(args: argparse.Namespace, problems: list[str]) -> dict:
     """The transformer's config, or {} if it cannot be had."""
-    name = args.pretrained_model_name_or_path
     try:
-        config = json.loads(model_file(args, "transformer/config.json").read_text())
-    except (OSError, ValueError) as error:
-        problems.append(
-            f"Cannot read {name}: {str(error).strip().splitlines()[0]}\n  A folder needs diffusers' layout. "
-            f"For a gated repository, accept the licence on https://huggingface.co/{name} and run: hf auth login"
-        )
+        config = load_part(SD3Transformer2DModel.load_config, args, "transformer", token=args.hub_token)
+    except SystemExit as message:
+        problems.append(str(message))
         return {}
     largest = config["pos_embed_max_size"] * config["patch_size"] * 8  # the VAE makes one latent of 8 x 8 pixels
     if args.resolution > largest:
@@ -573,9 +577,8 @@ def lora_targets(transformer: nn.Module, layers: str, blocks: str | None) -> lis
 
 def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3Transformer2DModel:
     """The frozen transformer, straight in the training dtype, with a LoRA that is always trained in fp32."""
-    source = {"subfolder": "transformer", "dtype": weight_dtype, "variant": args.variant}
-    name = args.pretrained_model_name_or_path
-    transformer = SD3Transformer2DModel.from_pretrained(name, **source, **model_source(args))
+    kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": weight_dtype}
+    transformer = load_part(SD3Transformer2DModel.from_pretrained, args, "transformer", **kwargs)
     transformer.requires_grad_(False)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -943,8 +946,8 @@ def load_run(args: argparse.Namespace, accelerator: Accelerator, embeddings: Pro
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
         num_cycles=args.lr_num_cycles, power=args.lr_power,
     )  # fmt: skip
-    name, source = args.pretrained_model_name_or_path, model_source(args)
-    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(name, subfolder="scheduler", **source)
+    load, token = FlowMatchEulerDiscreteScheduler.from_pretrained, args.hub_token
+    noise_scheduler = load_part(load, args, "scheduler", token=token)
     return Run(args, accelerator, embeddings, noise_scheduler, transformer, optimizer, lr_scheduler, settings)
 
 

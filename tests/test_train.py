@@ -248,7 +248,7 @@ def test_all_problems_are_told_at_once(train: Train, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("flags", "part"), [
     (["--data_df_path=nowhere.parquet"], "nowhere.parquet cannot be read"),
     (["--instance_data_dir=nowhere"], "nowhere is not a folder"),
-    (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot read nowhere/nothing"),
+    (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot load transformer of nowhere/nothing"),
     (["--instance_prompt=another prompt"], "has no embeddings of 'another prompt'"),
     (["--max_sequence_length=256"], "has 77 T5 tokens, not --max_sequence_length 256"),
     (["--resolution=512"], "--resolution 512 is above the model's 256"),
