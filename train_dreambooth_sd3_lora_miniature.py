@@ -86,14 +86,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The reference's flags keep their names and meaning; the others are named as in diffusers' training scripts."""
     about = {"description": __doc__.splitlines()[0], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     parser = argparse.ArgumentParser(allow_abbrev=False, **about)
-
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True,
         help="SD3 or SD3.5: Hub repository, or folder in diffusers' layout")
     add("--revision", help="branch, tag or commit of the repository; unset: its main branch")
     add("--variant", help="variant of the weight files, such as fp16; unset: the plain files")
     add("--cache_dir", help="where downloads are kept; unset: the Hugging Face cache")
-
     add = parser.add_argument_group("data").add_argument
     add("--instance_data_dir", type=Path, required=True, help="folder with the pictures of the subject")
     add("--data_df_path", type=Path, required=True, help="Parquet file that compute_embeddings.py wrote")
@@ -103,14 +101,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--random_flip", action="store_true", help="mirror pictures at random")
     add("--max_sequence_length", type=int, help="T5 tokens that the embeddings must have; unset: what they have")
     add("--dataloader_num_workers", type=int, default=0, help="worker processes; 0: read in the main process")
-
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=int, default=4, help="rank of the update matrices")
     add("--lora_alpha", type=float, help="strength: updates are scaled by alpha / rank; unset: the rank")
     add("--lora_dropout", type=float, default=0.0, help="dropout probability on the way into the LoRA")
     add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="layers to train, by the ends of their names")
     add("--lora_blocks", help="transformer blocks to train, such as 12,13,14; unset: all")
-
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", type=Path, default=Path("sd3-dreambooth-lora"), help="folder for everything that is written")
     add("--seed", type=int, help="makes the run repeatable; unset: one is drawn and printed")
@@ -139,14 +135,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adam_weight_decay", type=float, default=1e-4, help="weight decay")
     add("--adam_epsilon", type=float, default=1e-8, help="epsilon")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision; unset: what accelerate is set to")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: far less memory, a third slower")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help=argparse.SUPPRESS)
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
-
     add = parser.add_argument_group("previews").add_argument
     add("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="prompts of previews")
     add("--negative_prompt", default="", help="what previews are guided away from")
@@ -155,14 +149,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation_steps", type=int, help="preview after every so many optimizer steps instead")
     add("--num_inference_steps", type=int, default=28, help="denoising steps of a preview")
     add("--guidance_scale", type=float, default=7.0, help="classifier-free guidance of a preview")
-
     add = parser.add_argument_group("checkpoints and logs").add_argument
     add("--checkpointing_steps", type=int, default=500, help="save a checkpoint every so many optimizer steps")
     add("--checkpoints_total_limit", type=int, help="how many checkpoints to keep; unset: all")
     add("--resume_from_checkpoint", metavar="latest|PATH", help="continue from the newest or from this one")
     add("--report_to", default="tensorboard", help="tensorboard, wandb, none, all, or what else accelerate knows")
     add("--logging_dir", default="logs", help="folder of TensorBoard's files, under --output_dir")
-
     add = parser.add_argument_group("Hub").add_argument
     add("--push_to_hub", action="store_true", help="upload the LoRA, its card and its samples at the end")
     add("--hub_model_id", help="repository to upload to; unset: the name of --output_dir")
@@ -526,8 +518,7 @@ def find_checkpoint(
         accelerator.print(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
     if not wanted or (wanted == "latest" and not there):
         return None, {}
-    candidates = [there[-1]] if wanted == "latest" else [Path(wanted), args.output_dir / wanted]
-    for checkpoint in candidates:
+    for checkpoint in [there[-1]] if wanted == "latest" else [Path(wanted), args.output_dir / wanted]:
         if (checkpoint / "trainer_state.json").is_file():
             return checkpoint, json.loads((checkpoint / "trainer_state.json").read_text())
     names = ", ".join(path.name for path in there) or "none"
@@ -608,8 +599,7 @@ def flow_matching_loss(
     """Per-sample weighted velocity error, (B,). Rectified flow, arXiv 2403.03206 §3.1.
 
     velocity_pred, latents, noise (B, 16, H, W); sigmas (B, 1, 1, 1); mask (B, 1, H, W). With precondition_outputs it
-    is the error of the clean latents that the velocity implies, as in the reference: x0 = noisy - sigma * velocity,
-    so that error is sigma² times the velocity's.
+    is the reference's error of the latents that the velocity implies, noisy - sigma * velocity: sigma² times ours.
     """
     velocity = noise - latents
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
@@ -928,14 +918,11 @@ def check_disk(run: Run, lora_size: int) -> None:
     """Stop now rather than in the middle, if the checkpoints of a LoRA of so many parameters will not fit."""
     args = run.args
     saves = max(0, args.max_train_steps - run.global_step) // args.checkpointing_steps
-    kept = min(saves, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else saves
-    bytes_each = 4 + (2 if args.use_8bit_adam else 8)  # the weight and AdamW's two states
-    needed, free = (4 + kept * bytes_each) * lora_size, shutil.disk_usage(args.output_dir).free
-    if free < needed:
-        raise SystemExit(
-            f"{kept} checkpoints need {needed / 1e9:.1f} GB in {args.output_dir}, which has {free / 1e9:.1f} GB free. "
-            "Make room, or keep fewer with --checkpoints_total_limit."
-        )
+    kept = min(saves, (args.checkpoints_total_limit or saves) + 1)
+    needed = (4 + kept * (6 if args.use_8bit_adam else 12)) * lora_size / 1e9  # a weight, and AdamW's two states
+    if (free := shutil.disk_usage(args.output_dir).free / 1e9) < needed:
+        what = f"{kept} checkpoints need {needed:.1f} GB in {args.output_dir}, which has {free:.1f} GB free"
+        raise SystemExit(f"{what}. Make room, or keep fewer with --checkpoints_total_limit.")
 
 
 def load_run(args: argparse.Namespace, accelerator: Accelerator, embeddings: PromptEmbeddings, settings: dict) -> Run:
@@ -946,8 +933,8 @@ def load_run(args: argparse.Namespace, accelerator: Accelerator, embeddings: Pro
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
         num_cycles=args.lr_num_cycles, power=args.lr_power,
     )  # fmt: skip
-    load, token = FlowMatchEulerDiscreteScheduler.from_pretrained, args.hub_token
-    noise_scheduler = load_part(load, args, "scheduler", token=token)
+    load = FlowMatchEulerDiscreteScheduler.from_pretrained
+    noise_scheduler = load_part(load, args, "scheduler", token=args.hub_token)
     return Run(args, accelerator, embeddings, noise_scheduler, transformer, optimizer, lr_scheduler, settings)
 
 
