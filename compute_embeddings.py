@@ -41,8 +41,9 @@ except ImportError:  # Windows
 
 
 CHUNK_SIZE = 16  # prompts per pass of an encoder
-HEIC_SUFFIXES = {".heic", ".heif"} if importlib.util.find_spec("pillow_heif") else set()
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"} | HEIC_SUFFIXES
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+if importlib.util.find_spec("pillow_heif"):  # for the pictures of phones
+    IMAGE_SUFFIXES |= {".heic", ".heif"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -229,7 +230,7 @@ def caption_images(args: argparse.Namespace) -> dict[str, list[str]]:
     folder = args.local_data_dir
     images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
     if passed_over:
-        print(f"passed over, not a picture: {', '.join(path.name for path in passed_over)}")
+        print(f"passed over, not a readable picture: {', '.join(path.name for path in passed_over)}")
     if not images:
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
         what = "has no pictures" if folder.is_dir() else "is not a folder"

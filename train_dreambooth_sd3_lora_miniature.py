@@ -64,8 +64,10 @@ try:
 except ImportError:  # Windows
     resource = None
 
-HEIC_SUFFIXES = {".heic", ".heif"} if importlib.util.find_spec("pillow_heif") else set()
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"} | HEIC_SUFFIXES
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+if importlib.util.find_spec("pillow_heif"):  # for the pictures of phones
+    importlib.import_module("pillow_heif").register_heif_opener()
+    IMAGE_SUFFIXES |= {".heic", ".heif"}
 CROPS_PER_IMAGE = 4  # random cropping chooses among this many places, since latents are encoded ahead
 LORA_NAME = "pytorch_lora_weights.safetensors"
 MAY_BE_ZERO = ["seed", "lr_warmup_steps", "num_validation_images", "dataloader_num_workers", "precondition_outputs"]
@@ -420,7 +422,7 @@ def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: l
     folder = args.instance_data_dir
     images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
     if passed_over:
-        accelerator.print(f"passed over, not a picture: {', '.join(path.name for path in passed_over)}")
+        accelerator.print(f"passed over, not a readable picture: {', '.join(path.name for path in passed_over)}")
     if not images:
         what = f"has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})" if folder.is_dir() else "is not a folder"
         problems.append(f"--instance_data_dir {folder} {what}.")

@@ -16,6 +16,7 @@ from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, logged
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 Train = Callable[..., Path]
 REFERENCE_COMMAND = """--mixed_precision="fp16" --instance_prompt="a photo of sks dog" --resolution=1024
@@ -52,6 +53,8 @@ def test_a_run_writes_these_files_and_no_others(train: Train) -> None:
     expected = {f"checkpoint-{step}/{part}" for step in (2, 4) for part in parts} | samples
     assert files == expected | {"README.md", "latents.arrow", "pytorch_lora_weights.safetensors"}
     assert len(logged(output)) == 4 and Image.open(output / min(samples)).size == (64, 64)
+    events = EventAccumulator(str(next((output / "logs").rglob("events.out*")).parent)).Reload()
+    assert [image.step for image in events.Images(events.Tags()["images"][0])] == [2, 4]
 
 
 @pytest.mark.parametrize("flags", [
@@ -176,6 +179,19 @@ def test_previews_change_nothing(train: Train, monkeypatch: pytest.MonkeyPatch) 
     assert equal(lora(train(flags[2], output="without8")), lora(train(*flags, output="with8")))
 
 
+def test_previews_leave_no_hook_on_the_model(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's preview put offload hooks on the very model that was being trained."""
+    models, save_lora = [], trainer.save_lora
+
+    def keep_and_save(folder: Path, transformer: torch.nn.Module, fold_alpha: bool) -> None:
+        models.append(transformer)
+        save_lora(folder, transformer, fold_alpha)
+
+    monkeypatch.setattr(trainer, "save_lora", keep_and_save)
+    train(f"--validation_prompt={PREVIEW_PROMPT}", "--validation_steps=1")
+    assert not any(hasattr(module, "_hf_hook") or module._forward_pre_hooks for module in models[-1].modules())
+
+
 def test_previews_have_fixed_noise(train: Train) -> None:
     """Run again, they are the same pictures; each number has its own noise."""
     flags = [f"--validation_prompt={PREVIEW_PROMPT}", "--num_validation_images=2", "--max_train_steps=1"]
@@ -251,7 +267,7 @@ def test_all_problems_are_told_at_once(train: Train, tmp_path: Path) -> None:
     (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot load transformer of nowhere/nothing"),
     (["--instance_prompt=another prompt"], "has no embeddings of 'another prompt'"),
     (["--max_sequence_length=256"], "has 77 T5 tokens, not --max_sequence_length 256"),
-    (["--resolution=512"], "--resolution 512 is above the model's 256"),
+    (["--resolution=1040"], "--resolution 1040 is above the model's 1024"),
     (["--report_to=comet_ml"], "--report_to comet_ml is not installed"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_model_loads(
@@ -296,11 +312,10 @@ def test_a_disk_that_is_too_small_is_told_before_training(train: Train, monkeypa
 def test_the_references_own_command_line_runs_through_accelerate_launch(
     tiny: Path, photos: Path, embeddings: Path, tmp_path: Path
 ) -> None:
-    """From its notebook, changed in paths, tracker, resolution of the tiny model and number of steps alone."""
-    command = REFERENCE_COMMAND.replace("1024", "128")
+    """From its notebook, changed in paths and number of steps alone, and with TensorBoard for wandb."""
     paths = {"pretrained_model_name_or_path": tiny, "instance_data_dir": photos, "data_df_path": embeddings,
              "output_dir": tmp_path / "trained-sd3-lora-miniature", "max_train_steps": 2}  # fmt: skip
-    flags = [*shlex.split(command), *(f"--{name}={value}" for name, value in paths.items())]
+    flags = [*shlex.split(REFERENCE_COMMAND), *(f"--{name}={value}" for name, value in paths.items())]
     script = str(ROOT / "train_dreambooth_sd3_lora_miniature.py")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes=1", script, *flags]
     result = subprocess.run(launch, capture_output=True, text=True)

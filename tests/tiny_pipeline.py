@@ -46,7 +46,7 @@ def build(kind: str = "sd3") -> StableDiffusion3Pipeline:
     special = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if kind == "sd35" else {}
     transformer = SD3Transformer2DModel(
         sample_size=8, num_layers=2, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=T5_WIDTH,
-        caption_projection_dim=64, pooled_projection_dim=sum(CLIP_WIDTHS), pos_embed_max_size=16, **special,
+        caption_projection_dim=64, pooled_projection_dim=sum(CLIP_WIDTHS), pos_embed_max_size=64, **special,
     )  # fmt: skip
     vae = AutoencoderKL(
         latent_channels=16, block_out_channels=(8, 16, 16, 16), down_block_types=["DownEncoderBlock2D"] * 4,
