@@ -314,7 +314,7 @@ def test_the_references_own_command_line_runs_through_accelerate_launch(
 ) -> None:
     """From its notebook, changed in paths and number of steps alone, and with TensorBoard for wandb."""
     paths = {"pretrained_model_name_or_path": tiny, "instance_data_dir": photos, "data_df_path": embeddings,
-             "output_dir": tmp_path / "trained-sd3-lora-miniature", "max_train_steps": 2}  # fmt: skip
+             "output_dir": tmp_path / "trained-sd3-lora-miniature", "max_train_steps": 1}  # fmt: skip
     flags = [*shlex.split(REFERENCE_COMMAND), *(f"--{name}={value}" for name, value in paths.items())]
     script = str(ROOT / "train_dreambooth_sd3_lora_miniature.py")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes=1", script, *flags]
