@@ -28,6 +28,8 @@ import torch
 import transformers
 from diffusers import SD3Transformer2DModel
 from diffusers.training_utils import free_memory
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
@@ -102,8 +104,13 @@ def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs
     try:
         return load(name, subfolder=subfolder, **source, **kwargs)
     except (OSError, ValueError) as error:
+        reason = str(error)
+        try:  # most loaders say of a gated repository that there is none; the Hub says what is the matter
+            HfApi(token=kwargs.get("token")).auth_check(name)
+        except (OSError, ValueError) as refusal:
+            reason = str(refusal) if isinstance(refusal, HfHubHTTPError) else reason
         raise SystemExit(
-            f"Cannot load {subfolder} of {name}: {str(error).strip().splitlines()[0]}\n"
+            f"Cannot load {subfolder} of {name}: {reason.strip().splitlines()[0]}\n"
             "A folder needs diffusers' layout. For a gated repository, accept the licence on "
             f"https://huggingface.co/{name} and run: hf auth login"
         ) from error

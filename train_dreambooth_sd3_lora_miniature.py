@@ -17,17 +17,22 @@ import bisect
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
 import math
 import os
+import pickle
 import random
 import shlex
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +55,10 @@ from diffusers.training_utils import (
     free_memory,
 )
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -70,6 +77,12 @@ if importlib.util.find_spec("pillow_heif"):  # for the pictures of phones
     IMAGE_SUFFIXES |= {".heic", ".heif"}
 CROPS_PER_IMAGE = 4  # random cropping chooses among this many places, since latents are encoded ahead
 LORA_NAME = "pytorch_lora_weights.safetensors"
+MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high and needs a few
+NON_FINITE = (
+    f"The gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite; none was applied. Usual causes: a learning "
+    "rate that is too high, fp16 where the model needs bf16, embeddings of another model. What {} holds is good. "
+    "Start again with a lower --learning_rate or another --mixed_precision."
+)
 MAY_BE_ZERO = ["seed", "lr_warmup_steps", "num_validation_images", "dataloader_num_workers", "precondition_outputs"]
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a resumed run must share with the one that it continues, besides the pictures and the number of samples a step.
@@ -152,7 +165,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_inference_steps", type=int, default=28, help="denoising steps of a preview")
     add("--guidance_scale", type=float, default=7.0, help="classifier-free guidance of a preview")
     add = parser.add_argument_group("checkpoints and logs").add_argument
-    add("--checkpointing_steps", type=int, default=500, help="save a checkpoint every so many optimizer steps")
+    add("--checkpointing_steps", type=int, default=100, help="save a checkpoint every so many optimizer steps")
     add("--checkpoints_total_limit", type=int, help="how many checkpoints to keep; unset: all")
     add("--resume_from_checkpoint", metavar="latest|PATH", help="continue from the newest or from this one")
     add("--report_to", default="tensorboard", help="tensorboard, wandb, none, all, or what else accelerate knows")
@@ -291,8 +304,13 @@ def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs
     try:
         return load(name, subfolder=subfolder, **source, **kwargs)
     except (OSError, ValueError) as error:
+        reason = str(error)
+        try:  # most loaders say of a gated repository that there is none; the Hub says what is the matter
+            HfApi(token=kwargs.get("token")).auth_check(name)
+        except (OSError, ValueError) as refusal:
+            reason = str(refusal) if isinstance(refusal, HfHubHTTPError) else reason
         raise SystemExit(
-            f"Cannot load {subfolder} of {name}: {str(error).strip().splitlines()[0]}\n"
+            f"Cannot load {subfolder} of {name}: {reason.strip().splitlines()[0]}\n"
             "A folder needs diffusers' layout. For a gated repository, accept the licence on "
             f"https://huggingface.co/{name} and run: hf auth login"
         ) from error
@@ -516,15 +534,18 @@ def find_checkpoint(
 ) -> tuple[Path | None, dict]:
     """The checkpoint to resume from, if any, and its trainer_state.json."""
     wanted, there = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
-    if wanted == "latest" and not there:
-        accelerator.print(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
-    if not wanted or (wanted == "latest" and not there):
+    if not wanted:
         return None, {}
-    for checkpoint in [there[-1]] if wanted == "latest" else [Path(wanted), args.output_dir / wanted]:
-        if (checkpoint / "trainer_state.json").is_file():
-            return checkpoint, json.loads((checkpoint / "trainer_state.json").read_text())
-    names = ", ".join(path.name for path in there) or "none"
-    problems.append(f"--resume_from_checkpoint {wanted} is not a checkpoint. {args.output_dir} has: {names}.")
+    for checkpoint in reversed(there) if wanted == "latest" else [Path(wanted), args.output_dir / wanted]:
+        if state := read_checkpoint(checkpoint):
+            return checkpoint, state
+        if checkpoint.exists():
+            accelerator.print(f"passed over, not a whole checkpoint: {checkpoint}")
+    if wanted == "latest":
+        accelerator.print(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
+    else:
+        names = ", ".join(path.name for path in there) or "none"
+        problems.append(f"--resume_from_checkpoint {wanted} is not a checkpoint. {args.output_dir} has: {names}.")
     return None, {}
 
 
@@ -650,7 +671,7 @@ def training_steps(run: Run, model: nn.Module, dataloader: DataLoader) -> Iterat
     """Train; yield the loss, a mean over all samples of the step, and learning rate of every optimizer step."""
     args, accelerator = run.args, run.accelerator
     lora_params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss_sum = torch.zeros((), device=accelerator.device)
+    loss_sum, skipped_in_a_row = torch.zeros((), device=accelerator.device), 0
     model.train()
     for batch in dataloader:
         with accelerator.accumulate(model):
@@ -660,7 +681,12 @@ def training_steps(run: Run, model: nn.Module, dataloader: DataLoader) -> Iterat
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
+                finite = torch.isfinite(accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)).item()
+                skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+                if not finite and not accelerator.scaler:  # fp16's loss scaler skips such a step by itself
+                    run.optimizer.zero_grad()
+                if skipped_in_a_row == MAX_SKIPPED_STEPS:
+                    raise SystemExit(NON_FINITE.format(run.args.output_dir))
             run.optimizer.step()
             run.optimizer.zero_grad()
         if accelerator.sync_gradients:
@@ -688,14 +714,19 @@ def estimate_step_seconds(run: Run, model: nn.Module, dataset: SampleDataset) ->
 
 def sync_and_rename(partial: Path, final: Path) -> None:
     """Make a written file or folder durable, then let it appear under its name."""
-    for path in [partial, *partial.rglob("*")]:
+
+    def sync(path: Path) -> None:
         if os.name != "nt" or path.is_file():  # Windows cannot open a folder
             descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
             os.fsync(descriptor)
             os.close(descriptor)
+
+    for path in [partial, *partial.rglob("*")]:
+        sync(path)
     if final.is_dir():
         shutil.rmtree(final)
     os.replace(partial, final)
+    sync(final.parent)
 
 
 def save_lora(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool) -> None:
@@ -705,6 +736,8 @@ def save_lora(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool
     rank, so that all of them apply the same strength.
     """
     state_dict = get_peft_model_state_dict(transformer)
+    if not all(value.isfinite().all() for value in state_dict.values()):
+        raise SystemExit(f"The LoRA has weights that are not finite: not saved. Older files in {folder} are good.")
     metadata = transformer.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set's order would change with every run
     if fold_alpha:
@@ -720,11 +753,20 @@ def save_lora(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool
     sync_and_rename(partial, folder / LORA_NAME)
 
 
+def read_checkpoint(checkpoint: Path) -> dict:
+    """trainer_state.json of a checkpoint, or {} if a file of it is missing or is not what was written."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        intact = all(hash_image(checkpoint / name) == sha256 for name, sha256 in state["files"].items())
+        return state if intact else {}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    steps = {path: path.name.removeprefix("checkpoint-") for path in found}
-    return sorted((path for path in found if steps[path].isdigit()), key=lambda path: int(steps[path]))
+    """The checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def save_checkpoint(run: Run) -> None:
@@ -737,8 +779,11 @@ def save_checkpoint(run: Run) -> None:
     state = {"optimizer": run.optimizer.state_dict(), "lr_scheduler": run.lr_scheduler.state_dict()}
     if run.accelerator.scaler:
         state["scaler"] = run.accelerator.scaler.state_dict()
-    torch.save(state, partial / "training_state.pt")
-    about = {"global_step": run.global_step, "settings": run.settings}
+    buffer = io.BytesIO()  # torch.save to a file hides why it failed
+    torch.save(state, buffer)
+    (partial / "training_state.pt").write_bytes(buffer.getbuffer())
+    files = {path.name: hash_image(path) for path in sorted(partial.iterdir())}
+    about = {"global_step": run.global_step, "settings": run.settings, "files": files}
     (partial / "trainer_state.json").write_text(json.dumps(about, indent=2))
     sync_and_rename(partial, final)
     if limit := run.args.checkpoints_total_limit:
@@ -747,11 +792,14 @@ def save_checkpoint(run: Run) -> None:
 
 
 def load_checkpoint(run: Run, checkpoint: Path) -> None:
-    """Put the LoRA, optimizer, schedule and loss scale back to where save_checkpoint found them."""
+    """Put the LoRA, optimizer, schedule and loss scale back to where they were; what is read cannot run code."""
     lora = load_file(checkpoint / LORA_NAME)
     lora = {name.removeprefix("transformer."): value for name, value in lora.items()}
     set_peft_model_state_dict(run.transformer, lora)
-    state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SystemExit(f"{checkpoint} is not a checkpoint of this script: {str(error).splitlines()[0]}") from error
     run.optimizer.load_state_dict(state["optimizer"])
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if run.accelerator.scaler:
@@ -877,13 +925,20 @@ def push_to_hub(args: argparse.Namespace, previews: list[tuple[str, Path]]) -> N
     """Upload the LoRA, its card and the card's samples, and nothing else."""
     files = [LORA_NAME, "README.md", *(f"samples/{path.name}" for _, path in previews)]
     upload = {"repo_id": args.hub_model_id, "folder_path": args.output_dir, "allow_patterns": files}
-    try:
-        HfApi(token=args.hub_token).upload_folder(**upload, commit_message="Add a DreamBooth LoRA")
-    except (OSError, ValueError) as error:
-        includes = [part for file in files for part in ("--include", file)]
-        command = shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *includes])
-        raise SystemExit(f"The upload failed: {error}\nNothing is lost. To send it: {command}") from error
-    print(f"pushed to {args.hub_model_id}")
+    includes = [part for file in files for part in ("--include", file)]
+    command = shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *includes])
+    for wait in (2, 8, 32, 0):  # seconds
+        try:
+            HfApi(token=args.hub_token).upload_folder(**upload, commit_message="Add a DreamBooth LoRA")
+            print(f"pushed to {args.hub_model_id}")
+            return
+        except Exception as error:  # whatever it was, the LoRA is on disk
+            reason = str(error).strip().splitlines()[0]
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if not wait or (status < 500 and status not in (408, 429)):
+                raise SystemExit(f"The upload failed: {reason}\nNothing is lost. To send it: {command}") from error
+            print(f"the upload failed ({reason}); trying again in {wait} s")
+            time.sleep(wait)
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -940,6 +995,51 @@ def load_run(args: argparse.Namespace, accelerator: Accelerator, embeddings: Pro
     return Run(args, accelerator, embeddings, noise_scheduler, transformer, optimizer, lr_scheduler, settings)
 
 
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM are noted in, for the loop to end after its step; a second one ends at once."""
+    noted: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+    yield noted
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+def resume_command(args: argparse.Namespace) -> str:
+    """This process's command line, to continue with; without the token."""
+    token = args.hub_token or "--hub_token"
+    flags = [flag for flag in sys.argv[1:] if token not in flag and flag != "--hub_token"]
+    return shlex.join(["accelerate", "launch", "--quiet", sys.argv[0], *flags, "--resume_from_checkpoint=latest"])
+
+
+def explain_errors(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """Let main end with one message when GPU memory or the disk runs out; what was saved before stays."""
+
+    @functools.wraps(main)
+    def explained(args: argparse.Namespace) -> None:
+        try:
+            main(args)
+        except torch.OutOfMemoryError as error:
+            cures = "--gradient_checkpointing, --train_batch_size 1, a smaller --resolution, --lora_blocks"
+            raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {cures}.") from error
+        except (OSError, SafetensorError) as error:
+            if not any(cause in str(error) for cause in ("No space left", "File too large", "quota exceeded")):
+                raise
+            for partial in args.output_dir.rglob("*.partial"):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+            message = f"The disk is full ({error}). What was saved before is whole: make room and resume."
+            raise SystemExit(message) from error
+
+    return explained
+
+
+@explain_errors
 def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     accelerator = make_accelerator(args)
@@ -974,13 +1074,16 @@ def main(args: argparse.Namespace) -> None:
         accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=shown)
 
     bar = {"total": args.max_train_steps, "initial": run.global_step, "disable": not accelerator.is_main_process}
-    with tqdm(desc="Training", unit="step", **bar) as progress_bar:
+    with tqdm(desc="Training", unit="step", **bar) as progress_bar, noted_signals() as noted:
         for logs in training_steps(run, model, dataloader):
             progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}", memory=peak_memory())
             progress_bar.update()
             accelerator.log(logs, step=run.global_step)
-            if accelerator.is_main_process and run.global_step % args.checkpointing_steps == 0:
+            interrupted = accelerator.gather(torch.tensor([len(noted)], device=accelerator.device)).sum().item()
+            if accelerator.is_main_process and (interrupted or run.global_step % args.checkpointing_steps == 0):
                 save_checkpoint(run)
+            if interrupted:
+                raise SystemExit(f"Stopped after step {run.global_step}. To go on: {resume_command(args)}")
             if accelerator.is_main_process and preview_due(run, len(prompts)):
                 make_previews(run)
 

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,11 @@ COMMIT = "0" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One request. `server` holds repos: {repo_id: {path: bytes}}, blobs: {sha256: bytes}, tokens: {token: role}."""
+    """One request. `server` holds repos: {repo_id: {path: bytes}}, blobs: {sha256: bytes}, tokens: {token: role}.
+
+    `gated` are repositories that only a write token may read; `faults` maps a part of a path to what happens to the
+    next requests for it: status codes to answer, or 0 to cut the connection.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -36,6 +41,12 @@ class Hub(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = self.path.partition("?")[0]
         role = self.server.tokens.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
+        for part, codes in self.server.faults.items():
+            if part in path and codes:
+                if code := codes.pop(0):
+                    return self.reply(code, {"error": "not now"}, {"Retry-After": "0"})
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
         for pattern, action, needs_write in self.ROUTES:
             if match := re.fullmatch(pattern, path):
                 if needs_write and role != "write":
@@ -63,6 +74,18 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         files = [{"rfilename": path} for path in self.server.repos[repo]]
         return self.reply(200, {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": files, "private": False})
+
+    def refuse(self, role: str | None, repo: str) -> bool:
+        """Whether the repository is gated for this token; if so, the answer is sent."""
+        if repo not in self.server.gated or role == "write":
+            return False
+        message = f"Access to model {repo} is restricted."
+        self.reply(403 if role else 401, {"error": message}, {"X-Error-Code": "GatedRepo", "X-Error-Message": message})
+        return True
+
+    def auth_check(self, role: str | None, repo: str) -> None:
+        if not self.refuse(role, repo):
+            self.info(role, repo)
 
     def validate(self, role: str | None) -> None:
         self.reply(200, {"errors": [], "warnings": []})
@@ -95,6 +118,8 @@ class Hub(BaseHTTPRequestHandler):
         self.reply(200, {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
 
     def resolve(self, role: str | None, repo: str, path: str) -> None:
+        if self.refuse(role, repo):
+            return None
         data = self.server.repos.get(repo, {}).get(path)
         if data is None:
             return self.reply(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
@@ -107,6 +132,7 @@ class Hub(BaseHTTPRequestHandler):
         (r"/api/repos/create", create, True),
         (r"/api/validate-yaml", validate, False),
         (rf"/api/models/{REPO}(?:/revision/[^/]+)?", info, False),
+        (rf"/api/models/{REPO}/auth-check", auth_check, False),
         (rf"/api/models/{REPO}/preupload/[^/]+", preupload, True),
         (rf"/{REPO}\.git/info/lfs/objects/batch", lfs_batch, True),
         (r"/lfs/(?P<oid>[0-9a-f]{64})", lfs_put, False),
@@ -121,6 +147,7 @@ def serve() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     server.repos, server.blobs, server.tokens = {}, {}, {"hf_write": "write", "hf_read": "read"}
+    server.gated, server.faults = set(), {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

@@ -1,5 +1,6 @@
 """Pushing to the Hub, here a server on loopback: what is sent, with which token, and that a failure costs nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def run(
     environment = {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(output.parent / "hf"),
                    "PATH": "/usr/bin:/bin", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
     command += [f"--{name}={value}" for name, value in values.items()]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_only_lora_card_and_samples_are_pushed(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
@@ -50,12 +51,55 @@ def test_a_token_that_cannot_push_is_told_before_training(
     assert "Traceback" not in result.stderr and not (tmp_path / "dog" / "latents.arrow").exists()
 
 
+@pytest.mark.parametrize("fault", [("/commit/", 429), ("/commit/", 500), ("/commit/", 0), ("/lfs/", 0)])
+def test_a_passing_fault_is_tried_again(
+    tiny: Path, photos: Path, embeddings: Path, tmp_path: Path, fault: tuple[str, int]
+) -> None:
+    """Too many requests, a server error, a connection cut in the middle: then it succeeds."""
+    with serve() as hub:
+        hub.faults = {fault[0]: [fault[1]]}
+        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write")
+        assert result.returncode == 0, result.stderr
+        pushed = hub.repos["me/dog"]
+    assert hub.faults == {fault[0]: []}
+    lora = "pytorch_lora_weights.safetensors"
+    assert pushed[lora] == (tmp_path / "dog" / lora).read_bytes()
+
+
+@pytest.mark.parametrize("token", [[], ["--hub_token=hf_read"]])
+def test_a_gated_model_is_told_with_its_page(photos: Path, embeddings: Path, tmp_path: Path, token: list[str]) -> None:
+    """Without a token, or with that of somebody who has not accepted the licence."""
+    with serve() as hub:
+        hub.repos["owner/sd3"], hub.gated = {}, {"owner/sd3"}
+        result = run(Path("owner/sd3"), photos, embeddings, tmp_path / "dog", hub.url, *token)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "https://huggingface.co/owner/sd3" in result.stderr and "hf auth login" in result.stderr
+    assert "restricted" in result.stderr.lower() or "gated" in result.stderr.lower()
+
+
+def test_trained_from_a_gated_repository_and_loaded_by_name(
+    tiny: Path, photos: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    """All of the model comes from the Hub with the token; the pushed LoRA loads by its repository's name."""
+    with serve() as hub:
+        files = [path for path in tiny.rglob("*") if path.is_file()]
+        hub.repos["owner/sd3"] = {str(path.relative_to(tiny)): path.read_bytes() for path in files}
+        hub.gated = {"owner/sd3"}
+        result = run(Path("owner/sd3"), photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write")
+        assert result.returncode == 0, result.stderr
+        script = (
+            "from diffusers import StableDiffusion3Pipeline as P\n"
+            "lora = P.lora_state_dict('me/dog', token='hf_write'); print(len(lora))"
+        )
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        loaded = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert loaded.stdout.strip() == "16", loaded.stderr
+
+
 def test_a_failed_push_loses_nothing(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
     """The LoRA is on disk, and the command that sends it is printed."""
     with serve() as hub:
-        hub.RequestHandlerClass = type("Broken", (hub.RequestHandlerClass,), {
-            "ROUTES": [route for route in hub.RequestHandlerClass.ROUTES if "/commit/" not in route[0]],
-        })  # fmt: skip
+        hub.faults = {"/commit/": [400] * 9}
         result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"hf upload me/dog {tmp_path / 'dog'} . --include pytorch_lora_weights.safetensors" in result.stderr
