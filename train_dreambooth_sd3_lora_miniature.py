@@ -336,10 +336,9 @@ def encode_image(vae: AutoencoderKL, image: Image.Image, args: argparse.Namespac
             height, width = mean.shape[-2:]
             flat = [moment.flatten().half().cpu().numpy() for moment in (mean, std)]
             rows.append([height, width, *flat, 1.0, None])
-    return pa.RecordBatch.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), LATENTS_SCHEMA, strict=True)],
-        schema=LATENTS_SCHEMA,
-    )
+    columns = zip(zip(*rows, strict=True), LATENTS_SCHEMA, strict=True)
+    columns = [pa.array(values, field.type) for values, field in columns]
+    return pa.RecordBatch.from_arrays(columns, schema=LATENTS_SCHEMA)
 
 
 def write_latents(path: Path, key: str, images: list[Path], args: argparse.Namespace, device: torch.device) -> None:
@@ -406,15 +405,11 @@ class SampleDataset(Dataset):
         step = int(density * len(self.sigmas))
         prompt_embeds, pooled_prompt_embeds = self.embeddings[self.prompts[image]]
         return {
-            "sample_number": sample_number,
-            "latents": latents,
-            "noise": torch.randn(latents.shape, generator=generator),
+            "sample_number": sample_number, "latents": latents, "mask": mask, "prompt_embeds": prompt_embeds,
+            "noise": torch.randn(latents.shape, generator=generator), "pooled_prompt_embeds": pooled_prompt_embeds,
             "sigma": self.sigmas[min(max(step, 0), len(self.sigmas) - 1)],  # `mode` can reach one past the end
-            "prompt_embeds": prompt_embeds,
-            "pooled_prompt_embeds": pooled_prompt_embeds,
             "loss_weight": torch.tensor(row["loss_weight"][0].as_py()),
-            "mask": mask,
-        }
+        }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- preflight
@@ -744,12 +739,8 @@ def save_lora(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool
         scale, metadata["lora_alpha"] = metadata["lora_alpha"] / metadata["r"], metadata["r"]
         state_dict = {name: value * scale if "lora_B" in name else value for name, value in state_dict.items()}
     partial = folder / f"{LORA_NAME}.partial"
-    StableDiffusion3Pipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=state_dict,
-        transformer_lora_adapter_metadata=metadata,
-        weight_name=partial.name,
-    )
+    lora = {"transformer_lora_layers": state_dict, "transformer_lora_adapter_metadata": metadata}
+    StableDiffusion3Pipeline.save_lora_weights(folder, weight_name=partial.name, **lora)
     sync_and_rename(partial, folder / LORA_NAME)
 
 
@@ -882,17 +873,14 @@ def write_model_card(run: Run, previews: list[tuple[str, Path]]) -> None:
     args, name = run.args, run.args.hub_model_id or run.args.output_dir.resolve().name
     is_folder = Path(args.pretrained_model_name_or_path).is_dir()
     base = Path(args.pretrained_model_name_or_path).name if is_folder else args.pretrained_model_name_or_path
+    licence = "stabilityai-ai-community" if base.startswith("stabilityai/") else "license-of-the-base-model"
+    link = {} if is_folder else {"base_model": base, "license_link": f"https://huggingface.co/{base}"}
     data = ModelCardData(
-        base_model=None if is_folder else base,
-        license="other",
-        license_name="stabilityai-ai-community" if base.startswith("stabilityai/") else "license-of-the-base-model",
-        license_link=None if is_folder else f"https://huggingface.co/{base}",
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        instance_prompt=args.instance_prompt,
+        license="other", license_name=licence, library_name="diffusers", instance_prompt=args.instance_prompt, **link,
         tags=["text-to-image", "diffusers-training", "diffusers", "lora", "sd3", "sd3-diffusers", "template:sd-lora"],
         widget=[{"text": prompt, "output": {"url": f"samples/{path.name}"}} for prompt, path in previews] or None,
-    )
+        pipeline_tag="text-to-image",
+    )  # fmt: skip
     hidden = {"images", "pretrained_model_name_or_path"}
     shown = {name: value for name, value in run.settings.items() if name not in hidden and value is not None}
     text = f"""
@@ -1006,9 +994,11 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(each, signal.SIG_DFL)
 
     before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
-    yield noted
-    for each, handler in before.items():
-        signal.signal(each, handler)
+    try:
+        yield noted
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def resume_command(args: argparse.Namespace) -> str:
