@@ -30,6 +30,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.training_utils import free_memory
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
@@ -103,12 +104,14 @@ def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs
     name, source = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     try:
         return load(name, subfolder=subfolder, **source, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error)
         try:  # most loaders say of a gated repository that there is none; the Hub says what is the matter
             HfApi(token=kwargs.get("token")).auth_check(name)
         except (OSError, ValueError) as refusal:
             reason = str(refusal) if isinstance(refusal, HfHubHTTPError) else reason
+        if name.count("/") != 1 and not Path(name).is_dir():
+            reason = "it is not a folder, and not the name of a repository"
         raise SystemExit(
             f"Cannot load {subfolder} of {name}: {reason.strip().splitlines()[0]}\n"
             "A folder needs diffusers' layout. For a gated repository, accept the licence on "
@@ -218,7 +221,6 @@ def write_embeddings(
         fields.append((name, pa.fixed_shape_tensor(pa.float16(), embeds.shape[1:])))
     schema = pa.schema(fields, metadata={"sd3_embeddings": json.dumps(about)})
     partial = path.with_name(f"{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as file:
             with pq.ParquetWriter(file, schema) as writer:
@@ -235,16 +237,22 @@ def write_embeddings(
 def caption_images(args: argparse.Namespace) -> dict[str, list[str]]:
     """Every distinct prompt, with the hashes of the pictures that it captions."""
     folder = args.local_data_dir
-    images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
+    try:
+        images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
+        image_hashes = list(dict.fromkeys(hash_image(path) for path in images))
+    except OSError as error:
+        raise SystemExit(f"{error.filename} cannot be read: {error.strerror}.") from error
     if passed_over:
-        print(f"passed over, not a readable picture: {', '.join(path.name for path in passed_over)}")
+        heic = any("hei" in path.suffix.lower() for path in passed_over)
+        hint = " (for HEIC: pip install pillow-heif)" if heic else ""
+        print(f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}")
     if not images:
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
         what = "has no pictures" if folder.is_dir() else "is not a folder"
         raise SystemExit(f"{folder} {what}. Put {wanted} files there, or name another folder with --local_data_dir.")
     prompts = [args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, ""]
     captions: dict[str, list[str]] = {prompt: [] for prompt in prompts if prompt is not None}
-    captions[args.prompt] = list(dict.fromkeys(hash_image(path) for path in images))
+    captions[args.prompt] = image_hashes
     print(f"{len(images)} pictures in {folder}, {len(captions)} distinct prompts")
     return captions
 
@@ -252,6 +260,13 @@ def caption_images(args: argparse.Namespace) -> dict[str, list[str]]:
 def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     captions = caption_images(args)
+    try:
+        args.output_path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_path.parent).close()
+        if args.output_path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+    except OSError as error:
+        raise SystemExit(f"--output_path {args.output_path} cannot be written: {error.strerror}.") from error
     with tempfile.TemporaryDirectory() as scratch:
         prompt_embeds, pooled_prompt_embeds = encode_prompts(args, list(captions), Path(scratch))
         libraries = (torch, diffusers, transformers, bitsandbytes)

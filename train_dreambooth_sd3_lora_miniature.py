@@ -44,7 +44,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
@@ -90,7 +90,8 @@ SETTINGS_THAT_MATTER = [
     "pretrained_model_name_or_path", "revision", "resolution", "center_crop", "random_flip", "rank", "lora_alpha",
     "lora_dropout", "lora_layers", "lora_blocks", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
     "precondition_outputs", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
-    "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "seed",
+    "scale_lr", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
+    "seed",
 ]  # fmt: skip
 
 
@@ -168,7 +169,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing_steps", type=int, default=100, help="save a checkpoint every so many optimizer steps")
     add("--checkpoints_total_limit", type=int, help="how many checkpoints to keep; unset: all")
     add("--resume_from_checkpoint", metavar="latest|PATH", help="continue from the newest or from this one")
-    add("--report_to", default="tensorboard", help="tensorboard, wandb, none, all, or what else accelerate knows")
+    trackers = ["none", *(str(tracker.value) for tracker in LoggerType)]
+    add("--report_to", default="tensorboard", choices=trackers, help="where losses and previews are logged")
     add("--logging_dir", default="logs", help="folder of TensorBoard's files, under --output_dir")
     add = parser.add_argument_group("Hub").add_argument
     add("--push_to_hub", action="store_true", help="upload the LoRA, its card and its samples at the end")
@@ -218,6 +220,10 @@ def open_image(path: Path) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off
+        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("it has floating-point pixels; save it with 8 or 16 bits")
     return image.convert("RGB")
 
 
@@ -303,12 +309,14 @@ def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs
     name, source = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     try:
         return load(name, subfolder=subfolder, **source, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error)
         try:  # most loaders say of a gated repository that there is none; the Hub says what is the matter
             HfApi(token=kwargs.get("token")).auth_check(name)
         except (OSError, ValueError) as refusal:
             reason = str(refusal) if isinstance(refusal, HfHubHTTPError) else reason
+        if name.count("/") != 1 and not Path(name).is_dir():
+            reason = "it is not a folder, and not the name of a repository"
         raise SystemExit(
             f"Cannot load {subfolder} of {name}: {reason.strip().splitlines()[0]}\n"
             "A folder needs diffusers' layout. For a gated repository, accept the licence on "
@@ -422,6 +430,8 @@ def embeddings_command(args: argparse.Namespace, about: dict) -> str:
     command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
     if args.validation_prompt:
         command += ["--validation_prompt", *args.validation_prompt]
+    for name in ("variant", "revision", "cache_dir"):
+        command += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
     if args.negative_prompt:
         command += ["--negative_prompt", args.negative_prompt]
     if length := args.max_sequence_length or about.get("max_sequence_length"):
@@ -433,18 +443,26 @@ def embeddings_command(args: argparse.Namespace, about: dict) -> str:
 def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: list[str]) -> list[Path]:
     """The pictures to train on; only their headers are read here, their pixels when they are encoded."""
     folder = args.instance_data_dir
-    images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
+    try:
+        images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
+    except OSError as error:
+        problems.append(f"--instance_data_dir {folder} cannot be read: {error.strerror}.")
+        return []
     if passed_over:
-        accelerator.print(f"passed over, not a readable picture: {', '.join(path.name for path in passed_over)}")
+        heic = any("hei" in path.suffix.lower() for path in passed_over)
+        hint = " (for HEIC: pip install pillow-heif)" if heic else ""
+        accelerator.print(f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}")
     if not images:
         what = f"has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})" if folder.is_dir() else "is not a folder"
         problems.append(f"--instance_data_dir {folder} {what}.")
+    readable = []
     for path in images:
         try:
             Image.open(path).close()
+            readable.append(path)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             problems.append(f"{path} is not a readable picture ({error}). Repair it or take it out of the folder.")
-    return images
+    return readable
 
 
 def check_model(args: argparse.Namespace, problems: list[str]) -> dict:
@@ -492,6 +510,9 @@ def check_embeddings(
         problems.append(f"{what} have no embeddings in {path} (first: {lacking[0]}). {cure}")
     wanted = [args.instance_prompt] if embeddings.has_prompts else []
     wanted += [*args.validation_prompt, args.negative_prompt] if args.validation_prompt else []
+    captions = {embeddings.prompt_of_image.get(one) for one in hash_of_image.values()}
+    if embeddings.has_prompts and hash_of_image and not lacking and args.instance_prompt not in captions:
+        problems.append(f"In {path} --instance_prompt {args.instance_prompt!r} captions none of the pictures. {cure}")
     if unknown := [prompt for prompt in wanted if prompt not in embeddings.row_of_prompt]:
         problems.append(f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}")
     return embeddings
@@ -508,8 +529,7 @@ def check_environment(args: argparse.Namespace, accelerator: Accelerator, proble
         problems.append(f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}")
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir):
-            pass
+        tempfile.TemporaryFile(dir=args.output_dir).close()
     except OSError as error:
         problems.append(f"--output_dir {args.output_dir} cannot be written: {error.strerror}.")
     if args.push_to_hub and accelerator.is_main_process:
@@ -560,7 +580,8 @@ def preflight(
         args.max_train_steps = math.ceil(args.num_train_epochs * len(hash_of_image) / samples_per_step)
     settings = {name: getattr(args, name) for name in SETTINGS_THAT_MATTER}
     settings |= {"mixed_precision": accelerator.mixed_precision, "samples_per_step": samples_per_step}
-    settings["images"] = hashlib.sha256("".join(hash_of_image.values()).encode()).hexdigest()
+    captions = [(one, embeddings and embeddings.prompt_of_image.get(one)) for one in hash_of_image.values()]
+    settings["pictures and captions"] = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:8]
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):  # a longer run would have another course
         settings["max_train_steps"] = args.max_train_steps
     for name, saved in state.get("settings", {}).items():
@@ -741,6 +762,7 @@ def save_lora(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool
     partial = folder / f"{LORA_NAME}.partial"
     lora = {"transformer_lora_layers": state_dict, "transformer_lora_adapter_metadata": metadata}
     StableDiffusion3Pipeline.save_lora_weights(folder, weight_name=partial.name, **lora)
+    partial.chmod(0o644)  # safetensors makes files that only their owner can read
     sync_and_rename(partial, folder / LORA_NAME)
 
 
@@ -778,7 +800,9 @@ def save_checkpoint(run: Run) -> None:
     (partial / "trainer_state.json").write_text(json.dumps(about, indent=2))
     sync_and_rename(partial, final)
     if limit := run.args.checkpoints_total_limit:
-        for old in list_checkpoints(run.args.output_dir)[:-limit]:
+        there = list_checkpoints(run.args.output_dir)
+        newest = there.index(final) + 1  # those behind it are left from an earlier run
+        for old in (there[newest:] + there[:newest])[:-limit]:
             shutil.rmtree(old)
 
 
@@ -881,7 +905,7 @@ def write_model_card(run: Run, previews: list[tuple[str, Path]]) -> None:
         widget=[{"text": prompt, "output": {"url": f"samples/{path.name}"}} for prompt, path in previews] or None,
         pipeline_tag="text-to-image",
     )  # fmt: skip
-    hidden = {"images", "pretrained_model_name_or_path"}
+    hidden = {"pictures and captions", "pretrained_model_name_or_path"}
     shown = {name: value for name, value in run.settings.items() if name not in hidden and value is not None}
     text = f"""
 # {name}
@@ -897,7 +921,7 @@ from diffusers import StableDiffusion3Pipeline
 pipeline = StableDiffusion3Pipeline.from_pretrained("{base}", dtype=torch.float16)
 pipeline.load_lora_weights("{name}")
 pipeline.enable_model_cpu_offload()
-image = pipeline("{args.instance_prompt}").images[0]
+image = pipeline({json.dumps(args.instance_prompt)}).images[0]
 ```
 
 The licence is that of the base model, {base}. Trained for {run.global_step} steps with:

@@ -153,6 +153,15 @@ def test_no_pictures_is_an_error(content: str, tiny: Path, tmp_path: Path, capsy
     assert not (tmp_path / "e.parquet").exists()
 
 
+def test_a_file_that_cannot_be_written_is_told_before_encoding(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in its place costs no encoding."""
+    monkeypatch.setattr(embed, "encode_prompts", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(SystemExit, match="cannot be written: it is a folder"):
+        compute(tiny, photos, tmp_path)
+
+
 def test_a_missing_model_is_one_message(photos: Path, tmp_path: Path) -> None:
     """What could not be loaded, and how to get at a gated repository."""
     with pytest.raises(SystemExit, match="Cannot load transformer of .*nowhere(.|\n)*hf auth login"):

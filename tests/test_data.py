@@ -164,5 +164,8 @@ def test_pictures_are_upright_and_on_white(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
     assert trainer.open_image(tmp_path / "a.jpg").size == (10, 20)
+    grey = np.array([[0, 32768], [65535, 256]], np.uint16)  # 16 bits, which convert would cut off at 255
+    Image.fromarray(grey).save(tmp_path / "c.png")
+    assert [trainer.open_image(tmp_path / "c.png").getpixel(at)[0] for at in ((0, 0), (1, 0), (0, 1))] == [0, 128, 255]
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "b.png")
     assert trainer.open_image(tmp_path / "b.png").getpixel((0, 0)) == (255, 255, 255)

@@ -255,7 +255,7 @@ def test_all_problems_are_told_at_once(train: Train, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as exit_info:
         train(f"--instance_data_dir={folder}", *flags)
     message = str(exit_info.value)
-    parts = ["bad.jpg is not a readable picture", "2 of 2 pictures", "first: bad.jpg", "'unknown prompt'"]
+    parts = ["bad.jpg is not a readable picture", "1 of 1 pictures", "first: new.png", "'unknown prompt'"]
     parts += ["no linear layer nothing", "the last block is 1", f"compute_embeddings.py --prompt '{PROMPT}'"]
     assert [part for part in parts if part not in message] == [] and f"--local_data_dir '{folder}'" in message
     assert not (tmp_path / "out" / "latents.arrow").exists()
@@ -277,6 +277,19 @@ def test_what_cannot_work_is_refused_before_a_model_loads(
     monkeypatch.setattr(trainer, "load_vae", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=part):
         train(*flags)
+
+
+def test_a_prompt_that_captions_no_picture_is_refused(train: Train) -> None:
+    """The pictures are trained with their caption in the file; another --instance_prompt would be a lie."""
+    with pytest.raises(SystemExit, match=f"'{PREVIEW_PROMPT}' captions none of the pictures"):
+        train(instance_prompt=PREVIEW_PROMPT)
+
+
+def test_checkpoints_of_an_earlier_run_do_not_push_out_new_ones(train: Train) -> None:
+    """What is kept is the newest of this run."""
+    output = train("--checkpointing_steps=2")
+    train("--checkpointing_steps=1", "--checkpoints_total_limit=1", "--seed=1", max_train_steps=3)
+    assert [path.name for path in trainer.list_checkpoints(output)] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("name", ["joint_attention_dim", "pooled_projection_dim"])
