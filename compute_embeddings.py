@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--variant", help="variant of the weight files, such as fp16; unset: the plain files")
     model.add_argument("--cache_dir", help="where downloads are kept; unset: the Hugging Face cache")
     model.add_argument("--t5_precision", choices=["int8", "exact"], default="int8",
-                       help="int8: LLM.int8(), fast, 8 GB; exact: fp32, streamed from disk block by block, 2 GB")
+                       help="int8: LLM.int8(); exact: fp32, streamed from disk block by block, least memory")
     model.add_argument("--no_t5", action="store_true", help="zeros for T5, as SD3 accepts; saves a 9.5 GB download")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", default="a photo of sks dog", help="the instance prompt, for every picture")
@@ -84,6 +84,12 @@ def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     return images, [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+
+
+def passed_over_note(passed_over: list[Path]) -> str:
+    """One line that names the files that are no pictures, for whoever wonders where a picture went."""
+    hint = " (for HEIC: pip install pillow-heif)" if any("hei" in path.suffix.lower() for path in passed_over) else ""
+    return f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}"
 
 
 def hash_image(path: Path) -> str:
@@ -243,9 +249,7 @@ def caption_images(args: argparse.Namespace) -> dict[str, list[str]]:
     except OSError as error:
         raise SystemExit(f"{error.filename} cannot be read: {error.strerror}.") from error
     if passed_over:
-        heic = any("hei" in path.suffix.lower() for path in passed_over)
-        hint = " (for HEIC: pip install pillow-heif)" if heic else ""
-        print(f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}")
+        print(passed_over_note(passed_over))
     if not images:
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
         what = "has no pictures" if folder.is_dir() else "is not a folder"

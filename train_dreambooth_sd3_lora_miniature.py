@@ -209,6 +209,12 @@ def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
 
 
+def passed_over_note(passed_over: list[Path]) -> str:
+    """One line that names the files that are no pictures, for whoever wonders where a picture went."""
+    hint = " (for HEIC: pip install pillow-heif)" if any("hei" in path.suffix.lower() for path in passed_over) else ""
+    return f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}"
+
+
 def hash_image(path: Path) -> str:
     """SHA-256 of the file's bytes, in hex: how a row of the Parquet file names a picture."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -325,7 +331,7 @@ def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs
 
 
 def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
-    """The VAE in fp32; the real one overflows in fp16."""
+    """The VAE in fp32, as `force_upcast` in its config asks."""
     kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": torch.float32}
     return load_part(AutoencoderKL.from_pretrained, args, "vae", **kwargs).to(device)
 
@@ -449,9 +455,7 @@ def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: l
         problems.append(f"--instance_data_dir {folder} cannot be read: {error.strerror}.")
         return []
     if passed_over:
-        heic = any("hei" in path.suffix.lower() for path in passed_over)
-        hint = " (for HEIC: pip install pillow-heif)" if heic else ""
-        accelerator.print(f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}")
+        accelerator.print(passed_over_note(passed_over))
     if not images:
         what = f"has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})" if folder.is_dir() else "is not a folder"
         problems.append(f"--instance_data_dir {folder} {what}.")
@@ -510,11 +514,12 @@ def check_embeddings(
         problems.append(f"{what} have no embeddings in {path} (first: {lacking[0]}). {cure}")
     wanted = [args.instance_prompt] if embeddings.has_prompts else []
     wanted += [*args.validation_prompt, args.negative_prompt] if args.validation_prompt else []
-    captions = {embeddings.prompt_of_image.get(one) for one in hash_of_image.values()}
+    unknown = [prompt for prompt in wanted if prompt not in embeddings.row_of_prompt]
+    if unknown:
+        problems.append(f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}")
+    captions = {embeddings.prompt_of_image.get(one) for one in hash_of_image.values()} | {*unknown}
     if embeddings.has_prompts and hash_of_image and not lacking and args.instance_prompt not in captions:
         problems.append(f"In {path} --instance_prompt {args.instance_prompt!r} captions none of the pictures. {cure}")
-    if unknown := [prompt for prompt in wanted if prompt not in embeddings.row_of_prompt]:
-        problems.append(f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}")
     return embeddings
 
 

@@ -76,7 +76,7 @@ def test_t5_takes_1_to_512_tokens(length: str, capsys: pytest.CaptureFixture[str
     assert exit_info.value.code == 2 and "1 to 512" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["find_images", "hash_image", "load_part", "peak_memory"])
+@pytest.mark.parametrize("name", ["find_images", "passed_over_note", "hash_image", "load_part", "peak_memory"])
 def test_what_both_scripts_need_stands_in_both_word_for_word(name: str) -> None:
     """Neither script imports the other, so the few shared functions are copies that may not drift apart."""
     assert inspect.getsource(getattr(embed, name)) == inspect.getsource(getattr(trainer, name))
