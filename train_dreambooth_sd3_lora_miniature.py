@@ -31,7 +31,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,7 @@ SETTINGS_THAT_MATTER = [
     "lora_dropout", "lora_layers", "lora_blocks", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
     "precondition_outputs", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
     "scale_lr", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
-    "seed",
+    "seed", "with_prior_preservation", "class_prompt", "prior_loss_weight",
 ]  # fmt: skip
 
 
@@ -117,6 +117,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--random_flip", action="store_true", help="mirror pictures at random")
     add("--max_sequence_length", type=int, help="T5 tokens that the embeddings must have; unset: what they have")
     add("--dataloader_num_workers", type=int, default=0, help="worker processes; 0: read in the main process")
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", action="store_true",
+        help="let every second sample be a picture of the subject's class, so that the class stays as it is")
+    add("--class_prompt", help="prompt of the class, such as 'a photo of a dog'")
+    add("--class_data_dir", type=Path, help="folder of class pictures; unset: class_images under --output_dir")
+    add("--num_class_images", type=int, default=100, help="class pictures; those that are missing are generated")
+    add("--sample_batch_size", type=int, default=4, help="class pictures to generate at once")
+    add("--prior_loss_weight", type=float, default=1.0, help="what a class picture counts in the loss")
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=int, default=4, help="rank of the update matrices")
     add("--lora_alpha", type=float, help="strength: updates are scaled by alpha / rank; unset: the rank")
@@ -194,8 +202,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append(f"--lora_dropout {args.lora_dropout} is not below 1")
     if args.lora_blocks and not all(block.strip().isdigit() for block in args.lora_blocks.split(",")):
         problems.append(f"--lora_blocks {args.lora_blocks} is not a list of numbers such as 12,13,14")
+    if args.with_prior_preservation and not args.class_prompt:
+        problems.append("--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
     if problems:
         parser.error("\n  ".join(problems))
+    args.class_data_dir = args.class_data_dir or args.output_dir / "class_images"
     return args
 
 
@@ -284,7 +295,7 @@ class PromptEmbeddings:
 LATENTS_SCHEMA = pa.schema([
     ("height", pa.int32()), ("width", pa.int32()),
     ("mean", pa.list_(pa.float16())), ("std", pa.list_(pa.float16())),  # the VAE's posterior, (16 · height · width,)
-    ("loss_weight", pa.float32()), ("mask", pa.list_(pa.float16())),  # (height · width,), or null: all of the picture
+    ("mask", pa.list_(pa.float16())),  # what each latent pixel counts, (height · width,), or null: all of them 1
 ])  # fmt: skip
 
 
@@ -336,6 +347,11 @@ def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
     return load_part(AutoencoderKL.from_pretrained, args, "vae", **kwargs).to(device)
 
 
+def load_scheduler(args: argparse.Namespace) -> FlowMatchEulerDiscreteScheduler:
+    """The noise levels of the model, with its shift."""
+    return load_part(FlowMatchEulerDiscreteScheduler.from_pretrained, args, "scheduler", token=args.hub_token)
+
+
 @torch.inference_mode()
 def encode_image(vae: AutoencoderKL, image: Image.Image, args: argparse.Namespace) -> pa.RecordBatch:
     """The posterior of one picture's latents, normalised as SD3 wants them: a row per crop and mirror image."""
@@ -349,7 +365,7 @@ def encode_image(vae: AutoencoderKL, image: Image.Image, args: argparse.Namespac
             std = posterior.std * vae.config.scaling_factor
             height, width = mean.shape[-2:]
             flat = [moment.flatten().half().cpu().numpy() for moment in (mean, std)]
-            rows.append([height, width, *flat, 1.0, None])
+            rows.append([height, width, *flat, None])
     columns = zip(zip(*rows, strict=True), LATENTS_SCHEMA, strict=True)
     columns = [pa.array(values, field.type) for values, field in columns]
     return pa.RecordBatch.from_arrays(columns, schema=LATENTS_SCHEMA)
@@ -390,10 +406,12 @@ class SampleDataset(Dataset):
 
     def __init__(
         self, args: argparse.Namespace, latents_path: Path, embeddings: PromptEmbeddings, prompts: list[str],
-        sigmas: Tensor, sample_numbers: range,
+        sigmas: Tensor, sample_numbers: range, class_images: int = 0,
     ) -> None:  # fmt: skip
-        self.seed, self.latents_path, self.embeddings, self.prompts = args.seed, latents_path, embeddings, prompts
+        self.seed, self.latents_path, self.embeddings = args.seed, latents_path, embeddings
         self.sigmas, self.sample_numbers = sigmas, sample_numbers
+        kinds = [(prompts, 1.0), ([args.class_prompt] * class_images, args.prior_loss_weight)]
+        self.kinds = kinds if class_images else kinds[:1]  # a sample of each in turn
         names = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
         self.density = {name: getattr(args, name) for name in names}
 
@@ -403,11 +421,12 @@ class SampleDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         """Latents and noise (16, H/8, W/8), sigma (), the prompt's embeddings, the loss's weight () and mask."""
         sample_number = self.sample_numbers[index]
-        epoch, position = divmod(sample_number, len(self.prompts))
-        order = torch.randperm(len(self.prompts), generator=seeded_generator(self.seed, 0, epoch))
-        image = int(order[position])
+        number, kind = divmod(sample_number, len(self.kinds))
+        prompts, loss_weight = self.kinds[kind]
+        epoch, position = divmod(number, len(prompts))
+        image = int(torch.randperm(len(prompts), generator=seeded_generator(self.seed, 0, epoch))[position])
         generator = seeded_generator(self.seed, 1, sample_number)
-        variants = open_latents(self.latents_path).get_batch(image)
+        variants = open_latents(self.latents_path).get_batch(image + kind * len(self.kinds[0][0]))
         row = variants.slice(int(torch.randint(variants.num_rows, (), generator=generator)), 1)
         height, width = row["height"][0].as_py(), row["width"][0].as_py()
         mean, std = (torch.from_numpy(row[name].flatten().to_numpy().astype(np.float32)) for name in ("mean", "std"))
@@ -417,12 +436,12 @@ class SampleDataset(Dataset):
             mask = torch.from_numpy(row["mask"].flatten().to_numpy().astype(np.float32)).view(1, height, width)
         density = compute_density_for_timestep_sampling(batch_size=1, generator=generator, **self.density)[0]
         step = int(density * len(self.sigmas))
-        prompt_embeds, pooled_prompt_embeds = self.embeddings[self.prompts[image]]
+        prompt_embeds, pooled_prompt_embeds = self.embeddings[prompts[image]]
         return {
             "sample_number": sample_number, "latents": latents, "mask": mask, "prompt_embeds": prompt_embeds,
             "noise": torch.randn(latents.shape, generator=generator), "pooled_prompt_embeds": pooled_prompt_embeds,
             "sigma": self.sigmas[min(max(step, 0), len(self.sigmas) - 1)],  # `mode` can reach one past the end
-            "loss_weight": torch.tensor(row["loss_weight"][0].as_py()),
+            "loss_weight": torch.tensor(loss_weight),
         }  # fmt: skip
 
 
@@ -434,6 +453,8 @@ def embeddings_command(args: argparse.Namespace, about: dict) -> str:
     command = ["python", "compute_embeddings.py", "--prompt", args.instance_prompt]
     command += ["--local_data_dir", args.instance_data_dir, "--output_path", args.data_df_path]
     command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
+    if args.with_prior_preservation:
+        command += ["--class_prompt", args.class_prompt]
     if args.validation_prompt:
         command += ["--validation_prompt", *args.validation_prompt]
     for name in ("variant", "revision", "cache_dir"):
@@ -513,8 +534,9 @@ def check_embeddings(
         what = f"{len(lacking)} of {len(hash_of_image)} pictures in {args.instance_data_dir}"
         problems.append(f"{what} have no embeddings in {path} (first: {lacking[0]}). {cure}")
     wanted = [args.instance_prompt] if embeddings.has_prompts else []
+    wanted += [args.class_prompt, ""] if args.with_prior_preservation else []
     wanted += [*args.validation_prompt, args.negative_prompt] if args.validation_prompt else []
-    unknown = [prompt for prompt in wanted if prompt not in embeddings.row_of_prompt]
+    unknown = [prompt for prompt in dict.fromkeys(wanted) if prompt not in embeddings.row_of_prompt]
     if unknown:
         problems.append(f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}")
     captions = {embeddings.prompt_of_image.get(one) for one in hash_of_image.values()} | {*unknown}
@@ -532,11 +554,13 @@ def check_environment(args: argparse.Namespace, accelerator: Accelerator, proble
         problems.append(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         problems.append(f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output_dir).close()
-    except OSError as error:
-        problems.append(f"--output_dir {args.output_dir} cannot be written: {error.strerror}.")
+    for name in ["output_dir", *(["class_data_dir"] if args.with_prior_preservation else [])]:
+        folder = getattr(args, name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            problems.append(f"--{name} {folder} cannot be written: {error.strerror}.")
     if args.push_to_hub and accelerator.is_main_process:
         try:
             api = HfApi(token=args.hub_token)
@@ -569,6 +593,22 @@ def find_checkpoint(
     return None, {}
 
 
+def hash_class_images(args: argparse.Namespace) -> dict[Path, str]:
+    """The pictures of prior preservation that are there, with their hashes."""
+    images = find_images(args.class_data_dir)[0] if args.class_data_dir.is_dir() else []
+    return {path: hash_image(path) for path in images[: args.num_class_images]}
+
+
+def digest(what: object) -> str:
+    """A short name for the contents of something."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
+
+
+def samples_per_epoch(args: argparse.Namespace, images: Collection) -> int:
+    """Training samples until every picture of the subject was seen once."""
+    return len(images) * (2 if args.with_prior_preservation else 1)
+
+
 def preflight(
     args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[dict[Path, str], PromptEmbeddings, Path | None, dict]:
@@ -582,11 +622,14 @@ def preflight(
     embeddings = check_embeddings(args, hash_of_image, check_model(args, problems), problems)
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.max_train_steps is None:
-        args.max_train_steps = math.ceil(args.num_train_epochs * len(hash_of_image) / samples_per_step)
+        samples = args.num_train_epochs * samples_per_epoch(args, hash_of_image)
+        args.max_train_steps = math.ceil(samples / samples_per_step)
     settings = {name: getattr(args, name) for name in SETTINGS_THAT_MATTER}
     settings |= {"mixed_precision": accelerator.mixed_precision, "samples_per_step": samples_per_step}
     captions = [(one, embeddings and embeddings.prompt_of_image.get(one)) for one in hash_of_image.values()]
-    settings["pictures and captions"] = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:8]
+    settings["pictures and captions"] = digest(captions)
+    if args.with_prior_preservation:
+        settings["class pictures"] = digest(list(hash_class_images(args).values()))
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):  # a longer run would have another course
         settings["max_train_steps"] = args.max_train_steps
     for name, saved in state.get("settings", {}).items():
@@ -830,57 +873,91 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
 # ------------------------------------------------------------------------------------------ previews and publishing
 
 
-def preview_due(run: Run, image_count: int) -> bool:
-    """Whether previews are to be made after this step, and not by the end of training anyway."""
+def preview_due(run: Run, epoch: int) -> bool:
+    """Whether previews are to be made after this step, and not by the end of training anyway; epoch: its samples."""
     args, step, samples = run.args, run.global_step, run.settings["samples_per_step"]
     if not (args.validation_prompt and args.num_validation_images) or step >= args.max_train_steps:
         return False
     if args.validation_steps:
         return step % args.validation_steps == 0
-    period = args.validation_epochs * image_count  # in samples
+    period = args.validation_epochs * epoch  # in samples
     return step * samples // period > (step - 1) * samples // period
 
 
 @torch.no_grad()
-def generate_latents(run: Run, prompt: str) -> list[Tensor]:
-    """Sample latents, each (1, 16, H/8, W/8), with the pipeline but without text encoders and VAE."""
-    args = run.args
+def generate_latents(
+    transformer: SD3Transformer2DModel, noise_scheduler: FlowMatchEulerDiscreteScheduler, args: argparse.Namespace,
+    accelerator: Accelerator, embeddings: list[Tensor], generators: list[torch.Generator],
+) -> Tensor:  # fmt: skip
+    """Latents of a picture per generator, (B, 16, H/8, W/8), by the pipeline without text encoders and VAE.
+
+    embeddings: (L, D) and (P,) of the prompt, then of the prompt to guide away from.
+    """
     missing = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.noise_scheduler.config)
-    pipeline = StableDiffusion3Pipeline(transformer=run.transformer, scheduler=scheduler, **dict.fromkeys(missing))
-    pipeline.set_progress_bar_config(desc="Preview", leave=False)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config)
+    pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **dict.fromkeys(missing))
+    pipeline.set_progress_bar_config(desc="Generating", leave=False)
     names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-    tensors = [*run.embeddings[prompt], *run.embeddings[args.negative_prompt]]
-    tensors = [tensor[None].to(pipeline.device, run.weight_dtype) for tensor in tensors]
-    options = dict(zip(names, tensors, strict=True))
+    where = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
+    repeated = [torch.stack([tensor.to(*where)] * len(generators)) for tensor in embeddings]
+    options = dict(zip(names, repeated, strict=True))
     options |= {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    generators = [seeded_generator(args.seed, 2, number) for number in range(args.num_validation_images)]
-    return [pipeline(generator=generator, **options).images for generator in generators]
+    with accelerator.autocast():
+        return pipeline(generator=generators, **options).images
 
 
 @torch.no_grad()
-def decode_latents(args: argparse.Namespace, latents: list[Tensor], device: torch.device) -> list[Image.Image]:
-    """Pictures of latents (1, 16, H/8, W/8), by a VAE that is loaded for this and gone afterwards."""
-    vae = load_vae(args, device)
-    pictures = []
-    for sample in tqdm(latents, desc="Decoding previews", unit="picture", leave=False):
+def decode_latents(transformer: SD3Transformer2DModel, args: argparse.Namespace, latents: Tensor) -> list[Image.Image]:
+    """Pictures of latents, by a VAE that comes while the transformer makes room, and leaves."""
+    device = transformer.device
+    transformer.to("cpu")  # the VAE's decoder takes 3.3 GiB at 1024 x 1024
+    free_memory()
+    vae, pictures = load_vae(args, device), []
+    for sample in tqdm(latents.split(1), desc="Decoding", unit="picture", leave=False):
         sample = sample.float() / vae.config.scaling_factor + vae.config.shift_factor
         pictures += VaeImageProcessor().postprocess(vae.decode(sample).sample)
+    del vae
+    free_memory()
+    transformer.to(device)
     return pictures
+
+
+def make_class_images(args: argparse.Namespace, accelerator: Accelerator, embeddings: PromptEmbeddings) -> None:
+    """Generate the class pictures that prior preservation lacks; each is written as soon as it is there."""
+    folder = args.class_data_dir
+    lacking = max(0, args.num_class_images - len(find_images(folder)[0]))
+    numbered = [(number, folder / f"class-{number:05}.png") for number in range(args.num_class_images)]
+    missing = [(number, path) for number, path in numbered if not path.exists()][:lacking]
+    batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
+    accelerator.wait_for_everyone()  # until all have counted
+    if batches := batches[accelerator.process_index :: accelerator.num_processes]:
+        transformer = load_transformer(args, WEIGHT_DTYPES[accelerator.mixed_precision]).to(accelerator.device)
+        tools = transformer, load_scheduler(args), args, accelerator
+        prompts = [*embeddings[args.class_prompt], *embeddings[""]]
+        for batch in tqdm(batches, desc="Class pictures", unit="batch", disable=not accelerator.is_main_process):
+            generators = [seeded_generator(args.seed, 3, number) for number, _ in batch]
+            latents = generate_latents(*tools, prompts, generators)
+            for (_, path), picture in zip(batch, decode_latents(transformer, args, latents), strict=True):
+                partial = path.with_suffix(".partial")
+                picture.save(partial, "png")
+                sync_and_rename(partial, path)
+        del transformer, tools
+        free_memory()
+    accelerator.wait_for_everyone()
 
 
 def make_previews(run: Run) -> list[tuple[str, Path]]:
     """Write samples/*.png and hand them to the trackers: (prompt, file) of each."""
-    args, accelerator = run.args, run.accelerator
+    args, accelerator, latents = run.args, run.accelerator, []
     run.transformer.eval()
-    with accelerator.autocast():
-        latents = [sample for prompt in args.validation_prompt for sample in generate_latents(run, prompt)]
-    run.transformer.to("cpu")  # makes room, as the VAE's decoder takes 3.3 GiB at 1024 x 1024
-    free_memory()
-    pictures = decode_latents(args, latents, accelerator.device)
-    free_memory()
-    run.transformer.to(accelerator.device).train()
+    tools = run.transformer, run.noise_scheduler, args, accelerator
+    for prompt in args.validation_prompt:
+        prompts = [*run.embeddings[prompt], *run.embeddings[args.negative_prompt]]
+        for number in range(args.num_validation_images):
+            latents.append(generate_latents(*tools, prompts, [seeded_generator(args.seed, 2, number)]))
+    pictures = decode_latents(run.transformer, args, torch.cat(latents))
+    run.transformer.train()
     folder, count = args.output_dir / "samples", args.num_validation_images
     folder.mkdir(exist_ok=True)
     written = []
@@ -910,7 +987,7 @@ def write_model_card(run: Run, previews: list[tuple[str, Path]]) -> None:
         widget=[{"text": prompt, "output": {"url": f"samples/{path.name}"}} for prompt, path in previews] or None,
         pipeline_tag="text-to-image",
     )  # fmt: skip
-    hidden = {"pictures and captions", "pretrained_model_name_or_path"}
+    hidden = {"pictures and captions", "class pictures", "pretrained_model_name_or_path"}
     shown = {name: value for name, value in run.settings.items() if name not in hidden and value is not None}
     text = f"""
 # {name}
@@ -1007,9 +1084,7 @@ def load_run(args: argparse.Namespace, accelerator: Accelerator, embeddings: Pro
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
         num_cycles=args.lr_num_cycles, power=args.lr_power,
     )  # fmt: skip
-    load = FlowMatchEulerDiscreteScheduler.from_pretrained
-    noise_scheduler = load_part(load, args, "scheduler", token=args.hub_token)
-    return Run(args, accelerator, embeddings, noise_scheduler, transformer, optimizer, lr_scheduler, settings)
+    return Run(args, accelerator, embeddings, load_scheduler(args), transformer, optimizer, lr_scheduler, settings)
 
 
 @contextmanager
@@ -1064,6 +1139,12 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     hash_of_image, embeddings, checkpoint, settings = preflight(args, accelerator)
 
+    prompts = [embeddings.prompt_of_image[image_hash] for image_hash in hash_of_image.values()]
+    if args.with_prior_preservation:
+        make_class_images(args, accelerator, embeddings)
+        hash_of_class_image = hash_class_images(args)
+        settings["class pictures"] = digest(list(hash_of_class_image.values()))
+        hash_of_image |= hash_of_class_image
     latents_path, key = args.output_dir / "latents.arrow", latents_key(args, list(hash_of_image.values()))
     if accelerator.is_main_process and not latents_are_current(latents_path, key):
         write_latents(latents_path, key, list(hash_of_image), args, accelerator.device)
@@ -1074,16 +1155,17 @@ def main(args: argparse.Namespace) -> None:
     if checkpoint:
         load_checkpoint(run, checkpoint)
     samples_per_step, steps_left = settings["samples_per_step"], max(0, args.max_train_steps - run.global_step)
-    prompts = [embeddings.prompt_of_image[image_hash] for image_hash in hash_of_image.values()]
     sample_numbers = range(run.global_step * samples_per_step, (run.global_step + steps_left) * samples_per_step)
-    dataset = SampleDataset(args, latents_path, embeddings, prompts, run.noise_scheduler.sigmas, sample_numbers)
+    sigmas, class_images = run.noise_scheduler.sigmas, len(hash_of_image) - len(prompts)
+    dataset = SampleDataset(args, latents_path, embeddings, prompts, sigmas, sample_numbers, class_images)
     loading = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
     dataloader = DataLoader(dataset, args.train_batch_size, **loading)
     model, run.optimizer, dataloader = accelerator.prepare(run.transformer, run.optimizer, dataloader)
 
     lora_size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     check_disk(run, lora_size)
-    accelerator.print(f"{len(prompts)} pictures, {lora_size:,} parameters to train, seed {args.seed}")
+    of_class = f" and {class_images} of the class" if class_images else ""
+    accelerator.print(f"{len(prompts)} pictures{of_class}, {lora_size:,} parameters to train, seed {args.seed}")
     accelerator.print(f"{steps_left} steps of {samples_per_step} samples, from step {run.global_step}", end="")
     if steps_left:
         seconds = estimate_step_seconds(run, model, dataset)
@@ -1103,7 +1185,7 @@ def main(args: argparse.Namespace) -> None:
                 save_checkpoint(run)
             if interrupted:
                 raise SystemExit(f"Stopped after step {run.global_step}. To go on: {resume_command(args)}")
-            if accelerator.is_main_process and preview_due(run, len(prompts)):
+            if accelerator.is_main_process and preview_due(run, samples_per_epoch(args, prompts)):
                 make_previews(run)
 
     accelerator.wait_for_everyone()

@@ -10,7 +10,7 @@ import pytest
 import tiny_pipeline
 import torch
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PROMPT
+from conftest import PREVIEW_PROMPT, PROMPT
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -141,6 +141,26 @@ def test_what_latents_depend_on(tiny: Path, tiny35: Path, photos: Path) -> None:
     others = [make_args(tiny, photos, flag) for flag in ("--resolution=32", "--center_crop", "--random_flip")]
     assert all(trainer.latents_key(args, ["a"]) != key for args in others)
     assert trainer.latents_key(make_args(tiny, photos), ["b"]) != key
+
+
+def test_every_second_sample_is_of_the_class(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
+    """With its prompt and weight; each kind comes in epochs of its own, so all pictures come equally often."""
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--prior_loss_weight=0.5"]
+    args = make_args(tiny, photos, "--center_crop", *flags)
+    encode(args, tmp_path / "latents.arrow")
+    table = trainer.PromptEmbeddings(embeddings, tiny_pipeline.T5_WIDTH)
+    what = args, tmp_path / "latents.arrow", table, [PROMPT] * 2, torch.linspace(1, 0.001, 1000), range(12)
+    data = trainer.SampleDataset(*what, class_images=3)  # the last three of the folder's five pictures
+    means = [trainer.open_latents(tmp_path / "latents.arrow").get_batch(i)["mean"][0].as_py() for i in range(5)]
+    seen = [[], []]
+    for number in range(12):
+        sample, kind = data[number], number % 2
+        assert sample["loss_weight"] == [1.0, 0.5][kind]
+        assert torch.equal(sample["prompt_embeds"], table[[PROMPT, PREVIEW_PROMPT][kind]][0])
+        near = [(torch.tensor(mean) - sample["latents"].flatten()).abs().mean().item() for mean in means]
+        seen[kind].append(near.index(min(near)))
+    assert [sorted(seen[0][i : i + 2]) for i in (0, 2, 4)] == [[0, 1]] * 3
+    assert [sorted(seen[1][i : i + 3]) for i in (0, 3)] == [[2, 3, 4]] * 2
 
 
 def test_unreadable_pixels_are_named_before_the_transformer_loads(

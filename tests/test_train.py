@@ -1,5 +1,6 @@
 """The trainer from end to end: what it writes, that it resumes exactly, and what it refuses to start on."""
 
+import itertools
 import json
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import train_dreambooth_sd3_lora_miniature as trainer
@@ -336,3 +338,41 @@ def test_the_references_own_command_line_runs_through_accelerate_launch(
     assert len(lora(tmp_path / "trained-sd3-lora-miniature")) == 2 * 2 * 4
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
     assert RANK > 4 and "steps of 4 samples" in result.stdout
+
+
+def class_flags(folder: Path, count: int = 5) -> list[str]:
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", f"--class_data_dir={folder}"]
+    return [*flags, f"--num_class_images={count}", "--sample_batch_size=2"]
+
+
+def test_class_pictures_are_generated_once_and_resumably(train: Callable[..., Path], tmp_path: Path) -> None:
+    """From the stored embeddings; what is lost comes back the same but for rounding, the rest is left alone."""
+    folder = tmp_path / "class"
+    train(*class_flags(folder))
+    files = sorted(folder.iterdir())
+    assert [path.name for path in files] == [f"class-0000{number}.png" for number in range(5)]
+    first = np.stack([np.int16(Image.open(path)) for path in files])
+    assert all(np.abs(one - other).max() > 20 for one, other in itertools.combinations(first, 2))
+    kept = files[4].stat().st_mtime_ns
+    files[1].unlink()
+    train(*class_flags(folder))
+    assert np.abs(np.int16(Image.open(files[1])) - first[1]).max() <= 1
+    assert sorted(folder.iterdir()) == files and files[4].stat().st_mtime_ns == kept
+
+
+def test_prior_preservation_resumes_exactly(train: Callable[..., Path], tmp_path: Path) -> None:
+    """Two steps and two more give the LoRA of four; other class pictures are refused."""
+    folder = tmp_path / "class"
+    whole = train(*class_flags(folder), output="whole")
+    train(*class_flags(folder), output="parts", max_train_steps=2, checkpointing_steps=2)
+    parts = train(*class_flags(folder), "--resume_from_checkpoint=latest", output="parts")
+    assert equal(lora(whole), lora(parts)) and not equal(lora(whole), lora(train(output="plain")))
+    Image.new("RGB", (64, 64)).save(folder / "class-00002.png")
+    with pytest.raises(SystemExit, match="class pictures"):
+        train(*class_flags(folder), "--resume_from_checkpoint=latest", output="parts", max_train_steps=6)
+
+
+def test_class_prompt_without_embeddings(train: Callable[..., Path]) -> None:
+    """One message, with the command that computes them."""
+    with pytest.raises(SystemExit, match="(?s)no embeddings of 'a dog'.*--class_prompt 'a dog'"):
+        train("--with_prior_preservation", "--class_prompt=a dog")
