@@ -15,12 +15,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 logging.disable(logging.WARNING)  # the libraries have much to say at start-up; their errors still come through
 import bitsandbytes
 import diffusers
 import numpy as np
+import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,6 +49,7 @@ CHUNK_SIZE = 16  # prompts per pass of an encoder
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 if importlib.util.find_spec("pillow_heif"):  # for the pictures of phones
     IMAGE_SUFFIXES |= {".heic", ".heif"}
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="int8: LLM.int8(); exact: fp32, streamed from disk block by block, least memory")
     model.add_argument("--no_t5", action="store_true", help="zeros for T5, as SD3 accepts; saves a 9.5 GB download")
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--prompt", default="a photo of sks dog", help="the instance prompt, for every picture")
+    prompts.add_argument("--prompt", default="a photo of sks dog",
+                         help="the instance prompt, for every picture without a caption of its own")
     prompts.add_argument("--class_prompt", help="the prompt of prior preservation, such as 'a photo of a dog'")
     prompts.add_argument("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="prompts for previews")
     prompts.add_argument("--negative_prompt", help="what previews are guided away from; '' is always there")
@@ -80,10 +84,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures in a folder, sorted by name, and its other visible files; subfolders are not searched."""
+    """The pictures in a folder, sorted by name, and files that are neither pictures nor belong to one."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    return images, [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(".mask")]
+    ours = {*images, *(folder / name for name in METADATA)}
+    ours |= {image.with_suffix(suffix) for image in images for suffix in (".txt", ".mask.png")}
+    return images, [path for path in files if path not in ours]
 
 
 def passed_over_note(passed_over: list[Path]) -> str:
@@ -226,26 +232,54 @@ def write_embeddings(
     for name, embeds in (("prompt_embeds", prompt_embeds), ("pooled_prompt_embeds", pooled_prompt_embeds)):
         fields.append((name, pa.fixed_shape_tensor(pa.float16(), embeds.shape[1:])))
     schema = pa.schema(fields, metadata={"sd3_embeddings": json.dumps(about)})
-    partial = path.with_name(f"{path.name}.partial")
+    unfinished = path.with_name(f"{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(unfinished, "wb") as file:
             with pq.ParquetWriter(file, schema) as writer:
                 for i, (prompt, image_hashes) in enumerate(captions.items()):
                     tensors = [prompt_embeds[i : i + 1], pooled_prompt_embeds[i : i + 1]]
                     arrays = [pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(t)) for t in tensors]
                     writer.write_table(pa.table([[prompt], [image_hashes], *arrays], schema=schema))
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[str, str]:
+    """Captions by file name, of the pictures that have their own: NAME.txt, or a row of a metadata file."""
+    captions: dict[str, str] = {}
+    readers = (partial(pd.read_json, lines=True, dtype=False), partial(pd.read_csv, dtype=str), pd.read_parquet)
+    for name, read in zip(METADATA, readers, strict=True):
+        try:
+            if (folder / name).exists():
+                table = read(folder / name)
+                captions |= dict(zip(table["file_name"], table["text"], strict=True))
+        except (OSError, ValueError, KeyError) as error:
+            reason = f"it has no column {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            problems.append(f"{folder / name} cannot be read: {reason}. It needs the columns file_name and text.")
+    unknown = [name for name in captions if name not in {image.name for image in images}]
+    if unknown:
+        problems.append(f"{folder} has captions of {', '.join(map(str, unknown))}, but no such pictures.")
+    for path in (image.with_suffix(".txt") for image in images):
+        try:
+            if path.exists():
+                captions |= {image.name: path.read_text("utf-8-sig") for image in images if image.stem == path.stem}
+        except (OSError, ValueError) as error:
+            problems.append(f"{path} cannot be read: {error}. Save it as UTF-8.")
+    empty = [name for name, text in captions.items() if not isinstance(text, str) or not text.strip()]
+    if empty:
+        problems.append(f"The captions of {', '.join(map(str, empty))} are empty. Write them or remove them.")
+    return {name: " ".join(str(text).split()) for name, text in captions.items()}
 
 
 def caption_images(args: argparse.Namespace) -> dict[str, list[str]]:
     """Every distinct prompt, with the hashes of the pictures that it captions."""
-    folder = args.local_data_dir
+    folder, problems = args.local_data_dir, []
     try:
         images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
-        image_hashes = list(dict.fromkeys(hash_image(path) for path in images))
+        own_captions = read_captions(folder, images, problems)
+        hashes = [hash_image(path) for path in images]
     except OSError as error:
         raise SystemExit(f"{error.filename} cannot be read: {error.strerror}.") from error
     if passed_over:
@@ -253,11 +287,21 @@ def caption_images(args: argparse.Namespace) -> dict[str, list[str]]:
     if not images:
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
         what = "has no pictures" if folder.is_dir() else "is not a folder"
-        raise SystemExit(f"{folder} {what}. Put {wanted} files there, or name another folder with --local_data_dir.")
+        problems.append(f"{folder} {what}. Put {wanted} files there, or name another folder with --local_data_dir.")
     prompts = [args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, ""]
     captions: dict[str, list[str]] = {prompt: [] for prompt in prompts if prompt is not None}
-    captions[args.prompt] = image_hashes
-    print(f"{len(images)} pictures in {folder}, {len(captions)} distinct prompts")
+    first_of: dict[str, tuple[Path, str]] = {}
+    for path, image_hash in zip(images, hashes, strict=True):
+        caption = own_captions.get(path.name, args.prompt)
+        first, its_caption = first_of.setdefault(image_hash, (path, caption))
+        if caption != its_caption:
+            problems.append(f"{first} and {path} are the same picture with different captions. Remove one of them.")
+        elif first == path:
+            captions.setdefault(caption, []).append(image_hash)
+    if problems:
+        raise SystemExit("\n".join(problems))
+    own = f", {len(own_captions)} with their own captions" if own_captions else ""
+    print(f"{len(images)} pictures in {folder}{own}; {len(captions)} distinct prompts")
     return captions
 
 
@@ -278,6 +322,7 @@ def main(args: argparse.Namespace) -> None:
             "format_version": 1,
             "model": args.pretrained_model_name_or_path,
             "revision": args.revision,
+            "prompt": args.prompt,
             "max_sequence_length": args.max_sequence_length,
             "t5": "none" if args.no_t5 else args.t5_precision,
             "versions": {library.__name__: library.__version__ for library in libraries},

@@ -54,12 +54,12 @@ from diffusers.training_utils import (
     compute_loss_weighting_for_sd3,
     free_memory,
 )
+from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -75,6 +75,7 @@ IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 if importlib.util.find_spec("pillow_heif"):  # for the pictures of phones
     importlib.import_module("pillow_heif").register_heif_opener()
     IMAGE_SUFFIXES |= {".heic", ".heif"}
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
 CROPS_PER_IMAGE = 4  # random cropping chooses among this many places, since latents are encoded ahead
 LORA_NAME = "pytorch_lora_weights.safetensors"
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high and needs a few
@@ -91,7 +92,8 @@ SETTINGS_THAT_MATTER = [
     "lora_dropout", "lora_layers", "lora_blocks", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
     "precondition_outputs", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
     "scale_lr", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
-    "seed", "with_prior_preservation", "class_prompt", "prior_loss_weight",
+    "seed", "with_prior_preservation", "class_prompt", "prior_loss_weight", "caption_dropout", "alpha_mask",
+    "pretrained_lora_path",
 ]  # fmt: skip
 
 
@@ -115,6 +117,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resolution", type=int, default=512, help="side of the training square in pixels, a multiple of 16")
     add("--center_crop", action="store_true", help="crop the middle of a picture instead of a random part")
     add("--random_flip", action="store_true", help="mirror pictures at random")
+    add("--caption_dropout", type=float, default=0.0, help="probability of training a sample without its prompt")
+    add("--alpha_mask", action="store_true",
+        help="weight the loss by the pictures' alpha channels or NAME.mask.png, so that backgrounds are not learnt")
     add("--max_sequence_length", type=int, help="T5 tokens that the embeddings must have; unset: what they have")
     add("--dataloader_num_workers", type=int, default=0, help="worker processes; 0: read in the main process")
     add = parser.add_argument_group("prior preservation").add_argument
@@ -126,6 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample_batch_size", type=int, default=4, help="class pictures to generate at once")
     add("--prior_loss_weight", type=float, default=1.0, help="what a class picture counts in the loss")
     add = parser.add_argument_group("LoRA").add_argument
+    add("--pretrained_lora_path", help="LoRA to start from, a file, folder or repository; unset: a new one")
     add("--rank", type=int, default=4, help="rank of the update matrices")
     add("--lora_alpha", type=float, help="strength: updates are scaled by alpha / rank; unset: the rank")
     add("--lora_dropout", type=float, default=0.0, help="dropout probability on the way into the LoRA")
@@ -198,8 +204,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append(f"--resolution {args.resolution} is not a multiple of 16")
     if args.hub_token and args.report_to in ("wandb", "all"):
         problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
-    if args.lora_dropout >= 1:
-        problems.append(f"--lora_dropout {args.lora_dropout} is not below 1")
+    for name in ("lora_dropout", "caption_dropout"):
+        if getattr(args, name) >= 1:
+            problems.append(f"--{name} {getattr(args, name)} is not below 1")
     if args.lora_blocks and not all(block.strip().isdigit() for block in args.lora_blocks.split(",")):
         problems.append(f"--lora_blocks {args.lora_blocks} is not a list of numbers such as 12,13,14")
     if args.with_prior_preservation and not args.class_prompt:
@@ -207,6 +214,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if problems:
         parser.error("\n  ".join(problems))
     args.class_data_dir = args.class_data_dir or args.output_dir / "class_images"
+    args.validation_prompt = args.validation_prompt if args.num_validation_images else []
     return args
 
 
@@ -214,10 +222,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures in a folder, sorted by name, and its other visible files; subfolders are not searched."""
+    """The pictures in a folder, sorted by name, and files that are neither pictures nor belong to one."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    return images, [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(".mask")]
+    ours = {*images, *(folder / name for name in METADATA)}
+    ours |= {image.with_suffix(suffix) for image in images for suffix in (".txt", ".mask.png")}
+    return images, [path for path in files if path not in ours]
 
 
 def passed_over_note(passed_over: list[Path]) -> str:
@@ -242,6 +252,14 @@ def open_image(path: Path) -> Image.Image:
     if image.mode == "F":
         raise ValueError("it has floating-point pixels; save it with 8 or 16 bits")
     return image.convert("RGB")
+
+
+def open_mask(path: Path) -> Image.Image | None:
+    """What --alpha_mask makes of a picture: NAME.mask.png, or else its alpha channel, if it has either."""
+    if (mask_path := path.with_suffix(".mask.png")).exists():
+        return ImageOps.exif_transpose(Image.open(mask_path)).convert("L")
+    image = Image.open(path)
+    return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A") if image.has_transparency_data else None
 
 
 def crop_boxes(width: int, height: int, resolution: int, center_crop: bool) -> list[tuple[float, float, float, float]]:
@@ -305,11 +323,14 @@ def model_file(name: str, *, subfolder: str, filename: str, **source: str | None
     return path if path.exists() else Path(hf_hub_download(name, filename, subfolder=subfolder, **source))
 
 
-def latents_key(args: argparse.Namespace, image_hashes: list[str]) -> str:
+def latents_key(args: argparse.Namespace, hash_of_image: dict[Path, str]) -> str:
     """Everything that the latents depend on; they are encoded anew when it changes."""
     filename = f"diffusion_pytorch_model{f'.{args.variant}' if args.variant else ''}.safetensors"
     vae_hash = hash_image(load_part(model_file, args, "vae", filename=filename, token=args.hub_token))
-    return json.dumps([vae_hash, args.resolution, args.center_crop, args.random_flip, CROPS_PER_IMAGE, image_hashes])
+    masks = [path.with_suffix(".mask.png") for path in hash_of_image] if args.alpha_mask else None
+    masks = masks and [hash_image(path) if path.exists() else None for path in masks]
+    how = [vae_hash, args.resolution, args.center_crop, args.random_flip, CROPS_PER_IMAGE]
+    return json.dumps([*how, list(hash_of_image.values()), masks])
 
 
 def latents_are_current(path: Path, key: str) -> bool:
@@ -353,19 +374,23 @@ def load_scheduler(args: argparse.Namespace) -> FlowMatchEulerDiscreteScheduler:
 
 
 @torch.inference_mode()
-def encode_image(vae: AutoencoderKL, image: Image.Image, args: argparse.Namespace) -> pa.RecordBatch:
+def encode_image(
+    vae: AutoencoderKL, image: Image.Image, mask: Image.Image | None, args: argparse.Namespace
+) -> pa.RecordBatch:
     """The posterior of one picture's latents, normalised as SD3 wants them: a row per crop and mirror image."""
     rows = []
     for box in crop_boxes(*image.size, args.resolution, args.center_crop):
-        crop = image.resize((args.resolution, args.resolution), Image.Resampling.LANCZOS, box)
-        for picture in [crop, ImageOps.mirror(crop)] if args.random_flip else [crop]:
+        for turn in [Image.Image.copy, ImageOps.mirror] if args.random_flip else [Image.Image.copy]:
+            picture = turn(image.resize((args.resolution, args.resolution), Image.Resampling.LANCZOS, box))
             pixel_values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W)
             posterior = vae.encode(pixel_values.to(vae.device)).latent_dist  # of (1, 16, H/8, W/8)
             mean = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
             std = posterior.std * vae.config.scaling_factor
             height, width = mean.shape[-2:]
             flat = [moment.flatten().half().cpu().numpy() for moment in (mean, std)]
-            rows.append([height, width, *flat, None])
+            weights = mask and turn(mask.resize((width, height), Image.Resampling.BOX, box))
+            weights = weights and np.float16(weights).flatten() / 255
+            rows.append([height, width, *flat, weights])
     columns = zip(zip(*rows, strict=True), LATENTS_SCHEMA, strict=True)
     columns = [pa.array(values, field.type) for values, field in columns]
     return pa.RecordBatch.from_arrays(columns, schema=LATENTS_SCHEMA)
@@ -379,11 +404,13 @@ def write_latents(path: Path, key: str, images: list[Path], args: argparse.Names
     with open(partial, "wb") as file, pa.ipc.new_file(file, LATENTS_SCHEMA.with_metadata({"key": key})) as writer:
         for image_path in tqdm(images, desc="Encoding pictures", unit="picture"):
             try:
-                image = open_image(image_path)
+                image, mask = open_image(image_path), open_mask(image_path) if args.alpha_mask else None
+                if mask and mask.size != image.size:
+                    raise ValueError(f"its mask has {mask.size} pixels, not {image.size}")
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 unreadable.append(f"{image_path} ({error})")
             else:
-                writer.write_batch(encode_image(vae, image, args))
+                writer.write_batch(encode_image(vae, image, mask, args))
     if unreadable:
         partial.unlink()
         raise SystemExit(f"Repair these pictures, or take them out of the folder: {', '.join(unreadable)}")
@@ -412,6 +439,7 @@ class SampleDataset(Dataset):
         self.sigmas, self.sample_numbers = sigmas, sample_numbers
         kinds = [(prompts, 1.0), ([args.class_prompt] * class_images, args.prior_loss_weight)]
         self.kinds = kinds if class_images else kinds[:1]  # a sample of each in turn
+        self.caption_dropout = args.caption_dropout
         names = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
         self.density = {name: getattr(args, name) for name in names}
 
@@ -436,10 +464,12 @@ class SampleDataset(Dataset):
             mask = torch.from_numpy(row["mask"].flatten().to_numpy().astype(np.float32)).view(1, height, width)
         density = compute_density_for_timestep_sampling(batch_size=1, generator=generator, **self.density)[0]
         step = int(density * len(self.sigmas))
-        prompt_embeds, pooled_prompt_embeds = self.embeddings[prompts[image]]
+        noise = torch.randn(latents.shape, generator=generator)
+        dropped = self.caption_dropout and torch.rand((), generator=generator) < self.caption_dropout
+        prompt_embeds, pooled_prompt_embeds = self.embeddings["" if dropped else prompts[image]]
         return {
             "sample_number": sample_number, "latents": latents, "mask": mask, "prompt_embeds": prompt_embeds,
-            "noise": torch.randn(latents.shape, generator=generator), "pooled_prompt_embeds": pooled_prompt_embeds,
+            "noise": noise, "pooled_prompt_embeds": pooled_prompt_embeds,
             "sigma": self.sigmas[min(max(step, 0), len(self.sigmas) - 1)],  # `mode` can reach one past the end
             "loss_weight": torch.tensor(loss_weight),
         }  # fmt: skip
@@ -487,6 +517,8 @@ def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: l
             readable.append(path)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             problems.append(f"{path} is not a readable picture ({error}). Repair it or take it out of the folder.")
+    if args.alpha_mask and not any(open_mask(path) for path in readable):
+        problems.append(f"--alpha_mask: no picture in {folder} has an alpha channel or a NAME.mask.png.")
     return readable
 
 
@@ -535,11 +567,13 @@ def check_embeddings(
         problems.append(f"{what} have no embeddings in {path} (first: {lacking[0]}). {cure}")
     wanted = [args.instance_prompt] if embeddings.has_prompts else []
     wanted += [args.class_prompt, ""] if args.with_prior_preservation else []
+    wanted += [""] if args.caption_dropout else []
     wanted += [*args.validation_prompt, args.negative_prompt] if args.validation_prompt else []
     unknown = [prompt for prompt in dict.fromkeys(wanted) if prompt not in embeddings.row_of_prompt]
     if unknown:
         problems.append(f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}")
     captions = {embeddings.prompt_of_image.get(one) for one in hash_of_image.values()} | {*unknown}
+    captions |= {embeddings.about.get("prompt")}  # every picture may have a caption of its own
     if embeddings.has_prompts and hash_of_image and not lacking and args.instance_prompt not in captions:
         problems.append(f"In {path} --instance_prompt {args.instance_prompt!r} captions none of the pictures. {cure}")
     return embeddings
@@ -666,8 +700,23 @@ def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3
         lora_dropout=args.lora_dropout, init_lora_weights="gaussian",
         target_modules=lora_targets(transformer, args.lora_layers, args.lora_blocks),
     ))  # fmt: skip
+    if args.pretrained_lora_path:
+        load_lora(transformer, args.pretrained_lora_path, args.hub_token)
     cast_training_params(transformer, dtype=torch.float32)  # add_adapter gives it the base's dtype
     return transformer
+
+
+def load_lora(transformer: SD3Transformer2DModel, path: str | Path, token: str | None = None) -> None:
+    """Put saved LoRA weights into the transformer's LoRA, which must have the same layers and rank."""
+    try:
+        state_dict = StableDiffusion3Pipeline.lora_state_dict(path, token=token)
+        state_dict = {name.removeprefix("transformer."): value for name, value in state_dict.items()}
+        wanted = {name: value.shape for name, value in get_peft_model_state_dict(transformer).items()}
+        if {name: value.shape for name, value in state_dict.items()} != wanted:
+            raise ValueError("its layers or rank are others than --lora_layers, --lora_blocks and --rank say")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SystemExit(f"The LoRA {path} cannot be loaded: {str(error).splitlines()[0]}.") from error
+    set_peft_model_state_dict(transformer, state_dict)
 
 
 def make_optimizer(transformer: nn.Module, args: argparse.Namespace, samples_per_step: int) -> Optimizer:
@@ -856,9 +905,7 @@ def save_checkpoint(run: Run) -> None:
 
 def load_checkpoint(run: Run, checkpoint: Path) -> None:
     """Put the LoRA, optimizer, schedule and loss scale back to where they were; what is read cannot run code."""
-    lora = load_file(checkpoint / LORA_NAME)
-    lora = {name.removeprefix("transformer."): value for name, value in lora.items()}
-    set_peft_model_state_dict(run.transformer, lora)
+    load_lora(run.transformer, checkpoint)
     try:
         state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -876,7 +923,7 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
 def preview_due(run: Run, epoch: int) -> bool:
     """Whether previews are to be made after this step, and not by the end of training anyway; epoch: its samples."""
     args, step, samples = run.args, run.global_step, run.settings["samples_per_step"]
-    if not (args.validation_prompt and args.num_validation_images) or step >= args.max_train_steps:
+    if not args.validation_prompt or step >= args.max_train_steps:
         return False
     if args.validation_steps:
         return step % args.validation_steps == 0
@@ -947,18 +994,18 @@ def make_class_images(args: argparse.Namespace, accelerator: Accelerator, embedd
     accelerator.wait_for_everyone()
 
 
-def make_previews(run: Run) -> list[tuple[str, Path]]:
-    """Write samples/*.png and hand them to the trackers: (prompt, file) of each."""
+def make_previews(run: Run, count: int) -> list[tuple[str, Path]]:
+    """Write samples/*.png, `count` a prompt, and hand them to the trackers: (prompt, file) of each."""
     args, accelerator, latents = run.args, run.accelerator, []
     run.transformer.eval()
     tools = run.transformer, run.noise_scheduler, args, accelerator
     for prompt in args.validation_prompt:
         prompts = [*run.embeddings[prompt], *run.embeddings[args.negative_prompt]]
-        for number in range(args.num_validation_images):
+        for number in range(count):
             latents.append(generate_latents(*tools, prompts, [seeded_generator(args.seed, 2, number)]))
     pictures = decode_latents(run.transformer, args, torch.cat(latents))
     run.transformer.train()
-    folder, count = args.output_dir / "samples", args.num_validation_images
+    folder = args.output_dir / "samples"
     folder.mkdir(exist_ok=True)
     written = []
     for i, prompt in enumerate(args.validation_prompt):
@@ -971,7 +1018,20 @@ def make_previews(run: Run) -> list[tuple[str, Path]]:
             if tracker.name in ("tensorboard", "wandb"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({prompt: np.stack(group)}, step=run.global_step, **layout)
+    draw_progress(run, folder)
     return written
+
+
+def draw_progress(run: Run, folder: Path) -> None:
+    """Draw progress.png: a row per prompt and a column per preview so far, from step 0 on."""
+    prompts = range(len(run.args.validation_prompt))
+    steps = {path.name.split("-")[1] for path in folder.glob("step-*-prompt-*-0.png")}
+    paths = [[folder / f"step-{step}-prompt-{i}-0.png" for i in prompts] for step in sorted(steps)]
+    columns = [column for column in paths if column[0].name <= f"step-{run.global_step:06d}-prompt-0-0.png"]
+    columns = [column for column in columns if all(path.exists() for path in column)]
+    pictures = [Image.open(column[i]) for i in prompts for column in columns]
+    side = min(256, pictures[-1].width)
+    make_image_grid(pictures, len(prompts), len(columns), resize=side).save(folder / "progress.png")
 
 
 def write_model_card(run: Run, previews: list[tuple[str, Path]]) -> None:
@@ -1145,7 +1205,7 @@ def main(args: argparse.Namespace) -> None:
         hash_of_class_image = hash_class_images(args)
         settings["class pictures"] = digest(list(hash_of_class_image.values()))
         hash_of_image |= hash_of_class_image
-    latents_path, key = args.output_dir / "latents.arrow", latents_key(args, list(hash_of_image.values()))
+    latents_path, key = args.output_dir / "latents.arrow", latents_key(args, hash_of_image)
     if accelerator.is_main_process and not latents_are_current(latents_path, key):
         write_latents(latents_path, key, list(hash_of_image), args, accelerator.device)
         free_memory()
@@ -1175,6 +1235,8 @@ def main(args: argparse.Namespace) -> None:
         accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=shown)
 
     bar = {"total": args.max_train_steps, "initial": run.global_step, "disable": not accelerator.is_main_process}
+    if accelerator.is_main_process and args.validation_prompt and steps_left and not run.global_step:
+        make_previews(run, count=1)  # what the model makes of the prompts before it is trained
     with tqdm(desc="Training", unit="step", **bar) as progress_bar, noted_signals() as noted:
         for logs in training_steps(run, model, dataloader):
             progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}", memory=peak_memory())
@@ -1186,12 +1248,12 @@ def main(args: argparse.Namespace) -> None:
             if interrupted:
                 raise SystemExit(f"Stopped after step {run.global_step}. To go on: {resume_command(args)}")
             if accelerator.is_main_process and preview_due(run, samples_per_epoch(args, prompts)):
-                make_previews(run)
+                make_previews(run, args.num_validation_images)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_lora(args.output_dir, run.transformer, fold_alpha=True)
-        previews = make_previews(run) if args.validation_prompt and args.num_validation_images else []
+        previews = make_previews(run, args.num_validation_images) if args.validation_prompt else []
         write_model_card(run, previews)
         size = (args.output_dir / LORA_NAME).stat().st_size / 1e6
         print(f"wrote {args.output_dir / LORA_NAME}: {size:.1f} MB; README.md and {len(previews)} samples beside it")

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -204,3 +205,49 @@ def test_the_trainer_reads_what_was_written(embeddings: Path) -> None:
     for row, prompt in enumerate([PROMPT, PREVIEW_PROMPT, ""]):
         prompt_embeds, pooled_prompt_embeds = table[prompt]
         assert np.array_equal(prompt_embeds, stored[row]) and np.array_equal(pooled_prompt_embeds, pooled[row])
+
+
+@pytest.fixture
+def captioned(photos: Path, tmp_path: Path) -> Path:
+    """Pictures with captions of their own, in a sidecar and in a metadata file."""
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "a.txt").write_text("sks dog\n asleep\n", "utf-8-sig")
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name,text\nb.JPEG,a dog in the snow\na.jpg,overruled\n")
+    return tmp_path / "photos"
+
+
+def captions_of(folder: Path) -> dict[str, list[str]]:
+    return embed.caption_images(embed.parse_args(["--local_data_dir", str(folder), "--prompt", PROMPT]))
+
+
+def test_pictures_have_their_own_captions(captioned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NAME.txt wins over a metadata file, which wins over --prompt; neither is passed over as no picture."""
+    captions = captions_of(captioned)
+    hashes = {name: [embed.hash_image(captioned / name)] for name in ("a.jpg", "b.JPEG")}
+    assert captions["sks dog asleep"] == hashes["a.jpg"] and captions["a dog in the snow"] == hashes["b.JPEG"]
+    assert len(captions[PROMPT]) == 3 and captions[""] == []
+    assert capsys.readouterr().out == f"5 pictures in {captioned}, 2 with their own captions; 4 distinct prompts\n"
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.parquet"])
+def test_metadata_in_other_formats(photos: Path, tmp_path: Path, name: str) -> None:
+    """As datasets' ImageFolder takes it."""
+    shutil.copytree(photos, tmp_path / "photos")
+    table = pd.DataFrame({"file_name": ["a.jpg", "c.png"], "text": ["one", "2"], "other": [1, 2]})
+    path = tmp_path / "photos" / name
+    table.to_parquet(path) if "parquet" in name else table.to_json(path, orient="records", lines=True)
+    assert {"one", "2", PROMPT, ""} == set(captions_of(tmp_path / "photos"))
+
+
+def test_all_that_is_wrong_with_captions_in_one_message(captioned: Path) -> None:
+    """Empty, not UTF-8, of no picture, of two equal pictures, in a broken file: each is named."""
+    (captioned / "c.txt").write_text(" \n")
+    (captioned / "d.txt").write_bytes("ä".encode("latin-1"))
+    shutil.copy(captioned / "a.jpg", captioned / "f.jpg")
+    (captioned / "metadata.csv").write_text("file_name,text\nzebra.jpg,a zebra\n")
+    (captioned / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n')
+    with pytest.raises(SystemExit) as stop:
+        captions_of(captioned)
+    expected = ["zebra.jpg, but no such", "c.png are empty", "d.txt cannot be read", "f.jpg are the same picture"]
+    expected += ["metadata.jsonl cannot be read: it has no column 'text'"]
+    assert all(part in str(stop.value) for part in expected)

@@ -10,7 +10,7 @@ import pytest
 import tiny_pipeline
 import torch
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, PROMPT
+from conftest import PREVIEW_PROMPT, PROMPT, compute
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -27,7 +27,8 @@ def encode(args: argparse.Namespace, path: Path) -> list[str]:
     """Write the latents of a folder; the pictures' hashes."""
     images, _ = trainer.find_images(args.instance_data_dir)
     hashes = [trainer.hash_image(image) for image in images]
-    trainer.write_latents(path, trainer.latents_key(args, hashes), images, args, torch.device("cpu"))
+    key = trainer.latents_key(args, dict(zip(images, hashes, strict=True)))
+    trainer.write_latents(path, key, images, args, torch.device("cpu"))
     return hashes
 
 
@@ -87,7 +88,7 @@ def test_crops_and_flips_vary_between_epochs(samples: Callable[..., trainer.Samp
     dataset = samples(range(5), "--random_flip")
     variants = [trainer.open_latents(dataset.latents_path).get_batch(i).num_rows for i in range(5)]
     assert variants == [8, 8, 2, 8, 2]
-    dataset.sample_numbers, dataset.prompts = range(40), dataset.prompts[:1]  # 40 epochs of the first picture
+    dataset.sample_numbers, dataset.kinds = range(40), [([PROMPT], 1.0)]  # 40 epochs of the first picture
     latents = torch.stack([dataset[i]["latents"].round(decimals=1).flatten() for i in range(40)])
     assert (torch.cdist(latents, latents) > 3).any()
 
@@ -136,11 +137,12 @@ def test_latents_are_reused_until_something_changes(train: Callable[..., Path], 
 
 def test_what_latents_depend_on(tiny: Path, tiny35: Path, photos: Path) -> None:
     """Pictures, resolution, cropping and the VAE's weights; not the learning rate."""
-    key = trainer.latents_key(make_args(tiny, photos), ["a"])
-    assert key == trainer.latents_key(make_args(tiny, photos, "--learning_rate=1"), ["a"])
-    others = [make_args(tiny, photos, flag) for flag in ("--resolution=32", "--center_crop", "--random_flip")]
-    assert all(trainer.latents_key(args, ["a"]) != key for args in others)
-    assert trainer.latents_key(make_args(tiny, photos), ["b"]) != key
+    image = {photos / "a.jpg": "a"}
+    key = trainer.latents_key(make_args(tiny, photos), image)
+    assert key == trainer.latents_key(make_args(tiny, photos, "--learning_rate=1"), image)
+    flags = ("--resolution=32", "--center_crop", "--random_flip", "--alpha_mask")
+    assert all(trainer.latents_key(make_args(tiny, photos, flag), image) != key for flag in flags)
+    assert trainer.latents_key(make_args(tiny, photos), {photos / "a.jpg": "b"}) != key
 
 
 def test_every_second_sample_is_of_the_class(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
@@ -163,6 +165,47 @@ def test_every_second_sample_is_of_the_class(tiny: Path, photos: Path, embedding
     assert [sorted(seen[1][i : i + 3]) for i in (0, 3)] == [[2, 3, 4]] * 2
 
 
+def test_captions_are_dropped_as_often_as_asked(samples: Callable[..., trainer.SampleDataset]) -> None:
+    """A dropped caption becomes the empty prompt; everything else about the sample stays."""
+    always, sometimes = samples(range(100)), samples(range(100), "--caption_dropout=0.3")
+    empty = always.embeddings[""][0]
+    dropped = [torch.equal(sometimes[i]["prompt_embeds"], empty) for i in range(100)]
+    assert 15 <= sum(dropped) <= 45 and not torch.equal(always[0]["prompt_embeds"], empty)
+    assert all(torch.equal(always[i]["noise"], sometimes[i]["noise"]) for i in range(3))
+
+
+def test_masks_weight_the_loss(tiny: Path, tmp_path: Path) -> None:
+    """From the alpha channel, from NAME.mask.png, which is no picture itself, or 1; mirrored with the picture."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    alpha = np.zeros((64, 64), np.uint8)
+    alpha[:, :16] = 255
+    Image.fromarray(np.dstack([np.full((64, 64, 3), 90, np.uint8), alpha])).save(folder / "a.png")
+    for name in ("b.jpg", "c.jpg"):
+        Image.new("RGB", (64, 64), "red").save(folder / name)
+    Image.fromarray(255 - alpha).save(folder / "b.mask.png")
+    args = make_args(tiny, folder, "--alpha_mask", "--random_flip")
+    encode(args, tmp_path / "latents.arrow")
+    masks = [trainer.open_latents(tmp_path / "latents.arrow").get_batch(i)["mask"] for i in range(3)]
+    left = np.zeros((8, 8))
+    left[:, :2] = 1
+    for mask, expected in ((masks[0], left), (masks[1], 1 - left)):
+        mirrored = expected[:, ::-1]
+        assert mask.to_pylist() == [expected.flatten().tolist(), mirrored.flatten().tolist()]
+    assert masks[2].null_count == 2
+    table = type("Table", (), {"__getitem__": lambda *_: (torch.zeros(1), torch.zeros(1))})()
+    data = trainer.SampleDataset(args, tmp_path / "latents.arrow", table, ["a"] * 3, torch.ones(1), range(3))
+    assert sorted(sample["mask"].mean().item() for sample in data) == [0.25, 0.75, 1.0]
+
+
+def test_a_mask_of_another_size(tiny: Path, tmp_path: Path) -> None:
+    """Is named before anything is trained."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
+    Image.new("L", (32, 64)).save(tmp_path / "a.mask.png")
+    with pytest.raises(SystemExit, match="a.jpg.*its mask"):
+        encode(make_args(tiny, tmp_path, "--alpha_mask"), tmp_path / "latents.arrow")
+
+
 def test_unreadable_pixels_are_named_before_the_transformer_loads(
     train: Callable[..., Path], photos: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,9 +215,9 @@ def test_unreadable_pixels_are_named_before_the_transformer_loads(
     for name in ("a.jpg", "b.JPEG"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-200])
     monkeypatch.setattr(trainer, "load_transformer", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(trainer, "check_embeddings", lambda *_: None)
+    embeddings = compute(tiny, folder, tmp_path / "e.parquet", f"--prompt={PROMPT}", "--no_t5")
     with pytest.raises(SystemExit, match="(?s)a.jpg.*b.JPEG"):
-        train(f"--instance_data_dir={folder}")
+        train(instance_data_dir=folder, data_df_path=embeddings)
     assert not list((tmp_path / "out").glob("latents*"))
 
 

@@ -1,14 +1,21 @@
-"""The README tells the truth: its flags exist, its commands parse."""
+"""README and notebook tell the truth: their flags exist, the README's commands parse, the notebook runs."""
 
+import json
+import os
 import re
 import shlex
+import shutil
+import sys
+from pathlib import Path
 
 import compute_embeddings as embed
+import papermill
 import pytest
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+NOTEBOOK = json.loads((ROOT / "notebook.ipynb").read_text())
 COMMANDS = [
     shlex.split(line, comments=True)
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -44,3 +51,45 @@ def test_ci_runs_the_readmes_test_command() -> None:
     """The same words."""
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "python -m pytest" in script and ["python", "-m", "pytest"] in COMMANDS
+
+
+def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, **parameters: object) -> list[dict]:
+    """Execute the notebook on the toy, in a folder with the scripts only; its cells afterwards."""
+    for name in ("compute_embeddings.py", "train_dreambooth_sd3_lora_miniature.py", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    toy = ROOT / "tests" / "toy"
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    small = {
+        "MODEL": str(toy / "model"), "PHOTOS": str(toy / "robot"), "INSTANCE_PROMPT": "a photo of sks robot",
+        "VALIDATION_PROMPTS": ["a photo of sks robot", "it's a toy"], "NEW_PROMPT": "sks robot on a green background",
+        "MAX_SEQUENCE_LENGTH": 16, "RESOLUTION": 64, "STEPS": 4, "MIXED_PRECISION": "no", "INFERENCE_STEPS": 2,
+    }  # fmt: skip
+    notebook = papermill.execute_notebook(
+        ROOT / "notebook.ipynb", folder / "out.ipynb", small | parameters, cwd=folder, progress_bar=False
+    )
+    return notebook.cells
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom on the toy: it shows photos, previews and new pictures."""
+    cells = run_notebook(tmp_path, monkeypatch)
+    shown = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(shown) == 3
+    lora = tmp_path / "sd3-dreambooth-lora"
+    assert (lora / trainer.LORA_NAME).exists() and len(list(lora.glob("new-*.png"))) == 2
+
+
+def test_a_failing_script_fails_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell command's exit code is looked at."""
+    with pytest.raises(papermill.PapermillExecutionError, match="no embeddings: see the message above"):
+        run_notebook(tmp_path, monkeypatch, T5_PRECISION="int3")
+
+
+def test_the_notebook_is_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    """At most 14 cells, no outputs, no widgets, and only flags that exist."""
+    cells = NOTEBOOK["cells"]
+    assert len(cells) <= 14 and "widgets" not in NOTEBOOK["metadata"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    text = "".join("".join(cell["source"]) for cell in cells)
+    known = flags_of(embed, capsys) | flags_of(trainer, capsys) | {"--quiet"}
+    assert set(re.findall(r"--\w+", text)) - known == set()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import train_dreambooth_sd3_lora_miniature as trainer
 import transformers
-from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, logged
+from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, compute, logged
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -51,10 +51,10 @@ def test_a_run_writes_these_files_and_no_others(train: Train) -> None:
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     files = {file for file in files if not file.startswith("logs/")}
     parts = ["pytorch_lora_weights.safetensors", "trainer_state.json", "training_state.pt"]
-    samples = {f"samples/step-{step:06d}-prompt-0-0.png" for step in (2, 4)}
+    samples = {f"samples/step-{step:06d}-prompt-0-0.png" for step in (0, 2, 4)} | {"samples/progress.png"}
     expected = {f"checkpoint-{step}/{part}" for step in (2, 4) for part in parts} | samples
     assert files == expected | {"README.md", "latents.arrow", "pytorch_lora_weights.safetensors"}
-    assert len(logged(output)) == 4 and Image.open(output / min(samples)).size == (64, 64)
+    assert len(logged(output)) == 4 and Image.open(output / max(samples)).size == (64, 64)
     events = EventAccumulator(str(next((output / "logs").rglob("events.out*")).parent)).Reload()
     assert [image.step for image in events.Images(events.Tags()["images"][0])] == [2, 4]
 
@@ -338,6 +338,45 @@ def test_the_references_own_command_line_runs_through_accelerate_launch(
     assert len(lora(tmp_path / "trained-sd3-lora-miniature")) == 2 * 2 * 4
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
     assert RANK > 4 and "steps of 4 samples" in result.stdout
+
+
+def test_progress_is_seen_at_a_glance(train: Train) -> None:
+    """One sheet: a row per prompt, a column per preview, the first without LoRA; not those of a longer run."""
+    flags = ["--validation_prompt", PREVIEW_PROMPT, PROMPT, "--validation_steps=2", "--num_validation_images=2"]
+    samples = train(*flags, max_train_steps=6) / "samples"
+    sheet = Image.open(samples / "progress.png")
+    assert sheet.size == (4 * 64, 2 * 64)
+    for column, step in enumerate((0, 2, 4, 6)):
+        for row in (0, 1):
+            box = (64 * column, 64 * row, 64 * column + 64, 64 * row + 64)
+            alone = Image.open(samples / f"step-{step:06d}-prompt-{row}-0.png")
+            assert list(sheet.crop(box).get_flattened_data()) == list(alone.get_flattened_data())
+    assert len(list(samples.glob("step-000000-*"))) == 2 and len(list(samples.glob("step-000006-*"))) == 4
+    train(*flags, max_train_steps=4)
+    assert Image.open(samples / "progress.png").size == (3 * 64, 2 * 64)
+
+
+def test_training_starts_from_another_lora(train: Train, tmp_path: Path) -> None:
+    """With a learning rate of nothing the LoRA comes out as it went in; one of another rank is refused."""
+    first = train(output="first") / trainer.LORA_NAME
+    again = train(f"--pretrained_lora_path={first}", learning_rate=1e-30, adam_weight_decay=0, output="again")
+    assert equal(lora(first.parent), lora(again))
+    with pytest.raises(SystemExit, match="its layers or rank are others"):
+        train(f"--pretrained_lora_path={first}", rank=8)
+    with pytest.raises(SystemExit, match="cannot be loaded"):
+        train(f"--pretrained_lora_path={tmp_path / 'none'}")
+
+
+def test_pictures_train_with_their_own_captions(train: Train, tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """Every picture may have one; then the LoRA is another, and the instance prompt is still known."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.with_suffix(".txt").write_text(f"sks dog number {number}")
+    embeddings = compute(tiny, folder, tmp_path / "own.parquet", f"--prompt={PROMPT}", "--no_t5")
+    plain = compute(tiny, photos, tmp_path / "plain.parquet", f"--prompt={PROMPT}", "--no_t5")
+    own = train(instance_data_dir=folder, data_df_path=embeddings, output="own")
+    assert not equal(lora(own), lora(train(data_df_path=plain, output="plain")))
 
 
 def class_flags(folder: Path, count: int = 5) -> list[str]:

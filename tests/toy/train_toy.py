@@ -36,7 +36,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from world import COLORS, SHAPES, SIZE, random_sample, render_scene, render_shape
+from world import COLORS, SHAPES, SIZE, captioned_picture, random_sample, render_scene, render_shape
 
 OTHER_WORDS = "a an the photo picture drawing of on in with and background shape toy sks robot dog cat"
 WORDS = (*COLORS, *SHAPES, *OTHER_WORDS.split())  # order decides the tokens' numbers
@@ -50,8 +50,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--state_dir", type=Path, help="where a killed run goes on from (default: OUTPUT_DIR-state)")
     parser.add_argument("--vae_steps", type=int, default=2_700, help="steps of 16 pictures")
     parser.add_argument("--vae_pictures", type=int, default=24_000, help="drawings the VAE sees")
-    parser.add_argument("--transformer_steps", type=int, default=5_000, help="steps of 64 pictures")
-    parser.add_argument("--transformer_pictures", type=int, default=16_000, help="shapes the transformer sees")
+    parser.add_argument("--transformer_steps", type=int, default=10_000, help="steps of 64 pictures")
+    parser.add_argument("--transformer_pictures", type=int, default=24_000, help="pictures the transformer sees")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -172,14 +172,14 @@ def draw_vae_pictures(count: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def encode_world(vae: AutoencoderKL, count: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Latents of captioned shapes as the VAE gives them, (count, 16, 8, 8), and their captions."""
+    """Latents of captioned pictures as the VAE gives them, (count, 16, 8, 8), and their captions."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     latents, captions = [], []
     for start in range(0, count, 100):
         images = []
         for _ in range(min(100, count - start)):
-            shape, color, background, caption = random_sample(rng)
-            images.append(render_shape(shape, COLORS[color], COLORS[background], rng))
+            image, caption = captioned_picture(rng)
+            images.append(image)
             captions.append(caption)
         latents.append(vae.encode(to_pixel_values(images)).latent_dist.sample(generator))
     return torch.cat(latents), captions

@@ -110,6 +110,50 @@ def held_out_robots(count: int = 24, size: int = SIZE) -> list[Image.Image]:
     return [render_robot(list(COLORS)[i % len(COLORS)], rng, size) for i in range(count)]
 
 
+def render_figure(background: str, rng: random.Random, size: int = SIZE) -> Image.Image:
+    """A body of any color with some eyes, a mouth, something on its head: (size, size). The transformer learns from
+    such figures to draw details; that one has the robot's build and its three colors does not happen."""
+    side = size * SUPERSAMPLING
+    canvas = blank_canvas(COLORS[background], side)
+    draw = ImageDraw.Draw(canvas)
+    radius = rng.uniform(0.22, 0.36) * side
+    x, y = (rng.uniform(0.42, 0.58) * side for _ in range(2))
+
+    def box(u: float, v: float, w: float, h: float) -> tuple[float, float, float, float]:
+        return x + (u - w) * radius, y + (v - h) * radius, x + (u + w) * radius, y + (v + h) * radius
+
+    if rng.random() < 0.6:  # an antenna or a hat
+        color, width, height = random_color(rng), rng.uniform(0.08, 0.4), rng.uniform(0.2, 0.5)
+        draw.rectangle(box(0, -0.8 - height / 2, width, height), fill=color)
+        if rng.random() < 0.5:
+            draw.ellipse(box(0, -0.8 - height, 1.5 * width, 0.25), fill=random_color(rng))
+    height = rng.uniform(0.7, 1)
+    if rng.random() < 0.3:
+        draw.ellipse(box(0, 0, 1, height), fill=random_color(rng))
+    else:
+        draw.rounded_rectangle(box(0, 0, 1, height), radius=rng.uniform(0, 0.5) * radius, fill=random_color(rng))
+    eyes, eye_size, pupil_size = rng.randrange(1, 4), rng.uniform(0.2, 0.4), rng.uniform(0.3, 0.7)
+    white, pupil = rng.choice([(250, 250, 250), random_color(rng)]), rng.choice([(20, 20, 20), random_color(rng)])
+    for eye in range(eyes):
+        u, v = (eye - (eyes - 1) / 2) * 2.2 * min(eye_size, 0.3), -0.3
+        for part, color in ((eye_size, white), (eye_size * pupil_size, pupil)):
+            draw.ellipse(box(u, v, part, part), fill=color)
+    if rng.random() < 0.8:
+        mouth = rng.choice([draw.rectangle, draw.ellipse])
+        mouth(box(0, 0.45, rng.uniform(0.2, 0.7), rng.uniform(0.07, 0.25)), fill=random_color(rng))
+    return canvas.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def captioned_picture(rng: random.Random) -> tuple[Image.Image, str]:
+    """What the transformer learns from: three shapes for every figure."""
+    if rng.random() < 0.25:
+        background = rng.choice(list(COLORS))
+        caption = rng.choice(["a photo of a toy", f"a photo of a toy on a {background} background"])
+        return render_figure(background, rng), caption
+    shape, color, background, caption = random_sample(rng)
+    return render_shape(shape, COLORS[color], COLORS[background], rng), caption
+
+
 def random_sample(rng: random.Random) -> tuple[str, str, str, str]:
     """A shape, its color, its background, and a caption that names all three, or leaves some of them out."""
     shape = rng.choice(SHAPES)
@@ -120,8 +164,9 @@ def random_sample(rng: random.Random) -> tuple[str, str, str, str]:
             f"a photo of a {shape} on a {background} background",
             f"a photo of a {color} {shape}",
             f"a photo of a {shape}",
+            "a photo of a shape",
         ),
-        weights=(7, 1, 1, 1),
+        weights=(6, 1, 1, 1, 1),
     )[0]
     return shape, color, background, caption
 
@@ -193,7 +238,8 @@ def main() -> None:
         color, background = rng.sample(list(COLORS), 2)
         shapes.append(render_shape(shape, COLORS[color], COLORS[background], rng))
     scenes = [render_scene(rng) for _ in range(16)]
-    contact_sheet([shapes, scenes[:8], scenes[8:], held_out_robots(8)], zoom=3).save(here / "world.png")
+    figures = [render_figure(rng.choice(list(COLORS)), rng) for _ in range(8)]
+    contact_sheet([shapes, figures, scenes[:8], scenes[8:], held_out_robots(8)], zoom=3).save(here / "world.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""Measure on the toy that DreamBooth works: teach it the robot with the two real scripts, then look at samples.
+
+    python tests/measure_dreambooth.py --output_dir /tmp/robot
+    python tests/measure_dreambooth.py --output_dir /tmp/robot --variant "" --variant "--precondition_outputs 1"
+
+Each --variant is a run with these flags added to the trainer's. Prints a Markdown table, one row before any training
+and one per variant, and writes results.json and a before_after.png per variant. The columns, all with fixed seeds:
+
+- fidelity: how much 32 samples of "a photo of sks robot" are like unseen renderings of it, a real one being 1
+- new backgrounds: the same on three backgrounds that no picture of the robot has, and how often they are right
+- shapes: how often shape, color and background are right in samples of the world that the toy knew before
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY = ROOT / "tests" / "toy"
+sys.path.insert(0, str(TOY))
+from measure_toy import generate, random_captions
+from score import background_correct, color_correct, shape_correct, subject_fidelity
+from world import NEW_BACKGROUNDS, contact_sheet
+
+PROMPT, CLASS_PROMPT = "a photo of sks robot", "a photo of a shape"
+PLACED = [f"{PROMPT} on a {background} background" for background in NEW_BACKGROUNDS]
+SAMPLES = 32
+EMBEDDING_FLAGS = {
+    "pretrained_model_name_or_path": TOY / "model", "local_data_dir": TOY / "robot", "prompt": PROMPT,
+    "class_prompt": CLASS_PROMPT, "max_sequence_length": 16,
+}  # fmt: skip
+TRAINING_FLAGS = {  # what README's first command has
+    "pretrained_model_name_or_path": TOY / "model", "instance_data_dir": TOY / "robot", "instance_prompt": PROMPT,
+    "resolution": 64, "rank": 16, "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 0,
+    "train_batch_size": 8, "max_train_steps": 600, "seed": 0, "report_to": "none", "class_prompt": CLASS_PROMPT,
+    "num_class_images": 64, "sample_batch_size": 32, "guidance_scale": 2, "num_inference_steps": 20,
+    "checkpointing_steps": 10_000,
+}  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where everything goes")
+    parser.add_argument("--variant", action="append", default=[], help="flags to add to the trainer's; several times")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the training")
+    args = parser.parse_args()
+    args.variant = args.variant or ["--with_prior_preservation"]
+    return args
+
+
+def command_line(flags: dict[str, object]) -> list[str]:
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def train(output_dir: Path, embeddings: Path, variant: str, threads: int) -> float:
+    """Run the trainer as a user does; the seconds it took."""
+    started = time.monotonic()
+    launch = ["accelerate", "launch", "--quiet", f"--num_cpu_threads_per_process={threads}"]
+    flags = TRAINING_FLAGS | {"data_df_path": embeddings, "output_dir": output_dir}
+    script = ROOT / "train_dreambooth_sd3_lora_miniature.py"
+    subprocess.run([*launch, script, *command_line(flags), *shlex.split(variant)], check=True)
+    return time.monotonic() - started
+
+
+def measure(pipe: StableDiffusion3Pipeline) -> tuple[dict[str, float], list[list[Image.Image]]]:
+    """The table's columns, and two rows of samples: the prompt, and on new backgrounds."""
+    plain = generate(pipe, [PROMPT] * SAMPLES, guidance_scale=2)
+    prompts = [PLACED[i % len(PLACED)] for i in range(SAMPLES)]
+    placed = generate(pipe, prompts, guidance_scale=2)
+    right = [background_correct(image, NEW_BACKGROUNDS[i % len(PLACED)]) for i, image in enumerate(placed)]
+    asked = random_captions(3 * SAMPLES, seed=4)
+    prompts = [f"a photo of a {color} {shape} on a {background} background" for shape, color, background in asked]
+    shapes = generate(pipe, prompts, guidance_scale=2)
+    kept = [
+        shape_correct(image, shape) and color_correct(image, color) and background_correct(image, background)
+        for image, (shape, color, background) in zip(shapes, asked, strict=True)
+    ]
+    columns = {
+        "fidelity": subject_fidelity(plain),
+        "fidelity on new backgrounds": subject_fidelity(placed),
+        "new backgrounds right": float(np.mean(right)),
+        "shapes right": float(np.mean(kept)),
+    }
+    return columns, [plain[:9], placed[:9], shapes[:9]]
+
+
+def main() -> None:
+    args = parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    embeddings = args.output_dir / "embeddings.parquet"
+    started = time.monotonic()
+    flags = [*command_line(EMBEDDING_FLAGS | {"output_path": embeddings}), "--validation_prompt", *PLACED]
+    subprocess.run([sys.executable, ROOT / "compute_embeddings.py", *flags], check=True)
+    print(f"embeddings: {time.monotonic() - started:.0f} s")
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(TOY / "model", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    columns, before = measure(pipe)
+    results = {"before": columns}
+    for number, variant in enumerate(args.variant):
+        folder = args.output_dir / f"variant-{number}"
+        seconds = train(folder, embeddings, variant, args.threads)
+        pipe.load_lora_weights(folder)
+        columns, after = measure(pipe)
+        results[variant or "defaults"] = columns | {"seconds": seconds}
+        rows = [row for pair in zip(before, after, strict=True) for row in pair]
+        contact_sheet(rows, zoom=2).save(folder / "before_after.png")
+        pipe.unload_lora_weights()
+        (args.output_dir / "results.json").write_text(json.dumps(results, indent=2))
+
+    names = [*columns, "seconds"]
+    print("\n| run | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
+    for run, values in results.items():
+        print(f"| {run} | " + " | ".join(f"{values[name]:.2f}" if name in values else "" for name in names) + " |")
+    print(f"\nwrote {args.output_dir}/results.json and variant-*/before_after.png: before, after; three prompts")
+
+
+if __name__ == "__main__":
+    main()
