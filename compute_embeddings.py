@@ -80,6 +80,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 1 <= args.max_sequence_length <= 512:
         parser.error(f"--max_sequence_length {args.max_sequence_length}: T5 takes 1 to 512 tokens")
+    if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
+        parser.error("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
     return args
 
 
@@ -311,8 +313,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         args.output_path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_path.parent).close()
-        if args.output_path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
+        if args.output_path.exists() and not args.output_path.open("rb").read(4) == b"PAR1":
+            raise FileExistsError(None, "it exists and is no Parquet file")
     except OSError as error:
         raise SystemExit(f"--output_path {args.output_path} cannot be written: {error.strerror}.") from error
     with tempfile.TemporaryDirectory() as scratch:
@@ -334,4 +336,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted; nothing was written.") from None

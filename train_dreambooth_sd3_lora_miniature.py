@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 logging.disable(logging.WARNING)  # the libraries have much to say at start-up; their errors still come through
@@ -43,8 +44,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
@@ -59,7 +60,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -398,6 +400,9 @@ def encode_image(
 
 def write_latents(path: Path, key: str, images: list[Path], args: argparse.Namespace, device: torch.device) -> None:
     """Encode every picture, in fp32 and untiled, into an Arrow file with one record batch per picture."""
+    variants = (2 if args.random_flip else 1) * (1 if args.center_crop else CROPS_PER_IMAGE)
+    size = 64 * (args.resolution // 8) ** 2  # mean and std of 16 channels in fp16
+    check_disk(path.parent, size * variants * len(images), "Latents", "use --center_crop or a lower --resolution")
     vae = load_vae(args, device)
     del vae.decoder  # 0.2 GB that encoding does not need
     partial, unreadable = path.with_name(f"{path.name}.partial"), []
@@ -481,7 +486,7 @@ class SampleDataset(Dataset):
 def embeddings_command(args: argparse.Namespace, about: dict) -> str:
     """The command line that writes the embeddings this run needs."""
     command = ["python", "compute_embeddings.py", "--prompt", args.instance_prompt]
-    command += ["--local_data_dir", args.instance_data_dir, "--output_path", args.data_df_path]
+    command += ["--local_data_dir", args.instance_data_dir, "--output_path", args.data_df_path.with_suffix(".parquet")]
     command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
     if args.with_prior_preservation:
         command += ["--class_prompt", args.class_prompt]
@@ -522,6 +527,20 @@ def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: l
     return readable
 
 
+def check_weights(args: argparse.Namespace, problems: list[str]) -> None:
+    """Whether the weight files of a model in a folder are there and whole; the Hub's are checked by their download."""
+    model = Path(args.pretrained_model_name_or_path)
+    for part in ("transformer", "vae") if model.is_dir() else ():
+        files = sorted((model / part).glob(f"*.{args.variant}*.safetensors" if args.variant else "*.safetensors"))
+        try:
+            if not files:
+                raise FileNotFoundError("there are none")
+            for file in files:
+                safe_open(file, "np").__exit__(None, None, None)  # a file that was cut short does not open
+        except (OSError, SafetensorError) as error:
+            problems.append(f"The weights in {model / part} cannot be read: {error}. Download them again.")
+
+
 def check_model(args: argparse.Namespace, problems: list[str]) -> dict:
     """The transformer's config, or {} if it cannot be had."""
     try:
@@ -532,6 +551,7 @@ def check_model(args: argparse.Namespace, problems: list[str]) -> dict:
     largest = config["pos_embed_max_size"] * config["patch_size"] * 8  # the VAE makes one latent of 8 x 8 pixels
     if args.resolution > largest:
         problems.append(f"--resolution {args.resolution} is above the model's {largest}.")
+    check_weights(args, problems)
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)
     for layer in args.lora_layers.split(","):
@@ -571,7 +591,8 @@ def check_embeddings(
     wanted += [*args.validation_prompt, args.negative_prompt] if args.validation_prompt else []
     unknown = [prompt for prompt in dict.fromkeys(wanted) if prompt not in embeddings.row_of_prompt]
     if unknown:
-        problems.append(f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}")
+        quotes = " Prompts of several words need quotes." if len(unknown) > 2 and " " not in "".join(unknown) else ""
+        problems.append(f"{path} has no embeddings of {', '.join(map(repr, unknown))}.{quotes} {cure}")
     captions = {embeddings.prompt_of_image.get(one) for one in hash_of_image.values()} | {*unknown}
     captions |= {embeddings.about.get("prompt")}  # every picture may have a caption of its own
     if embeddings.has_prompts and hash_of_image and not lacking and args.instance_prompt not in captions:
@@ -588,13 +609,24 @@ def check_environment(args: argparse.Namespace, accelerator: Accelerator, proble
         problems.append(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         problems.append(f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}")
-    for name in ["output_dir", *(["class_data_dir"] if args.with_prior_preservation else [])]:
-        folder = getattr(args, name)
+    folders = {"output_dir": args.output_dir}
+    folders |= {"class_data_dir": args.class_data_dir} if args.with_prior_preservation else {}
+    folders |= {"output_dir: its folder": args.output_dir / "samples"} if args.validation_prompt else {}
+    for name, folder in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             problems.append(f"--{name} {folder} cannot be written: {error.strerror}.")
+    shared = args.output_dir / f".shared-{broadcast_object_list([os.getpid()])[0]}"
+    if accelerator.is_main_process and not problems:
+        shared.touch()
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1 and not problems and not shared.exists():
+        problems.append(f"--output_dir {args.output_dir} is not shared by all machines: they see different folders.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shared.unlink(missing_ok=True)
     if args.push_to_hub and accelerator.is_main_process:
         try:
             api = HfApi(token=args.hub_token)
@@ -670,7 +702,7 @@ def preflight(
         if settings.get(name) != saved:
             problems.append(f"{checkpoint} was trained with {name} {saved}, this run has {settings.get(name)}.")
     check_environment(args, accelerator, problems)
-    if problems:
+    if problems := list(dict.fromkeys(gather_object(problems))):  # another machine may see others
         message = "".join(f"\n- {problem}" for problem in problems)
         raise SystemExit(f"Cannot start:{message}" if accelerator.is_main_process else 1)
     return hash_of_image, embeddings, checkpoint, settings
@@ -799,7 +831,7 @@ def training_steps(run: Run, model: nn.Module, dataloader: DataLoader) -> Iterat
                 if not finite and not accelerator.scaler:  # fp16's loss scaler skips such a step by itself
                     run.optimizer.zero_grad()
                 if skipped_in_a_row == MAX_SKIPPED_STEPS:
-                    raise SystemExit(NON_FINITE.format(run.args.output_dir))
+                    raise SystemExit(NON_FINITE.format(args.output_dir) if accelerator.is_main_process else 1)
             run.optimizer.step()
             run.optimizer.zero_grad()
         if accelerator.sync_gradients:
@@ -860,6 +892,9 @@ def save_lora(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool
     lora = {"transformer_lora_layers": state_dict, "transformer_lora_adapter_metadata": metadata}
     StableDiffusion3Pipeline.save_lora_weights(folder, weight_name=partial.name, **lora)
     partial.chmod(0o644)  # safetensors makes files that only their owner can read
+    written = load_file(partial)
+    if not all(torch.equal(written[f"transformer.{name}"], value.cpu()) for name, value in state_dict.items()):
+        raise SystemExit(f"What was written to {partial} reads back differently: is the disk of {folder} failing?")
     sync_and_rename(partial, folder / LORA_NAME)
 
 
@@ -1006,7 +1041,6 @@ def make_previews(run: Run, count: int) -> list[tuple[str, Path]]:
     pictures = decode_latents(run.transformer, args, torch.cat(latents))
     run.transformer.train()
     folder = args.output_dir / "samples"
-    folder.mkdir(exist_ok=True)
     written = []
     for i, prompt in enumerate(args.validation_prompt):
         group = pictures[i * count : (i + 1) * count]
@@ -1114,7 +1148,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they never change
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the others wait while one encodes pictures
+        ],
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate leaves fp16 to GPUs
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
@@ -1125,15 +1162,19 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def check_disk(run: Run, lora_size: int) -> None:
-    """Stop now rather than in the middle, if the checkpoints of a LoRA of so many parameters will not fit."""
+def check_disk(folder: Path, needed: float, what: str, cure: str) -> None:
+    """Stop now rather than in the middle, if so many bytes will not fit."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        sizes = f"{what} need {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free"
+        raise SystemExit(f"{sizes}. Make room, or {cure}.")
+
+
+def size_of_checkpoints(run: Run, lora_size: int) -> float:
+    """Bytes that the checkpoints still to come take, of a LoRA of so many parameters."""
     args = run.args
     saves = max(0, args.max_train_steps - run.global_step) // args.checkpointing_steps
     kept = min(saves, (args.checkpoints_total_limit or saves) + 1)
-    needed = (4 + kept * (6 if args.use_8bit_adam else 12)) * lora_size / 1e9  # a weight, and AdamW's two states
-    if (free := shutil.disk_usage(args.output_dir).free / 1e9) < needed:
-        what = f"{kept} checkpoints need {needed:.1f} GB in {args.output_dir}, which has {free:.1f} GB free"
-        raise SystemExit(f"{what}. Make room, or keep fewer with --checkpoints_total_limit.")
+    return (4 + kept * (6 if args.use_8bit_adam else 12)) * lora_size  # a weight, and AdamW's two states
 
 
 def load_run(args: argparse.Namespace, accelerator: Accelerator, embeddings: PromptEmbeddings, settings: dict) -> Run:
@@ -1179,6 +1220,8 @@ def explain_errors(main: Callable[[argparse.Namespace], None]) -> Callable[[argp
     def explained(args: argparse.Namespace) -> None:
         try:
             main(args)
+        except KeyboardInterrupt:  # while training, Ctrl-C saves a checkpoint first
+            raise SystemExit("Interrupted. What was saved is whole: run the same command again.") from None
         except torch.OutOfMemoryError as error:
             cures = "--gradient_checkpointing, --train_batch_size 1, a smaller --resolution, --lora_blocks"
             raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {cures}.") from error
@@ -1223,7 +1266,7 @@ def main(args: argparse.Namespace) -> None:
     model, run.optimizer, dataloader = accelerator.prepare(run.transformer, run.optimizer, dataloader)
 
     lora_size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    check_disk(run, lora_size)
+    check_disk(args.output_dir, size_of_checkpoints(run, lora_size), "Checkpoints", "use --checkpoints_total_limit")
     of_class = f" and {class_images} of the class" if class_images else ""
     accelerator.print(f"{len(prompts)} pictures{of_class}, {lora_size:,} parameters to train, seed {args.seed}")
     accelerator.print(f"{steps_left} steps of {samples_per_step} samples, from step {run.global_step}", end="")
@@ -1246,7 +1289,8 @@ def main(args: argparse.Namespace) -> None:
             if accelerator.is_main_process and (interrupted or run.global_step % args.checkpointing_steps == 0):
                 save_checkpoint(run)
             if interrupted:
-                raise SystemExit(f"Stopped after step {run.global_step}. To go on: {resume_command(args)}")
+                message = f"Stopped after step {run.global_step}. To go on: {resume_command(args)}"
+                raise SystemExit(message if accelerator.is_main_process else 1)
             if accelerator.is_main_process and preview_due(run, samples_per_epoch(args, prompts)):
                 make_previews(run, args.num_validation_images)
 
@@ -1261,6 +1305,9 @@ def main(args: argparse.Namespace) -> None:
         if args.push_to_hub:
             push_to_hub(args, previews)
     accelerator.end_training()
+    if accelerator.num_processes > 1:  # gloo's threads crash every sixth Python that ends in the usual way
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
