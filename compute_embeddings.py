@@ -32,6 +32,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.training_utils import free_memory
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -48,6 +49,7 @@ except ImportError:  # Windows
 CHUNK_SIZE = 16  # prompts per pass of an encoder
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 if importlib.util.find_spec("pillow_heif"):  # for the pictures of phones
+    importlib.import_module("pillow_heif").register_heif_opener()
     IMAGE_SUFFIXES |= {".heic", ".heif"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
 
@@ -87,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
     """The pictures in a folder, sorted by name, and files that are neither pictures nor belong to one."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(".mask")]
     ours = {*images, *(folder / name for name in METADATA)}
     ours |= {image.with_suffix(suffix) for image in images for suffix in (".txt", ".mask.png")}
@@ -98,6 +100,17 @@ def passed_over_note(passed_over: list[Path]) -> str:
     """One line that names the files that are no pictures, for whoever wonders where a picture went."""
     hint = " (for HEIC: pip install pillow-heif)" if any("hei" in path.suffix.lower() for path in passed_over) else ""
     return f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}"
+
+
+def unreadable_images(images: list[Path]) -> list[str]:
+    """A line for every picture whose header cannot be read; pixels are read when they are encoded."""
+    problems = []
+    for path in images:
+        try:
+            Image.open(path).close()
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            problems.append(f"{path} is not a readable picture ({error}). Repair it or take it out of the folder.")
+    return problems
 
 
 def hash_image(path: Path) -> str:
@@ -131,6 +144,14 @@ def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs
             "A folder needs diffusers' layout. For a gated repository, accept the licence on "
             f"https://huggingface.co/{name} and run: hf auth login"
         ) from error
+
+
+def load_tokenizer(load: type, args: argparse.Namespace, subfolder: str) -> PreTrainedTokenizerBase:
+    """A tokenizer; where there is none, transformers gives an empty one that knows no word and no length."""
+    tokenizer = load_part(load.from_pretrained, args, subfolder)
+    if tokenizer.model_max_length > 10**6:
+        raise SystemExit(f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: its files are missing.")
+    return tokenizer
 
 
 def load_t5(args: argparse.Namespace, device: torch.device, offload_folder: Path) -> T5EncoderModel:
@@ -196,13 +217,13 @@ def encode_prompts(args: argparse.Namespace, prompts: list[str], scratch: Path) 
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_part(SD3Transformer2DModel.load_config, args, "transformer")
-    clip_tokens = load_part(CLIPTokenizer.from_pretrained, args, "tokenizer").model_max_length
+    clip_tokens = load_tokenizer(CLIPTokenizer, args, "tokenizer").model_max_length
     shape = (len(prompts), clip_tokens + args.max_sequence_length, config["joint_attention_dim"])
     prompt_embeds = np.memmap(scratch / "prompt_embeds", np.float16, "w+", shape=shape)  # zeros where nobody writes
     pooled_prompt_embeds = np.zeros((len(prompts), config["pooled_projection_dim"]), np.float16)
     left = 0
     for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
-        tokenizer = load_part(CLIPTokenizer.from_pretrained, args, f"tokenizer{suffix}")
+        tokenizer = load_tokenizer(CLIPTokenizer, args, f"tokenizer{suffix}")
         kwargs = {"variant": args.variant, "dtype": torch.float32}  # even CLIP-G in fp32 weighs less than T5 in 8 bit
         encoder = load_part(CLIPTextModelWithProjection.from_pretrained, args, f"text_encoder{suffix}", **kwargs)
         encoder.to(device)
@@ -215,7 +236,7 @@ def encode_prompts(args: argparse.Namespace, prompts: list[str], scratch: Path) 
         del encoder, output
         free_memory()
     if not args.no_t5:
-        tokenizer = load_part(T5TokenizerFast.from_pretrained, args, "tokenizer_3")
+        tokenizer = load_tokenizer(T5TokenizerFast, args, "tokenizer_3")
         encoder = load_t5(args, device, scratch)
         for chunk, output in encode(encoder, tokenizer, prompts, args.max_sequence_length, "T5"):
             prompt_embeds[chunk, clip_tokens:] = to_float16(output.last_hidden_state, "T5")
@@ -280,8 +301,9 @@ def caption_images(args: argparse.Namespace) -> dict[str, list[str]]:
     folder, problems = args.local_data_dir, []
     try:
         images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
+        problems += (unreadable := unreadable_images(images))
         own_captions = read_captions(folder, images, problems)
-        hashes = [hash_image(path) for path in images]
+        hash_of_image = {path: hash_image(path) for path in images if not unreadable}
     except OSError as error:
         raise SystemExit(f"{error.filename} cannot be read: {error.strerror}.") from error
     if passed_over:
@@ -293,7 +315,7 @@ def caption_images(args: argparse.Namespace) -> dict[str, list[str]]:
     prompts = [args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, ""]
     captions: dict[str, list[str]] = {prompt: [] for prompt in prompts if prompt is not None}
     first_of: dict[str, tuple[Path, str]] = {}
-    for path, image_hash in zip(images, hashes, strict=True):
+    for path, image_hash in hash_of_image.items():
         caption = own_captions.get(path.name, args.prompt)
         first, its_caption = first_of.setdefault(image_hash, (path, caption))
         if caption != its_caption:

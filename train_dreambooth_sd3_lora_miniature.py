@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -225,7 +225,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
     """The pictures in a folder, sorted by name, and files that are neither pictures nor belong to one."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(".mask")]
     ours = {*images, *(folder / name for name in METADATA)}
     ours |= {image.with_suffix(suffix) for image in images for suffix in (".txt", ".mask.png")}
@@ -236,6 +236,17 @@ def passed_over_note(passed_over: list[Path]) -> str:
     """One line that names the files that are no pictures, for whoever wonders where a picture went."""
     hint = " (for HEIC: pip install pillow-heif)" if any("hei" in path.suffix.lower() for path in passed_over) else ""
     return f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}"
+
+
+def unreadable_images(images: list[Path]) -> list[str]:
+    """A line for every picture whose header cannot be read; pixels are read when they are encoded."""
+    problems = []
+    for path in images:
+        try:
+            Image.open(path).close()
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            problems.append(f"{path} is not a readable picture ({error}). Repair it or take it out of the folder.")
+    return problems
 
 
 def hash_image(path: Path) -> str:
@@ -309,6 +320,8 @@ class PromptEmbeddings:
         else:
             arrays = [column[0].values.to_numpy().astype(np.float32) for column in table.columns]
             arrays[0] = arrays[0].reshape(-1, self.joint_attention_dim)
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise ValueError(f"the embeddings of {prompt!r} are not finite")
         return tuple(map(torch.from_numpy, arrays))
 
 
@@ -515,16 +528,12 @@ def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: l
     if not images:
         what = f"has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})" if folder.is_dir() else "is not a folder"
         problems.append(f"--instance_data_dir {folder} {what}.")
-    readable = []
-    for path in images:
-        try:
-            Image.open(path).close()
-            readable.append(path)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            problems.append(f"{path} is not a readable picture ({error}). Repair it or take it out of the folder.")
-    if args.alpha_mask and not any(open_mask(path) for path in readable):
+    problems += (unreadable := unreadable_images(images))
+    if unreadable:
+        return []
+    if images and args.alpha_mask and not any(open_mask(path) for path in images):
         problems.append(f"--alpha_mask: no picture in {folder} has an alpha channel or a NAME.mask.png.")
-    return readable
+    return images
 
 
 def check_weights(args: argparse.Namespace, problems: list[str]) -> None:
@@ -570,6 +579,8 @@ def check_embeddings(
     try:
         embeddings = PromptEmbeddings(path, config.get("joint_attention_dim", 1))
         prompt_embeds, pooled_prompt_embeds = embeddings[next(iter(embeddings.row_of_prompt))]
+        for prompt in [args.instance_prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt]:
+            _ = embeddings[prompt] if prompt in embeddings.row_of_prompt else None
     except (OSError, pa.ArrowException, KeyError, StopIteration, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problems.append(f"--data_df_path {path} cannot be read ({reason}). Run: {embeddings_command(args, {})}")
@@ -600,6 +611,21 @@ def check_embeddings(
     return embeddings
 
 
+def seen_by_all(folder: Path, accelerator: Accelerator) -> bool:
+    """Whether a file of the main process is seen by this one, which may run on another machine."""
+    probe = folder / f".seen-{broadcast_object_list([os.getpid()])[0]}"
+    if accelerator.is_main_process:
+        with suppress(OSError):  # a folder that cannot be written is reported elsewhere
+            probe.touch()
+    accelerator.wait_for_everyone()
+    seen = probe.exists()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with suppress(OSError):
+            probe.unlink()
+    return seen
+
+
 def check_environment(args: argparse.Namespace, accelerator: Accelerator, problems: list[str]) -> None:
     """Whether this machine can do it: the precision, the tracker, writing the output folder, reaching the Hub."""
     if accelerator.mixed_precision not in WEIGHT_DTYPES:
@@ -618,15 +644,8 @@ def check_environment(args: argparse.Namespace, accelerator: Accelerator, proble
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             problems.append(f"--{name} {folder} cannot be written: {error.strerror}.")
-    shared = args.output_dir / f".shared-{broadcast_object_list([os.getpid()])[0]}"
-    if accelerator.is_main_process and not problems:
-        shared.touch()
-    accelerator.wait_for_everyone()
-    if accelerator.num_processes > 1 and not problems and not shared.exists():
-        problems.append(f"--output_dir {args.output_dir} is not shared by all machines: they see different folders.")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shared.unlink(missing_ok=True)
+    if not seen_by_all(args.output_dir, accelerator) and not problems:
+        problems.append(f"--output_dir {args.output_dir} is not the same folder on all machines: share it.")
     if args.push_to_hub and accelerator.is_main_process:
         try:
             api = HfApi(token=args.hub_token)
@@ -701,6 +720,11 @@ def preflight(
     for name, saved in state.get("settings", {}).items():
         if settings.get(name) != saved:
             problems.append(f"{checkpoint} was trained with {name} {saved}, this run has {settings.get(name)}.")
+    if args.pretrained_lora_path:
+        try:
+            read_lora(args.pretrained_lora_path, args.hub_token)
+        except SystemExit as message:
+            problems.append(str(message))
     check_environment(args, accelerator, problems)
     if problems := list(dict.fromkeys(gather_object(problems))):  # another machine may see others
         message = "".join(f"\n- {problem}" for problem in problems)
@@ -738,16 +762,21 @@ def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3
     return transformer
 
 
-def load_lora(transformer: SD3Transformer2DModel, path: str | Path, token: str | None = None) -> None:
-    """Put saved LoRA weights into the transformer's LoRA, which must have the same layers and rank."""
+def read_lora(path: str | Path, token: str | None = None) -> dict[str, Tensor]:
+    """The weights of a saved LoRA, by their names in the transformer."""
     try:
         state_dict = StableDiffusion3Pipeline.lora_state_dict(path, token=token)
-        state_dict = {name.removeprefix("transformer."): value for name, value in state_dict.items()}
-        wanted = {name: value.shape for name, value in get_peft_model_state_dict(transformer).items()}
-        if {name: value.shape for name, value in state_dict.items()} != wanted:
-            raise ValueError("its layers or rank are others than --lora_layers, --lora_blocks and --rank say")
     except (OSError, ValueError, SafetensorError) as error:
         raise SystemExit(f"The LoRA {path} cannot be loaded: {str(error).splitlines()[0]}.") from error
+    return {name.removeprefix("transformer."): value for name, value in state_dict.items()}
+
+
+def load_lora(transformer: SD3Transformer2DModel, path: str | Path, token: str | None = None) -> None:
+    """Put saved LoRA weights into the transformer's LoRA, which must have the same layers and rank."""
+    state_dict = read_lora(path, token)
+    wanted = {name: value.shape for name, value in get_peft_model_state_dict(transformer).items()}
+    if {name: value.shape for name, value in state_dict.items()} != wanted:
+        raise SystemExit(f"The layers or rank of {path} are others than --lora_layers, --lora_blocks and --rank say.")
     set_peft_model_state_dict(transformer, state_dict)
 
 

@@ -1,7 +1,7 @@
 """Measure on the toy that DreamBooth works: teach it the robot with the two real scripts, then look at samples.
 
     python tests/measure_dreambooth.py --output_dir /tmp/robot
-    python tests/measure_dreambooth.py --output_dir /tmp/robot --variant "" --variant "--precondition_outputs 1"
+    python tests/measure_dreambooth.py --output_dir /tmp/robot --variant= --variant="--precondition_outputs 1"
 
 Each --variant is a run with these flags added to the trainer's. Prints a Markdown table, one row before any training
 and one per variant, and writes results.json and a before_after.png per variant. The columns, all with fixed seeds:
@@ -67,10 +67,10 @@ def command_line(flags: dict[str, object]) -> list[str]:
 def train(output_dir: Path, embeddings: Path, variant: str, threads: int) -> float:
     """Run the trainer as a user does; the seconds it took."""
     started = time.monotonic()
-    launch = ["accelerate", "launch", "--quiet", f"--num_cpu_threads_per_process={threads}"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    script = [f"--num_cpu_threads_per_process={threads}", ROOT / "train_dreambooth_sd3_lora_miniature.py"]
     flags = TRAINING_FLAGS | {"data_df_path": embeddings, "output_dir": output_dir}
-    script = ROOT / "train_dreambooth_sd3_lora_miniature.py"
-    subprocess.run([*launch, script, *command_line(flags), *shlex.split(variant)], check=True)
+    subprocess.run([*launch, *script, *command_line(flags), *shlex.split(variant)], check=True)
     return time.monotonic() - started
 
 

@@ -76,11 +76,14 @@ def test_t5_takes_1_to_512_tokens(length: str, capsys: pytest.CaptureFixture[str
     assert exit_info.value.code == 2 and "1 to 512" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["find_images", "passed_over_note", "hash_image", "load_part", "peak_memory"])
+SHARED = ["find_images", "passed_over_note", "unreadable_images", "hash_image", "load_part", "peak_memory"]
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_what_both_scripts_need_stands_in_both_word_for_word(name: str) -> None:
     """Neither script imports the other, so the few shared functions are copies that may not drift apart."""
     assert inspect.getsource(getattr(embed, name)) == inspect.getsource(getattr(trainer, name))
-    assert embed.IMAGE_SUFFIXES == trainer.IMAGE_SUFFIXES
+    assert embed.IMAGE_SUFFIXES == trainer.IMAGE_SUFFIXES and embed.METADATA == trainer.METADATA
 
 
 @pytest.mark.parametrize("name", ["compute_embeddings.py", "train_dreambooth_sd3_lora_miniature.py"])

@@ -361,7 +361,7 @@ def test_training_starts_from_another_lora(train: Train, tmp_path: Path) -> None
     first = train(output="first") / trainer.LORA_NAME
     again = train(f"--pretrained_lora_path={first}", learning_rate=1e-30, adam_weight_decay=0, output="again")
     assert equal(lora(first.parent), lora(again))
-    with pytest.raises(SystemExit, match="its layers or rank are others"):
+    with pytest.raises(SystemExit, match="layers or rank of .* are others"):
         train(f"--pretrained_lora_path={first}", rank=8)
     with pytest.raises(SystemExit, match="cannot be loaded"):
         train(f"--pretrained_lora_path={tmp_path / 'none'}")
