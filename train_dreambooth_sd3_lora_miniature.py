@@ -46,7 +46,8 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, BitsAndBytesConfig, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import (
@@ -95,7 +96,7 @@ SETTINGS_THAT_MATTER = [
     "precondition_outputs", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
     "scale_lr", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "seed", "with_prior_preservation", "class_prompt", "prior_loss_weight", "caption_dropout", "alpha_mask",
-    "pretrained_lora_path",
+    "pretrained_lora_path", "quantize_base",
 ]  # fmt: skip
 
 
@@ -169,6 +170,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision; unset: what accelerate is set to")
+    add("--quantize_base", choices=["nf4", "int8"], help="4 or 8 bit for the frozen weights; needs a GPU")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: far less memory, a third slower")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help=argparse.SUPPRESS)
@@ -633,6 +635,8 @@ def check_environment(args: argparse.Namespace, accelerator: Accelerator, proble
     no_bf16 = accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator.mixed_precision == "bf16" and no_bf16:
         problems.append(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
+    if args.quantize_base and accelerator.device.type != "cuda":
+        problems.append("--quantize_base needs a GPU.")
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         problems.append(f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}")
     folders = {"output_dir": args.output_dir}
@@ -746,6 +750,11 @@ def lora_targets(transformer: nn.Module, layers: str, blocks: str | None) -> lis
 def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3Transformer2DModel:
     """The frozen transformer, straight in the training dtype, with a LoRA that is always trained in fp32."""
     kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": weight_dtype}
+    if args.quantize_base == "nf4":  # what is not a linear layer stays in weight_dtype
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": weight_dtype}
+        kwargs["quantization_config"] = BitsAndBytesConfig(**nf4)
+    elif args.quantize_base == "int8":
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     transformer = load_part(SD3Transformer2DModel.from_pretrained, args, "transformer", **kwargs)
     transformer.requires_grad_(False)
     if args.gradient_checkpointing:
@@ -1022,7 +1031,8 @@ def generate_latents(
 def decode_latents(transformer: SD3Transformer2DModel, args: argparse.Namespace, latents: Tensor) -> list[Image.Image]:
     """Pictures of latents, by a VAE that comes while the transformer makes room, and leaves."""
     device = transformer.device
-    transformer.to("cpu")  # the VAE's decoder takes 3.3 GiB at 1024 x 1024
+    if not args.quantize_base:  # 4 GB make room for the VAE's decoder, which takes 3.3 GiB at 1024 x 1024
+        transformer.to("cpu")
     free_memory()
     vae, pictures = load_vae(args, device), []
     for sample in tqdm(latents.split(1), desc="Decoding", unit="picture", leave=False):
@@ -1252,7 +1262,7 @@ def explain_errors(main: Callable[[argparse.Namespace], None]) -> Callable[[argp
         except KeyboardInterrupt:  # while training, Ctrl-C saves a checkpoint first
             raise SystemExit("Interrupted. What was saved is whole: run the same command again.") from None
         except torch.OutOfMemoryError as error:
-            cures = "--gradient_checkpointing, --train_batch_size 1, a smaller --resolution, --lora_blocks"
+            cures = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
             raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {cures}.") from error
         except (OSError, SafetensorError) as error:
             if not any(cause in str(error) for cause in ("No space left", "File too large", "quota exceeded")):

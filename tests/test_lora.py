@@ -1,13 +1,16 @@
 """The LoRA: what is trained in which precision, and that every program applies it at the same strength."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PROMPT
+from conftest import PREVIEW_PROMPT, PROMPT
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -134,3 +137,36 @@ def test_the_loaded_lora_changes_the_picture(train: Callable[..., Path], tiny: P
         options = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt"}
         pictures.append(pipeline(PROMPT, generator=generator, **options).images)
     assert (pictures[0] - pictures[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("quantization", "precision"), [("nf4", "fp16"), ("nf4", "bf16"), ("int8", "fp16")])
+def test_a_quantised_base_trains(
+    quantization: str, precision: str, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real bitsandbytes layers, also after a preview; everything else stays in the precision of the training."""
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda *_, **__: None)  # it wants a GPU
+        monkeypatch.setattr(quantizer, "update_device_map", lambda *_: {"": "cpu"})
+    as_loaded = bnb.nn.Linear4bit.__init__
+
+    def without_repacking(self: bnb.nn.Linear4bit, *args: object, **kwargs: object) -> None:
+        as_loaded(self, *args, **kwargs)
+        self.support_avx512bf16_for_cpu = False  # on a CPU a preview would repack the weights, and end the training
+
+    monkeypatch.setattr(bnb.nn.Linear4bit, "__init__", without_repacking)
+    monkeypatch.setattr(trainer, "check_environment", lambda args, *_: os.makedirs(args.output_dir / "samples"))
+    runs: list[trainer.Run] = []
+    load_run = trainer.load_run
+    monkeypatch.setattr(trainer, "load_run", lambda *args: runs.append(load_run(*args)) or runs[-1])
+    flags = [f"--quantize_base={quantization}", f"--mixed_precision={precision}", "--gradient_checkpointing"]
+    flags += [f"--validation_prompt={PREVIEW_PROMPT}", "--validation_steps=1", "--use_8bit_adam"]
+    output = train(*flags, output="quantised")
+    transformer = runs[0].transformer
+    layer = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}[quantization]
+    assert sum(isinstance(module, layer) for module in transformer.modules()) > 20
+    dtype = trainer.WEIGHT_DTYPES[precision]
+    frozen = [parameter.dtype for parameter in transformer.parameters() if not parameter.requires_grad]
+    assert set(frozen) == {dtype, {"nf4": torch.uint8, "int8": torch.int8}[quantization]}
+    weights = load_file(output / trainer.LORA_NAME)
+    changed = [name for name, value in weights.items() if "lora_B" in name and value.abs().max() > 0]
+    assert changed and all(value.isfinite().all() for value in weights.values())
