@@ -1,6 +1,7 @@
 """A small Hugging Face Hub on loopback, for tests: repositories in memory, the requests that huggingface_hub sends.
 
-Speaks whoami, create_repo, upload_folder (preupload, LFS batch, commit) and file downloads, without Xet.
+Speaks whoami, create_repo, upload_folder (preupload, LFS batch, commit) and file downloads. With `xet` set to a folder
+the client's hf_xet keeps large files there, as it would in Xet's storage, and the Hub knows their names only.
 """
 
 import base64
@@ -8,12 +9,37 @@ import hashlib
 import json
 import re
 import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 COMMIT = "0" * 40
+
+
+def xet_names(folder: Path) -> dict[str, str]:
+    """Xet's name of each stored file by its SHA-256, from the shards that a client wrote.
+
+    After a header of 48 bytes a shard lists files in entries of 48: the name (four little-endian words), flags and a
+    count, then that many segments, as many proofs if bit 31 is set, and the SHA-256 if bit 30 is; 32 bytes FF end it.
+    """
+
+    def hexadecimal(words: bytes) -> str:
+        return "".join(f"{word:016x}" for word in struct.unpack("<4Q", words))
+
+    names = {}
+    for shard in folder.glob("xet/shard-cache/*.mdb"):
+        data, at = shard.read_bytes(), 48
+        while data[at : at + 32] != b"\xff" * 32:
+            name, (flags, segments) = hexadecimal(data[at : at + 32]), struct.unpack_from("<2I", data, at + 32)
+            at += 48 * (1 + segments * (1 + (flags >> 31)))
+            if flags >> 30 & 1:
+                names[hexadecimal(data[at : at + 32])] = name
+                at += 48
+    return names
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -113,7 +139,9 @@ class Hub(BaseHTTPRequestHandler):
             if item["key"] == "file":
                 self.server.repos[repo][value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
-                self.server.repos[repo][value["path"]] = self.server.blobs[value["oid"]]
+                in_xet = self.server.xet and xet_names(self.server.xet).get(value["oid"])
+                content = (in_xet, value["oid"], value["size"]) if in_xet else self.server.blobs[value["oid"]]
+                self.server.repos[repo][value["path"]] = content
         url = f"{self.server.url}/{repo}/commit/{COMMIT}"
         self.reply(200, {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
 
@@ -123,8 +151,18 @@ class Hub(BaseHTTPRequestHandler):
         data = self.server.repos.get(repo, {}).get(path)
         if data is None:
             return self.reply(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+        if isinstance(data, tuple):  # the client fetches the bytes from Xet by itself
+            name, sha256, size = data
+            link = f'<{self.server.url}/api/models/{repo}/xet-read-token/{COMMIT}>; rel="xet-auth"'
+            etag = {"ETag": f'"{sha256}"', "X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(size)}
+            return self.reply(200, b"", etag | {"X-Repo-Commit": COMMIT, "X-Xet-Hash": name, "Link": link})
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
         return self.reply(200, data, {"X-Repo-Commit": COMMIT, "ETag": etag})
+
+    def xet_token(self, role: str, repo: str) -> None:
+        url, end = f"local://{self.server.xet}", int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "x", "X-Xet-Token-Expiration": str(end)}
+        self.reply(200, {"casUrl": url, "accessToken": "x", "exp": end}, headers)
 
     REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
     ROUTES = [
@@ -137,6 +175,8 @@ class Hub(BaseHTTPRequestHandler):
         (rf"/{REPO}\.git/info/lfs/objects/batch", lfs_batch, True),
         (r"/lfs/(?P<oid>[0-9a-f]{64})", lfs_put, False),
         (rf"/api/models/{REPO}/commit/[^/]+", commit, True),
+        (rf"/api/models/{REPO}/xet-write-token/[^/]+", xet_token, True),
+        (rf"/api/models/{REPO}/xet-read-token/[^/]+", xet_token, False),
         (rf"/{REPO}/resolve/[^/]+/(?P<path>.+)", resolve, False),
     ]
 
@@ -147,7 +187,7 @@ def serve() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     server.repos, server.blobs, server.tokens = {}, {}, {"hf_write": "write", "hf_read": "read"}
-    server.gated, server.faults = set(), {}
+    server.gated, server.faults, server.xet = set(), {}, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

@@ -11,7 +11,7 @@ from hub_server import serve
 
 
 def run(
-    model: Path, photos: Path, embeddings: Path, output: Path, url: str, *flags: str
+    model: Path, photos: Path, embeddings: Path, output: Path, url: str, *flags: str, xet: bool = False
 ) -> subprocess.CompletedProcess:
     """The trainer in a process of its own, which reads the Hub's address when it starts."""
     values = {
@@ -21,7 +21,7 @@ def run(
         "validation_prompt": PREVIEW_PROMPT,
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "train_dreambooth_sd3_lora_miniature.py"), "--push_to_hub", *flags]
-    environment = {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(output.parent / "hf"),
+    environment = {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": str(int(not xet)), "HF_HOME": str(output.parent / "hf"),
                    "PATH": "/usr/bin:/bin", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
     command += [f"--{name}={value}" for name, value in values.items()]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -38,6 +38,24 @@ def test_only_lora_card_and_samples_are_pushed(tiny: Path, photos: Path, embeddi
     assert all((tmp_path / "dog" / name).read_bytes() == data for name, data in pushed.items())
     written = [path.read_bytes() for path in (tmp_path / "dog").rglob("*") if path.is_file()]
     assert not any(b"hf_write" in text for text in [*written, result.stdout.encode(), result.stderr.encode()])
+
+
+def test_xet_stores_and_returns_the_same_bytes(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
+    """Large files go through Xet when it is on; what comes back is byte for byte what was sent."""
+    with serve() as hub:
+        hub.xet = tmp_path / "xet"
+        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write", xet=True)
+        assert result.returncode == 0, result.stderr
+        name, sha256, size = hub.repos["me/dog"]["pytorch_lora_weights.safetensors"]
+        assert not hub.blobs and size == (tmp_path / "dog" / "pytorch_lora_weights.safetensors").stat().st_size
+        code = "import sys, huggingface_hub as hub\n"
+        code += "for name in sys.argv[1:]: hub.hf_hub_download('me/dog', name, local_dir='back')"
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_read", "HF_HOME": str(tmp_path / "other")}
+        command = [sys.executable, "-c", code, *hub.repos["me/dog"]]
+        subprocess.run(command, env=environment, cwd=tmp_path, check=True, timeout=60)
+        pushed = list(hub.repos["me/dog"])
+    assert len(pushed) == 3
+    assert all((tmp_path / "back" / name).read_bytes() == (tmp_path / "dog" / name).read_bytes() for name in pushed)
 
 
 @pytest.mark.parametrize(("token", "part"), [("hf_read", "may write"), ("hf_wrong", "Invalid user token")])
