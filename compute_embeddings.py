@@ -102,14 +102,14 @@ def passed_over_note(passed_over: list[Path]) -> str:
     return f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}"
 
 
-def unreadable_images(images: list[Path]) -> list[str]:
-    """A line for every picture whose header cannot be read; pixels are read when they are encoded."""
-    problems = []
+def unreadable_images(images: list[Path]) -> dict[Path, str]:
+    """What is wrong with every picture whose header cannot be read; pixels are read when they are encoded."""
+    problems = {}
     for path in images:
         try:
             Image.open(path).close()
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            problems.append(f"{path} is not a readable picture ({error}). Repair it or take it out of the folder.")
+            problems[path] = f"{path} is not a readable picture ({error}). Repair it or take it out of the folder."
     return problems
 
 
@@ -301,7 +301,8 @@ def caption_images(args: argparse.Namespace) -> dict[str, list[str]]:
     folder, problems = args.local_data_dir, []
     try:
         images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
-        problems += (unreadable := unreadable_images(images))
+        unreadable = unreadable_images(images)
+        problems += unreadable.values()
         own_captions = read_captions(folder, images, problems)
         hash_of_image = {path: hash_image(path) for path in images if not unreadable}
     except OSError as error:

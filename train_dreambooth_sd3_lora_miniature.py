@@ -192,6 +192,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--logging_dir", default="logs", help="folder of TensorBoard's files, under --output_dir")
     add = parser.add_argument_group("Hub").add_argument
     add("--push_to_hub", action="store_true", help="upload the LoRA, its card and its samples at the end")
+    add("--hub_private_repo", action="store_true", help="make the repository private, if it is new")
     add("--hub_model_id", help="repository to upload to; unset: the name of --output_dir")
     add("--hub_token", help="token to use; `hf auth login` or HF_TOKEN is safer: command lines are seen and logged")
     args = parser.parse_args(argv)
@@ -240,14 +241,14 @@ def passed_over_note(passed_over: list[Path]) -> str:
     return f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}"
 
 
-def unreadable_images(images: list[Path]) -> list[str]:
-    """A line for every picture whose header cannot be read; pixels are read when they are encoded."""
-    problems = []
+def unreadable_images(images: list[Path]) -> dict[Path, str]:
+    """What is wrong with every picture whose header cannot be read; pixels are read when they are encoded."""
+    problems = {}
     for path in images:
         try:
             Image.open(path).close()
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            problems.append(f"{path} is not a readable picture ({error}). Repair it or take it out of the folder.")
+            problems[path] = f"{path} is not a readable picture ({error}). Repair it or take it out of the folder."
     return problems
 
 
@@ -530,9 +531,9 @@ def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: l
     if not images:
         what = f"has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})" if folder.is_dir() else "is not a folder"
         problems.append(f"--instance_data_dir {folder} {what}.")
-    problems += (unreadable := unreadable_images(images))
-    if unreadable:
-        return []
+    unreadable = unreadable_images(images)
+    problems += unreadable.values()
+    images = [path for path in images if path not in unreadable]
     if images and args.alpha_mask and not any(open_mask(path) for path in images):
         problems.append(f"--alpha_mask: no picture in {folder} has an alpha channel or a NAME.mask.png.")
     return images
@@ -656,7 +657,7 @@ def check_environment(args: argparse.Namespace, accelerator: Accelerator, proble
             api.whoami()
             if not problems:  # the repository is made last, when nothing else is in the way
                 name = args.hub_model_id or args.output_dir.resolve().name
-                args.hub_model_id = api.create_repo(name, exist_ok=True).repo_id
+                args.hub_model_id = api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             problems.append(f"--push_to_hub: {reason}\n  With a token that may write, run: hf auth login")
@@ -850,8 +851,11 @@ class Run:
         return WEIGHT_DTYPES[self.accelerator.mixed_precision]
 
 
-def training_steps(run: Run, model: nn.Module, dataloader: DataLoader) -> Iterator[dict[str, float]]:
-    """Train; yield the loss, a mean over all samples of the step, and learning rate of every optimizer step."""
+def training_steps(
+    run: Run, model: nn.Module, dataloader: DataLoader, signals: list[int]
+) -> Iterator[tuple[dict[str, float], bool]]:
+    """Train; yield the loss, a mean over all samples, and learning rate of every optimizer step, and whether any
+    process has noted a signal."""
     args, accelerator = run.args, run.accelerator
     lora_params = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss_sum, skipped_in_a_row = torch.zeros((), device=accelerator.device), 0
@@ -864,7 +868,9 @@ def training_steps(run: Run, model: nn.Module, dataloader: DataLoader) -> Iterat
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                finite = torch.isfinite(accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)).item()
+                norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
+                facts = torch.stack([norm.isfinite().float(), loss_sum, loss_sum.new_tensor(len(signals))])
+                finite, loss_mean, signalled = accelerator.reduce(facts, "mean").tolist()  # the step's only wait
                 skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
                 if not finite and not accelerator.scaler:  # fp16's loss scaler skips such a step by itself
                     run.optimizer.zero_grad()
@@ -876,7 +882,7 @@ def training_steps(run: Run, model: nn.Module, dataloader: DataLoader) -> Iterat
             learning_rate = run.lr_scheduler.get_last_lr()[0]
             run.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
             run.global_step += 1
-            yield {"loss": accelerator.reduce(loss_sum, "mean").item(), "lr": learning_rate}
+            yield {"loss": loss_mean, "lr": learning_rate}, signalled > 0
             loss_sum.zero_()
 
 
@@ -1320,11 +1326,10 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process and args.validation_prompt and steps_left and not run.global_step:
         make_previews(run, count=1)  # what the model makes of the prompts before it is trained
     with tqdm(desc="Training", unit="step", **bar) as progress_bar, noted_signals() as noted:
-        for logs in training_steps(run, model, dataloader):
+        for logs, interrupted in training_steps(run, model, dataloader, noted):
             progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}", memory=peak_memory())
             progress_bar.update()
             accelerator.log(logs, step=run.global_step)
-            interrupted = accelerator.gather(torch.tensor([len(noted)], device=accelerator.device)).sum().item()
             if accelerator.is_main_process and (interrupted or run.global_step % args.checkpointing_steps == 0):
                 save_checkpoint(run)
             if interrupted:
