@@ -159,7 +159,7 @@ def test_a_file_that_cannot_be_written_is_told_before_encoding(
 ) -> None:
     """A folder in its place costs no encoding."""
     monkeypatch.setattr(embed, "encode_prompts", lambda *_: pytest.fail("encoded"))
-    with pytest.raises(SystemExit, match="cannot be written: it is a folder"):
+    with pytest.raises(SystemExit, match="cannot be written: Is a directory"):
         compute(tiny, photos, tmp_path)
 
 

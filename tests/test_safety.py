@@ -44,14 +44,15 @@ def test_a_torn_checkpoint_is_passed_over(train: Train, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(train: Train, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """With a checkpoint of that very step and the command that goes on, which has no token in it."""
-    expected, peak_memory = lora(train(output="whole")), trainer.peak_memory
-    monkeypatch.setattr(trainer, "peak_memory", lambda: os.kill(os.getpid(), number) or peak_memory())
+    expected, loss = lora(train(output="whole")), trainer.training_loss
+    monkeypatch.setattr(trainer, "estimate_step_seconds", lambda *_: 1)
+    monkeypatch.setattr(trainer, "training_loss", lambda *args: os.kill(os.getpid(), number) or loss(*args))
     monkeypatch.setattr("sys.argv", ["train.py", "--seed=0", "--hub_token", "hf_secret"])
     command = "train.py --seed=0 --resume_from_checkpoint=latest"
     with pytest.raises(SystemExit, match=f"after step 1.*{command}") as exit_info:
         train("--hub_token=hf_secret")
     assert "hf_secret" not in str(exit_info.value)
-    monkeypatch.setattr(trainer, "peak_memory", peak_memory)
+    monkeypatch.setattr(trainer, "training_loss", loss)
     assert lora(train("--resume_from_checkpoint=latest")) == expected
 
 
