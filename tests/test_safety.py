@@ -143,7 +143,7 @@ def test_out_of_gpu_memory_says_what_to_change(train: Train, monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer, "training_loss", fail)
-    with pytest.raises(SystemExit, match="--gradient_checkpointing, --train_batch_size 1, a smaller --resolution"):
+    with pytest.raises(SystemExit, match="--gradient_checkpointing, --train_batch_size 1, a lower --resolution"):
         train()
 
 

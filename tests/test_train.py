@@ -309,6 +309,7 @@ def test_emulated_bf16_is_refused(train: Train, monkeypatch: pytest.MonkeyPatch)
     accelerator = type("T4", (), {"mixed_precision": "bf16", "device": torch.device("cuda"), "is_main_process": True})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(trainer, "seen_by_all", lambda *_: True)
     args = trainer.parse_args(["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--data_df_path=e",
                                "--instance_prompt=p", "--report_to=none", "--output_dir=/tmp"])  # fmt: skip
     problems: list[str] = []
@@ -317,11 +318,12 @@ def test_emulated_bf16_is_refused(train: Train, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_disk_that_is_too_small_is_told_before_training(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is needed and what there is."""
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(SystemExit, match="4 checkpoints need .* GB free"):
-        train("--checkpointing_steps=1")
+    """What is needed and what there is: for the latents, then for the checkpoints."""
+    for free, what in ((1_000, "Latents"), (200_000, "Checkpoints")):
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _, usage=usage: usage)
+        with pytest.raises(SystemExit, match=f"{what} need .* GB free"):
+            train("--checkpointing_steps=1")
 
 
 def test_the_references_own_command_line_runs_through_accelerate_launch(

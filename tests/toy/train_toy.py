@@ -17,6 +17,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,8 +50,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("model"), help="where the pipeline goes")
     parser.add_argument("--state_dir", type=Path, help="where a killed run goes on from (default: OUTPUT_DIR-state)")
     parser.add_argument("--vae_steps", type=int, default=2_700, help="steps of 16 pictures")
+    parser.add_argument("--decoder_steps", type=int, default=800, help="more such steps for the decoder alone")
     parser.add_argument("--vae_pictures", type=int, default=24_000, help="drawings the VAE sees")
-    parser.add_argument("--transformer_steps", type=int, default=10_000, help="steps of 64 pictures")
+    parser.add_argument("--transformer_steps", type=int, default=8_000, help="steps of 64 pictures")
     parser.add_argument("--transformer_pictures", type=int, default=24_000, help="pictures the transformer sees")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -202,10 +204,13 @@ def encode_captions(pipe: StableDiffusion3Pipeline, captions: list[str]) -> tupl
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def vae_loss(vae: AutoencoderKL, pixel_values: Tensor, generator: torch.Generator) -> Tensor:
+def vae_loss(
+    vae: AutoencoderKL, pixel_values: Tensor, generator: torch.Generator, decoder_only: bool = False
+) -> Tensor:
     """Error of pixels and of their differences (edges stay sharp), and a little KL. Squares mind small details."""
     with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(pixel_values).latent_dist
+        with torch.set_grad_enabled(not decoder_only):
+            posterior = vae.encode(pixel_values).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
     error = decoded.float() - pixel_values
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
@@ -312,14 +317,16 @@ def restore(state_file: Path, parts: dict[str, nn.Module | torch.optim.Optimizer
 
 
 def train_vae(vae: AutoencoderKL, args: argparse.Namespace) -> None:
-    """Teach the VAE to see, on pictures that are drawn first (a minute)."""
+    """Teach the VAE to see, on pictures that are drawn first (a minute), and then its decoder some more."""
     pictures = draw_vae_pictures(args.vae_pictures, args.seed)
 
-    def loss_at(generator: torch.Generator) -> Tensor:
+    def loss_at(generator: torch.Generator, decoder_only: bool = False) -> Tensor:
         chosen = pictures[torch.randint(len(pictures), (16,), generator=generator)]
-        return vae_loss(vae, chosen.float() / 127.5 - 1, generator)
+        return vae_loss(vae, chosen.float() / 127.5 - 1, generator, decoder_only)
 
     train(vae.train(), loss_at, args.vae_steps, 5e-3, args.state_dir / "vae.pt")
+    decoder_loss = partial(loss_at, decoder_only=True)
+    train(vae.decoder, decoder_loss, args.decoder_steps, 1e-3, args.state_dir / "decoder.pt")
     vae.eval()
 
 
