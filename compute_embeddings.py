@@ -169,7 +169,8 @@ def load_t5(args: argparse.Namespace, device: torch.device, offload_folder: Path
         resident = dict.fromkeys(["shared", "encoder.embed_tokens", "encoder.final_layer_norm"], device.type)
         streamed = dict.fromkeys([f"encoder.block.{i}" for i in range(layers)], "disk")
         how = {"device_map": resident | streamed, "offload_folder": offload_folder, "dtype": torch.float32}
-    return load_part(T5EncoderModel.from_pretrained, args, "text_encoder_3", variant=args.variant, **how)
+    how |= {"variant": args.variant, "use_safetensors": True}  # other files could run code
+    return load_part(T5EncoderModel.from_pretrained, args, "text_encoder_3", **how)
 
 
 def report_cut(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int, name: str) -> None:
@@ -224,7 +225,7 @@ def encode_prompts(args: argparse.Namespace, prompts: list[str], scratch: Path) 
     left = 0
     for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
         tokenizer = load_tokenizer(CLIPTokenizer, args, f"tokenizer{suffix}")
-        kwargs = {"variant": args.variant, "dtype": torch.float32}  # even CLIP-G in fp32 weighs less than T5 in 8 bit
+        kwargs = {"variant": args.variant, "dtype": torch.float32, "use_safetensors": True}  # lighter than T5 even so
         encoder = load_part(CLIPTextModelWithProjection.from_pretrained, args, f"text_encoder{suffix}", **kwargs)
         encoder.to(device)
         for chunk, output in encode(encoder, tokenizer, prompts, clip_tokens, name, output_hidden_states=True):

@@ -382,7 +382,7 @@ def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs
 
 def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
     """The VAE in fp32, as `force_upcast` in its config asks."""
-    kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": torch.float32}
+    kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": torch.float32, "use_safetensors": True}
     return load_part(AutoencoderKL.from_pretrained, args, "vae", **kwargs).to(device)
 
 
@@ -750,7 +750,7 @@ def lora_targets(transformer: nn.Module, layers: str, blocks: str | None) -> lis
 
 def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3Transformer2DModel:
     """The frozen transformer, straight in the training dtype, with a LoRA that is always trained in fp32."""
-    kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": weight_dtype}
+    kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": weight_dtype, "use_safetensors": True}
     if args.quantize_base == "nf4":  # what is not a linear layer stays in weight_dtype
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": weight_dtype}
         kwargs["quantization_config"] = BitsAndBytesConfig(**nf4)
@@ -775,7 +775,7 @@ def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3
 def read_lora(path: str | Path, token: str | None = None) -> dict[str, Tensor]:
     """The weights of a saved LoRA, by their names in the transformer."""
     try:
-        state_dict = StableDiffusion3Pipeline.lora_state_dict(path, token=token)
+        state_dict = StableDiffusion3Pipeline.lora_state_dict(path, token=token, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise SystemExit(f"The LoRA {path} cannot be loaded: {str(error).splitlines()[0]}.") from error
     return {name.removeprefix("transformer."): value for name, value in state_dict.items()}

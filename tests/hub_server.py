@@ -92,6 +92,7 @@ class Hub(BaseHTTPRequestHandler):
         name = f"me/{json.loads(self.body)['name']}"
         known = name in self.server.repos
         self.server.repos.setdefault(name, {})
+        self.server.private |= {name} if json.loads(self.body).get("private") else set()
         url = f"{self.server.url}/{name}"
         self.reply(409 if known else 200, {"url": url, "name": name, "error": "You already created this model repo"})
 
@@ -187,7 +188,7 @@ def serve() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     server.repos, server.blobs, server.tokens = {}, {}, {"hf_write": "write", "hf_read": "read"}
-    server.gated, server.faults, server.xet = set(), {}, None
+    server.gated, server.private, server.faults, server.xet = set(), set(), {}, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

@@ -126,6 +126,26 @@ def scaled_t5(folder: Path) -> None:
 
 
 TRANSFORMER = "model/transformer/diffusion_pytorch_model.safetensors"
+
+
+class Evil:
+    """Unpickling it leaves a file."""
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("ran.txt"),)
+
+
+def pickled(part: str, name: str) -> Change:
+    """Weights as a pickle that runs code."""
+
+    def change(folder: Path) -> None:
+        for path in (folder / "model" / part).glob("*.safetensors"):
+            path.unlink()
+        torch.save({"weight": Evil()}, folder / "model" / part / name)
+
+    return change
+
+
 PRIOR = "--with_prior_preservation"
 TRAINER = {  # what is spoilt, flags, exit code, what the message says
     "unknown flag": (nothing, "--zoom 3", 2, "--zoom"),
@@ -182,6 +202,8 @@ TRAINER = {  # what is spoilt, flags, exit code, what the message says
     "broken config": (write("model/transformer/config.json", b"{"), "", 1, "Cannot load transformer of .*model"),
     "no transformer weights": (remove(TRANSFORMER), "", 1, "weights in .*transformer cannot be read"),
     "transformer cut short": (cut_short(TRANSFORMER), "", 1, "weights in .*transformer cannot be read"),
+    "pickled transformer": (pickled("transformer", "diffusion_pytorch_model.bin"), "", 1, "there are none"),
+    "pickled VAE": (pickled("vae", "diffusion_pytorch_model.bin"), "", 1, "there are none"),
     "no VAE": (remove("model/vae"), "", 1, "weights in .*vae cannot be read"),
     "unknown variant": (nothing, "--variant fp7", 1, "weights in .*transformer cannot be read"),
     "resolution above the model's": (nothing, "--resolution 65536", 1, "--resolution 65536 is above the model's"),
@@ -243,6 +265,8 @@ EMBEDDINGS = {
     "no CLIP-L": (remove("model/text_encoder"), "", 1, "Cannot load text_encoder of .*model"),
     "no CLIP-G": (remove("model/text_encoder_2"), "", 1, "Cannot load text_encoder_2 of .*model"),
     "no T5": (remove("model/text_encoder_3"), "", 1, "Cannot load text_encoder_3 of .*model"),
+    "pickled CLIP-L": (pickled("text_encoder", "pytorch_model.bin"), "", 1, "Cannot load text_encoder of"),
+    "pickled T5": (pickled("text_encoder_3", "pytorch_model.bin"), "", 1, "Cannot load text_encoder_3 of"),
     "T5 cut short": (cut_short("model/text_encoder_3/model.safetensors"), "", 1, "Cannot load text_encoder_3"),
     "CLIP-L cut short": (cut_short("model/text_encoder/model.safetensors"), "", 1, "Cannot load text_encoder of"),
     "unknown variant": (nothing, "--variant fp7", 1, "Cannot load text_encoder of"),

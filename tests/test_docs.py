@@ -17,11 +17,13 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 NOTEBOOK = json.loads((ROOT / "notebook.ipynb").read_text())
 COMMANDS = [
-    shlex.split(line, comments=True)
+    shlex.split(command, comments=True)
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
     for line in block.replace("\\\n", " ").splitlines()
-    if line.strip()
+    for command in line.split("&&")
+    if command.strip()
 ]
+OF_ACCELERATE = ["quiet", "num_cpu_threads_per_process", "multi_gpu", "num_processes", "num_machines", "machine_rank"]
 
 
 def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -33,18 +35,20 @@ def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
 def test_every_flag_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
     """Of our scripts, or of pip and accelerate."""
     known = flags_of(embed, capsys) | flags_of(trainer, capsys)
-    known |= {"--help", "--quiet", "--num_cpu_threads_per_process", "--kills"}
+    known |= {f"--{name}" for name in [*OF_ACCELERATE, "main_process_ip", "help", "kills", "output_dir", "variant"]}
     assert set(re.findall(r"--\w+", README)) - known == set()
 
 
-def test_the_readmes_two_commands_parse() -> None:
-    """And agree about the prompts, the folder and the file."""
-    [first] = [command[2:] for command in COMMANDS if command[:2] == ["python", "compute_embeddings.py"]]
-    [second] = [command[4:] for command in COMMANDS if command[:2] == ["accelerate", "launch"]]
-    embedding, training = embed.parse_args(first), trainer.parse_args(second)
-    assert (embedding.prompt, embedding.validation_prompt) == (training.instance_prompt, training.validation_prompt)
-    assert (embedding.local_data_dir, embedding.output_path) == (training.instance_data_dir, training.data_df_path)
-    assert embedding.pretrained_model_name_or_path == training.pretrained_model_name_or_path
+def test_the_readmes_commands_parse() -> None:
+    """The toy's two and SD3's two; each pair agrees about model, prompts, folder and file."""
+    embedding = [embed.parse_args(command[2:]) for command in COMMANDS if command[1:2] == ["compute_embeddings.py"]]
+    script = "train_dreambooth_sd3_lora_miniature.py"
+    training = [trainer.parse_args(command[command.index(script) + 1 :]) for command in COMMANDS if script in command]
+    assert len(training) == 2 and len(embedding) == 3
+    for one, other in zip(embedding, training, strict=False):
+        assert (one.prompt, one.validation_prompt) == (other.instance_prompt, other.validation_prompt)
+        assert (one.local_data_dir, one.output_path) == (other.instance_data_dir, other.data_df_path)
+        assert one.pretrained_model_name_or_path == other.pretrained_model_name_or_path
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

@@ -33,6 +33,7 @@ def test_only_lora_card_and_samples_are_pushed(tiny: Path, photos: Path, embeddi
         result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write")
         assert result.returncode == 0, result.stderr
         pushed = hub.repos["me/dog"]
+        assert not hub.private
     sample = "samples/step-000001-prompt-0-0.png"
     assert set(pushed) == {"README.md", "pytorch_lora_weights.safetensors", sample}
     assert all((tmp_path / "dog" / name).read_bytes() == data for name, data in pushed.items())
@@ -44,8 +45,10 @@ def test_xet_stores_and_returns_the_same_bytes(tiny: Path, photos: Path, embeddi
     """Large files go through Xet when it is on; what comes back is byte for byte what was sent."""
     with serve() as hub:
         hub.xet = tmp_path / "xet"
-        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write", xet=True)
+        flags = ["--hub_token=hf_write", "--hub_private_repo"]
+        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, *flags, xet=True)
         assert result.returncode == 0, result.stderr
+        assert hub.private == {"me/dog"}
         name, sha256, size = hub.repos["me/dog"]["pytorch_lora_weights.safetensors"]
         assert not hub.blobs and size == (tmp_path / "dog" / "pytorch_lora_weights.safetensors").stat().st_size
         code = "import sys, huggingface_hub as hub\n"
