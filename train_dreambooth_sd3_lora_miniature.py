@@ -1327,7 +1327,7 @@ def main(args: argparse.Namespace) -> None:
         make_previews(run, count=1)  # what the model makes of the prompts before it is trained
     with tqdm(desc="Training", unit="step", **bar) as progress_bar, noted_signals() as noted:
         for logs, interrupted in training_steps(run, model, dataloader, noted):
-            progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}", memory=peak_memory())
+            progress_bar.set_postfix_str(f"loss {logs['loss']:.4f}, {peak_memory()}")
             progress_bar.update()
             accelerator.log(logs, step=run.global_step)
             if accelerator.is_main_process and (interrupted or run.global_step % args.checkpointing_steps == 0):

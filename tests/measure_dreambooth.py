@@ -1,10 +1,11 @@
 """Measure on the toy that DreamBooth works: teach it the robot with the two real scripts, then look at samples.
 
     python tests/measure_dreambooth.py --output_dir /tmp/robot
-    python tests/measure_dreambooth.py --output_dir /tmp/robot --variant= --variant="--precondition_outputs 1"
+    python tests/measure_dreambooth.py --output_dir /tmp/robot --variant="--precondition_outputs 1" --variant=...
 
-Each --variant is a run with these flags added to the trainer's. Prints a Markdown table, one row before any training
-and one per variant, and writes results.json and a before_after.png per variant. The columns, all with fixed seeds:
+Each --variant is a run of README's first command with these flags added; without any it is run as it is. Prints a
+Markdown table, a row before any training and a row per variant, and writes results.json and a before_after.png per
+variant. The columns, all with fixed seeds:
 
 - fidelity: how much 32 samples of "a photo of sks robot" are like unseen renderings of it, a real one being 1
 - new backgrounds: the same on three backgrounds that no picture of the robot has, and how often they are right
@@ -41,12 +42,13 @@ EMBEDDING_FLAGS = {
     "pretrained_model_name_or_path": TOY / "model", "local_data_dir": TOY / "robot", "prompt": PROMPT,
     "class_prompt": CLASS_PROMPT, "max_sequence_length": 16,
 }  # fmt: skip
-TRAINING_FLAGS = {  # what README's first command has
-    "pretrained_model_name_or_path": TOY / "model", "instance_data_dir": TOY / "robot", "instance_prompt": PROMPT,
-    "resolution": 64, "rank": 16, "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 0,
-    "train_batch_size": 8, "max_train_steps": 600, "seed": 0, "report_to": "none", "class_prompt": CLASS_PROMPT,
-    "num_class_images": 64, "sample_batch_size": 32, "guidance_scale": 2, "num_inference_steps": 20,
-    "checkpointing_steps": 10_000,
+LAYERS = "to_k,to_q,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj,to_add_out,net.0.proj,net.2"
+TRAINING_FLAGS = {  # README's first command, as a test asserts
+    "pretrained_model_name_or_path": "tests/toy/model", "instance_data_dir": "tests/toy/robot", "seed": 0,
+    "instance_prompt": PROMPT, "class_prompt": CLASS_PROMPT, "num_class_images": 64, "sample_batch_size": 32,
+    "resolution": 64, "rank": 16, "lora_layers": LAYERS, "learning_rate": 2e-3, "lr_scheduler": "cosine",
+    "lr_warmup_steps": 0, "train_batch_size": 8, "max_train_steps": 1200, "guidance_scale": 2.0,
+    "num_inference_steps": 20,
 }  # fmt: skip
 
 
@@ -56,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--variant", action="append", default=[], help="flags to add to the trainer's; several times")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the training")
     args = parser.parse_args()
-    args.variant = args.variant or ["--with_prior_preservation"]
+    args.variant = args.variant or [""]
     return args
 
 
@@ -68,9 +70,10 @@ def train(output_dir: Path, embeddings: Path, variant: str, threads: int) -> flo
     """Run the trainer as a user does; the seconds it took."""
     started = time.monotonic()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    script = [f"--num_cpu_threads_per_process={threads}", ROOT / "train_dreambooth_sd3_lora_miniature.py"]
-    flags = TRAINING_FLAGS | {"data_df_path": embeddings, "output_dir": output_dir}
-    subprocess.run([*launch, *script, *command_line(flags), *shlex.split(variant)], check=True)
+    script = [f"--num_cpu_threads_per_process={threads}", "train_dreambooth_sd3_lora_miniature.py"]
+    flags = TRAINING_FLAGS | {"data_df_path": embeddings.resolve(), "output_dir": output_dir.resolve()}
+    command = [*launch, *script, "--with_prior_preservation", *command_line(flags), *shlex.split(variant)]
+    subprocess.run(command, cwd=ROOT, check=True)
     return time.monotonic() - started
 
 
@@ -114,7 +117,7 @@ def main() -> None:
         seconds = train(folder, embeddings, variant, args.threads)
         pipe.load_lora_weights(folder)
         columns, after = measure(pipe)
-        results[variant or "defaults"] = columns | {"seconds": seconds}
+        results[variant or "README's first command"] = columns | {"seconds": seconds}
         rows = [row for pair in zip(before, after, strict=True) for row in pair]
         contact_sheet(rows, zoom=2).save(folder / "before_after.png")
         pipe.unload_lora_weights()

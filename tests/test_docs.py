@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import compute_embeddings as embed
+import measure_dreambooth
 import papermill
 import pytest
 import train_dreambooth_sd3_lora_miniature as trainer
@@ -51,10 +52,22 @@ def test_the_readmes_commands_parse() -> None:
         assert one.pretrained_model_name_or_path == other.pretrained_model_name_or_path
 
 
+def test_what_is_measured_is_the_readmes_first_command() -> None:
+    """Its flags and no others but for what is written where."""
+    [command] = [command for command in COMMANDS if "accelerate" in command and "tests/toy/model" in command]
+    told = vars(trainer.parse_args(command[command.index("train_dreambooth_sd3_lora_miniature.py") + 1 :]))
+    fixed = measure_dreambooth.command_line(measure_dreambooth.TRAINING_FLAGS)
+    where = ["--data_df_path=robot.parquet", "--output_dir=robot-lora", "--with_prior_preservation"]
+    previews = ["--validation_prompt", *told["validation_prompt"], "--validation_steps=300"]
+    assert told == vars(trainer.parse_args([*fixed, *where, *previews]))
+
+
 def test_ci_runs_the_readmes_test_command() -> None:
     """The same words."""
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "python -m pytest" in script and ["python", "-m", "pytest"] in COMMANDS
+    [install] = [command[2:] for command in COMMANDS if command[:2] == ["pip", "install"] and "pytest" in command]
+    assert any(line.endswith(" ".join(install)) for line in script)
 
 
 def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, **parameters: object) -> list[dict]:

@@ -22,6 +22,7 @@ from world import (
     SHAPES,
     TEAL,
     held_out_robots,
+    render_figure,
     render_robot,
     render_shape,
 )
@@ -181,6 +182,7 @@ def main() -> None:
     looks = {
         "other robots": robots,
         "blurred robots": [image.filter(ImageFilter.GaussianBlur(1)) for image in robots],
+        "figures of random parts": [render_figure(rng.choice(list(COLORS)), rng) for _ in range(48)],
         "teal body alone": [render_robot(background, rng, details=False) for background in COLORS],
     }
     for shape in SHAPES:
