@@ -56,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, required=True, help="where everything goes")
     parser.add_argument("--variant", action="append", default=[], help="flags to add to the trainer's; several times")
+    parser.add_argument("--without_prior_preservation", action="store_true", help="all variants without it")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the training")
     args = parser.parse_args()
     args.variant = args.variant or [""]
@@ -66,13 +67,13 @@ def command_line(flags: dict[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def train(output_dir: Path, embeddings: Path, variant: str, threads: int) -> float:
+def train(output_dir: Path, embeddings: Path, variant: str, prior: list[str], threads: int) -> float:
     """Run the trainer as a user does; the seconds it took."""
     started = time.monotonic()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     script = [f"--num_cpu_threads_per_process={threads}", "train_dreambooth_sd3_lora_miniature.py"]
     flags = TRAINING_FLAGS | {"data_df_path": embeddings.resolve(), "output_dir": output_dir.resolve()}
-    command = [*launch, *script, "--with_prior_preservation", *command_line(flags), *shlex.split(variant)]
+    command = [*launch, *script, *prior, *command_line(flags), *shlex.split(variant)]
     subprocess.run(command, cwd=ROOT, check=True)
     return time.monotonic() - started
 
@@ -114,7 +115,8 @@ def main() -> None:
     results = {"before": columns}
     for number, variant in enumerate(args.variant):
         folder = args.output_dir / f"variant-{number}"
-        seconds = train(folder, embeddings, variant, args.threads)
+        prior = [] if args.without_prior_preservation else ["--with_prior_preservation"]
+        seconds = train(folder, embeddings, variant, prior, args.threads)
         pipe.load_lora_weights(folder)
         columns, after = measure(pipe)
         results[variant or "README's first command"] = columns | {"seconds": seconds}

@@ -36,7 +36,8 @@ def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
 def test_every_flag_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
     """Of our scripts, or of pip and accelerate."""
     known = flags_of(embed, capsys) | flags_of(trainer, capsys)
-    known |= {f"--{name}" for name in [*OF_ACCELERATE, "main_process_ip", "help", "kills", "output_dir", "variant"]}
+    known |= {f"--{name}" for name in [*OF_ACCELERATE, "main_process_ip", "help", "kills", "variant"]}
+    known |= {"--without_prior_preservation"}  # of measure_dreambooth.py
     assert set(re.findall(r"--\w+", README)) - known == set()
 
 
