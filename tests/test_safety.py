@@ -5,13 +5,17 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import logged
+from conftest import ROOT, logged
 from kill_test import survive
 from safetensors.torch import load_file
 
@@ -164,3 +168,35 @@ def test_a_checkpoint_cannot_run_code(train: Train, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="not a checkpoint of this script"):
         train(f"--resume_from_checkpoint={checkpoint}", output="other")
     assert not Path("/tmp/evil_was_here").exists() and logged(tmp_path / "other") == []
+
+
+def test_ctrl_c_before_the_training_is_one_message(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While pictures are encoded nothing is noted for later: the run ends there, and the next one starts anew."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "encode_image", interrupted)
+    with pytest.raises(SystemExit, match="Interrupted. What was saved is whole: run the same command again."):
+        train()
+    monkeypatch.undo()
+    assert (train() / trainer.LORA_NAME).exists()
+
+
+def test_ctrl_c_in_compute_embeddings_leaves_the_older_file(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """One line, no traceback, no scratch file."""
+    output = tmp_path / "embeddings.parquet"
+    pq.write_table(pa.table({"older": [1]}), output)
+    before = output.read_bytes()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    script = [sys.executable, "-u", ROOT / "compute_embeddings.py", f"--output_path={output}"]
+    flags = [f"--pretrained_model_name_or_path={tiny}", f"--local_data_dir={photos}"]
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    process = subprocess.Popen([*script, *flags], stdout=-1, stderr=-1, text=True, env=environment)
+    assert "pictures in" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and said.strip().endswith("Interrupted; nothing was written.")
+    assert "Traceback" not in said and output.read_bytes() == before and list(scratch.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["embeddings.parquet"]
