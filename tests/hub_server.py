@@ -92,7 +92,7 @@ class Hub(BaseHTTPRequestHandler):
         name = f"me/{json.loads(self.body)['name']}"
         known = name in self.server.repos
         self.server.repos.setdefault(name, {})
-        self.server.private |= {name} if json.loads(self.body).get("private") else set()
+        self.server.private |= {name} if json.loads(self.body).get("visibility") == "private" else set()
         url = f"{self.server.url}/{name}"
         self.reply(409 if known else 200, {"url": url, "name": name, "error": "You already created this model repo"})
 
