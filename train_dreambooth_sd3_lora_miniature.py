@@ -270,12 +270,18 @@ def open_image(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
+def has_mask(path: Path) -> bool:
+    """Whether open_mask will find one, by the picture's header."""
+    return path.with_suffix(".mask.png").exists() or Image.open(path).has_transparency_data
+
+
 def open_mask(path: Path) -> Image.Image | None:
     """What --alpha_mask makes of a picture: NAME.mask.png, or else its alpha channel, if it has either."""
+    if not has_mask(path):
+        return None
     if (mask_path := path.with_suffix(".mask.png")).exists():
         return ImageOps.exif_transpose(Image.open(mask_path)).convert("L")
-    image = Image.open(path)
-    return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    return ImageOps.exif_transpose(Image.open(path)).convert("RGBA").getchannel("A")
 
 
 def crop_boxes(width: int, height: int, resolution: int, center_crop: bool) -> list[tuple[float, float, float, float]]:
@@ -534,7 +540,7 @@ def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: l
     unreadable = unreadable_images(images)
     problems += unreadable.values()
     images = [path for path in images if path not in unreadable]
-    if images and args.alpha_mask and not any(open_mask(path) for path in images):
+    if images and args.alpha_mask and not any(map(has_mask, images)):
         problems.append(f"--alpha_mask: no picture in {folder} has an alpha channel or a NAME.mask.png.")
     return images
 
@@ -548,7 +554,8 @@ def check_weights(args: argparse.Namespace, problems: list[str]) -> None:
             if not files:
                 raise FileNotFoundError("there are none")
             for file in files:
-                safe_open(file, "np").__exit__(None, None, None)  # a file that was cut short does not open
+                with safe_open(file, "np"):  # a file that was cut short does not open
+                    pass
         except (OSError, SafetensorError) as error:
             problems.append(f"The weights in {model / part} cannot be read: {error}. Download them again.")
 
@@ -1104,9 +1111,9 @@ def make_previews(run: Run, count: int) -> list[tuple[str, Path]]:
 def draw_progress(run: Run, folder: Path) -> None:
     """Draw progress.png: a row per prompt and a column per preview so far, from step 0 on."""
     prompts = range(len(run.args.validation_prompt))
-    steps = {path.name.split("-")[1] for path in folder.glob("step-*-prompt-*-0.png")}
-    paths = [[folder / f"step-{step}-prompt-{i}-0.png" for i in prompts] for step in sorted(steps)]
-    columns = [column for column in paths if column[0].name <= f"step-{run.global_step:06d}-prompt-0-0.png"]
+    steps = sorted({path.name.split("-")[1] for path in folder.glob("step-*-prompt-*-0.png")})
+    steps = [step for step in steps if int(step) <= run.global_step]  # later ones are left from an earlier run
+    columns = [[folder / f"step-{step}-prompt-{i}-0.png" for i in prompts] for step in steps]
     columns = [column for column in columns if all(path.exists() for path in column)]
     pictures = [Image.open(column[i]) for i in prompts for column in columns]
     side = min(256, pictures[-1].width)
@@ -1349,7 +1356,7 @@ def main(args: argparse.Namespace) -> None:
         if args.push_to_hub:
             push_to_hub(args, previews)
     accelerator.end_training()
-    if accelerator.num_processes > 1:  # gloo's threads crash every sixth Python that ends in the usual way
+    if accelerator.num_processes > 1:  # gloo's threads may crash a Python that ends in the usual way
         sys.stdout.flush()
         os._exit(0)
 

@@ -67,14 +67,24 @@ def measure_vae(vae: AutoencoderKL) -> None:
     contact_sheet([robots[:12], decoded[:12], shapes[:12], seen[:12]], zoom=2).save(HERE / "reconstructions.png")
 
 
-def right_fractions(images: list[Image.Image], asked: list[tuple[str, str, str]]) -> str:
-    """Fractions of pictures with the shape, color and background that was asked for, and with all three."""
-    right = np.array(
+def shape_prompts(asked: list[tuple[str, str, str]]) -> list[str]:
+    """What to ask for, in words."""
+    return [f"a photo of a {color} {shape} on a {background} background" for shape, color, background in asked]
+
+
+def what_is_right(images: list[Image.Image], asked: list[tuple[str, str, str]]) -> np.ndarray:
+    """Whether each picture has the shape, color and background that was asked for, (N, 3)."""
+    return np.array(
         [
             (shape_correct(image, shape), color_correct(image, color), background_correct(image, background))
             for image, (shape, color, background) in zip(images, asked, strict=True)
         ]
     )
+
+
+def right_fractions(images: list[Image.Image], asked: list[tuple[str, str, str]]) -> str:
+    """Fractions of pictures with the shape, color and background that was asked for, and with all three."""
+    right = what_is_right(images, asked)
     shape, color, background = right.mean(axis=0)
     return f"shape {shape:.3f} color {color:.3f} background {background:.3f} all {right.all(axis=1).mean():.3f}"
 
@@ -82,8 +92,7 @@ def right_fractions(images: list[Image.Image], asked: list[tuple[str, str, str]]
 def measure_samples(pipe: StableDiffusion3Pipeline, count: int, guidance_scale: float) -> list[Image.Image]:
     """Print how well samples follow their prompts."""
     asked = random_captions(count, seed=4)
-    prompts = [f"a photo of a {color} {shape} on a {background} background" for shape, color, background in asked]
-    images = generate(pipe, prompts, guidance_scale=guidance_scale)
+    images = generate(pipe, shape_prompts(asked), guidance_scale=guidance_scale)
     print(f"samples, guidance {guidance_scale}:", right_fractions(images, asked), flush=True)
     wrong = [(a, shape_of(i), color_of(i)) for i, a in zip(images, asked, strict=True) if shape_of(i) != a[0]]
     print("  wrong shapes, first:", wrong[:6])

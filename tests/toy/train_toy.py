@@ -2,10 +2,10 @@
 
     python train_toy.py --output_dir model
 
-Draws the world, trains the VAE on random drawings, then the transformer on captioned shapes, and saves a complete
-StableDiffusion3Pipeline in fp16 (8 MB). The text encoders stay random: different words only have to differ. The robot
-of world.py is in no training picture. About an hour on two CPU cores; killed, it goes on from the last saved state.
-Every step draws its randomness from its own number, so nothing random has to be saved.
+Draws the world, trains the VAE on random drawings, then the transformer on captioned pictures, and saves a complete
+StableDiffusion3Pipeline in fp16 (9 MB). The text encoders stay random: different words only have to differ. The robot
+of world.py is in no training picture. Nearly two hours on two CPU cores that other work shared; killed, it goes on
+from the last saved state. Every step draws its randomness from its own number, so nothing random has to be saved.
 """
 
 from __future__ import annotations
