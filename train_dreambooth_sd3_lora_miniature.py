@@ -14,6 +14,7 @@ number, so a resumed run continues exactly and any number of processes sees the 
 
 import argparse
 import bisect
+import fnmatch
 import functools
 import hashlib
 import importlib.util
@@ -25,12 +26,14 @@ import math
 import os
 import pickle
 import random
+import re
 import shlex
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -48,13 +51,17 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import AutoencoderKL, BitsAndBytesConfig, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers import StableDiffusion3Pipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
     cast_training_params,
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
+    find_nearest_bucket,
     free_memory,
+    generate_aspect_ratio_buckets,
+    parse_buckets_string,
 )
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
@@ -62,7 +69,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -91,12 +98,12 @@ MAY_BE_ZERO = ["seed", "lr_warmup_steps", "num_validation_images", "dataloader_n
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a resumed run must share with the one that it continues, besides the pictures and the number of samples a step.
 SETTINGS_THAT_MATTER = [
-    "pretrained_model_name_or_path", "revision", "resolution", "center_crop", "random_flip", "rank", "lora_alpha",
-    "lora_dropout", "lora_layers", "lora_blocks", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
-    "precondition_outputs", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
-    "scale_lr", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
-    "seed", "with_prior_preservation", "class_prompt", "prior_loss_weight", "caption_dropout", "alpha_mask",
-    "pretrained_lora_path", "quantize_base",
+    "pretrained_model_name_or_path", "revision", "resolution", "aspect_ratio_buckets", "center_crop", "random_flip",
+    "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_blocks", "weighting_scheme", "logit_mean", "logit_std",
+    "mode_scale", "precondition_outputs", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
+    "lr_power", "scale_lr", "step_rules", "optimizer", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+    "max_grad_norm", "seed", "with_prior_preservation", "class_prompt", "prior_loss_weight", "caption_dropout",
+    "alpha_mask", "pretrained_lora_path", "quantize_base",
 ]  # fmt: skip
 
 
@@ -118,6 +125,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_df_path", type=Path, required=True, help="Parquet file that compute_embeddings.py wrote")
     add("--instance_prompt", required=True, help="prompt of the pictures, such as 'a photo of sks dog'")
     add("--resolution", type=int, default=512, help="side of the training square in pixels, a multiple of 16")
+    add("--aspect_ratio_buckets", nargs="?", const="auto", metavar="H,W;H,W",
+        help="shapes to train on instead of the square; without a value: common ones of the square's area")
     add("--center_crop", action="store_true", help="crop the middle of a picture instead of a random part")
     add("--random_flip", action="store_true", help="mirror pictures at random")
     add("--caption_dropout", type=float, default=0.0, help="probability of training a sample without its prompt")
@@ -138,7 +147,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=4, help="rank of the update matrices")
     add("--lora_alpha", type=float, help="strength: updates are scaled by alpha / rank; unset: the rank")
     add("--lora_dropout", type=float, default=0.0, help="dropout probability on the way into the LoRA")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="layers to train, by the ends of their names")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0",
+        help="linear layers to train, by the ends of their names; patterns such as attn2.* or ff.* too")
     add("--lora_blocks", help="transformer blocks to train, such as 12,13,14; unset: all")
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", type=Path, default=Path("sd3-dreambooth-lora"), help="folder for everything that is written")
@@ -149,11 +159,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_train_steps", type=int, help="optimizer steps; unset: from --num_train_epochs")
     add("--learning_rate", type=float, default=1e-4, help="peak learning rate")
     add("--scale_lr", action="store_true", help="multiply the learning rate by the pictures per optimizer step")
-    schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+    schedules = [schedule.value for schedule in SchedulerType]
     add("--lr_scheduler", default="constant", choices=schedules, help="course of the learning rate")
     add("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up, where the schedule has one")
     add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
     add("--lr_power", type=float, default=1.0, help="power of polynomial")
+    add("--step_rules", help="factors of piecewise_constant and the steps they end at, such as 1:100,0.1:200,0.01")
     schemes = ["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
     add("--weighting_scheme", default="logit_normal", choices=schemes, help="which noise levels count how much")
     add("--logit_mean", type=float, default=0.0, help="mean of logit_normal")
@@ -161,8 +172,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mode_scale", type=float, default=1.29, help="scale of mode")
     add("--precondition_outputs", type=int, nargs="?", const=1, default=0, choices=[0, 1],
         help="1: the reference's loss on the clean latents, sigma² times the velocity loss")
-    add("--optimizer", type=str.lower, default="adamw", choices=["adamw"], help="there is one; see --use_8bit_adam")
-    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes")
+    add("--optimizer", type=str.lower, default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"],
+        help="AdamW; with states in 8 bit, from bitsandbytes; or with 8-bit states that a full GPU moves to RAM")
+    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw_8bit")
     add("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
     add("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
     add("--adam_weight_decay", type=float, default=1e-4, help="weight decay")
@@ -207,6 +219,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 problems.append(f"--{name} {value} is below {least}")
     if args.resolution % 16:
         problems.append(f"--resolution {args.resolution} is not a multiple of 16")
+    try:
+        args.buckets = training_shapes(args.resolution, args.aspect_ratio_buckets)
+    except ValueError as error:
+        problems.append(f"--aspect_ratio_buckets {args.aspect_ratio_buckets}: {error}")
+    if (args.lr_scheduler == "piecewise_constant") != bool(args.step_rules):
+        problems.append("--lr_scheduler piecewise_constant and --step_rules need each other")
+    elif args.step_rules and not re.fullmatch(r"(\d+(\.\d+)?:\d+,)*\d+(\.\d+)?", args.step_rules):
+        problems.append(f"--step_rules {args.step_rules} is not a list such as 1:100,0.1:200,0.01")
     if args.hub_token and args.report_to in ("wandb", "all"):
         problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
     for name in ("lora_dropout", "caption_dropout"):
@@ -218,6 +238,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append("--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
     if problems:
         parser.error("\n  ".join(problems))
+    if args.use_8bit_adam and args.optimizer == "adamw":
+        args.optimizer = "adamw_8bit"
     args.class_data_dir = args.class_data_dir or args.output_dir / "class_images"
     args.validation_prompt = args.validation_prompt if args.num_validation_images else []
     return args
@@ -284,14 +306,31 @@ def open_mask(path: Path) -> Image.Image | None:
     return ImageOps.exif_transpose(Image.open(path)).convert("RGBA").getchannel("A")
 
 
-def crop_boxes(width: int, height: int, resolution: int, center_crop: bool) -> list[tuple[float, float, float, float]]:
-    """The squares to train on, (left, top, right, bottom) in pixels: one, or several along the longer side."""
-    side = min(width, height)
-    slack = max(width, height) - side
-    varies = not center_crop and slack * resolution / side >= 8  # a latent pixel is 8 pixels wide
+def training_shapes(resolution: int, aspect_ratio_buckets: str | None) -> list[tuple[int, int]]:
+    """The shapes that pictures are trained in, (height, width) in pixels: the square, or --aspect_ratio_buckets."""
+    if aspect_ratio_buckets == "auto":
+        return generate_aspect_ratio_buckets(resolution)
+    if aspect_ratio_buckets is None:
+        return [(resolution, resolution)]
+    with warnings.catch_warnings(action="ignore"):  # what it warns of is an error here
+        shapes = parse_buckets_string(aspect_ratio_buckets)
+    if any(side % 16 for shape in shapes for side in shape):
+        raise ValueError("not all sides are multiples of 16")
+    return shapes
+
+
+def crop_boxes(
+    size: tuple[int, int], shape: tuple[int, int], center_crop: bool
+) -> list[tuple[float, float, float, float]]:
+    """What to cut out of a picture of this (width, height) for the shape (height, width), as (left, top, right,
+    bottom) in its pixels: the middle, or several places along the side that is too long."""
+    scale = min(size[0] / shape[1], size[1] / shape[0])
+    width, height = shape[1] * scale, shape[0] * scale
+    slack = (size[0] - width, size[1] - height)
+    varies = not center_crop and max(slack) / scale >= 8  # a latent pixel is 8 pixels wide
     places = np.linspace(0, 1, CROPS_PER_IMAGE) if varies else [0.5]
-    corners = [(slack * place, 0.0) if width > height else (0.0, slack * place) for place in places]
-    return [(left, top, left + side, top + side) for left, top in corners]
+    corners = [(slack[0] * place, slack[1] * place) for place in places]
+    return [(left, top, left + width, top + height) for left, top in corners]
 
 
 class PromptEmbeddings:
@@ -353,7 +392,7 @@ def latents_key(args: argparse.Namespace, hash_of_image: dict[Path, str]) -> str
     vae_hash = hash_image(load_part(model_file, args, "vae", filename=filename, token=args.hub_token))
     masks = [path.with_suffix(".mask.png") for path in hash_of_image] if args.alpha_mask else None
     masks = masks and [hash_image(path) if path.exists() else None for path in masks]
-    how = [vae_hash, args.resolution, args.center_crop, args.random_flip, CROPS_PER_IMAGE]
+    how = [vae_hash, args.buckets, args.center_crop, args.random_flip, CROPS_PER_IMAGE]
     return json.dumps([*how, list(hash_of_image.values()), masks])
 
 
@@ -402,10 +441,10 @@ def encode_image(
     vae: AutoencoderKL, image: Image.Image, mask: Image.Image | None, args: argparse.Namespace
 ) -> pa.RecordBatch:
     """The posterior of one picture's latents, normalised as SD3 wants them: a row per crop and mirror image."""
-    rows = []
-    for box in crop_boxes(*image.size, args.resolution, args.center_crop):
+    rows, shape = [], args.buckets[find_nearest_bucket(image.height, image.width, args.buckets)]
+    for box in crop_boxes(image.size, shape, args.center_crop):
         for turn in [Image.Image.copy, ImageOps.mirror] if args.random_flip else [Image.Image.copy]:
-            picture = turn(image.resize((args.resolution, args.resolution), Image.Resampling.LANCZOS, box))
+            picture = turn(image.resize(shape[::-1], Image.Resampling.LANCZOS, box))
             pixel_values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W)
             posterior = vae.encode(pixel_values.to(vae.device)).latent_dist  # of (1, 16, H/8, W/8)
             mean = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
@@ -423,7 +462,7 @@ def encode_image(
 def write_latents(path: Path, key: str, images: list[Path], args: argparse.Namespace, device: torch.device) -> None:
     """Encode every picture, in fp32 and untiled, into an Arrow file with one record batch per picture."""
     variants = (2 if args.random_flip else 1) * (1 if args.center_crop else CROPS_PER_IMAGE)
-    size = 64 * (args.resolution // 8) ** 2  # mean and std of 16 channels in fp16
+    size = max(height * width for height, width in args.buckets)  # 64 bytes for 8 x 8 pixels: 16 means and deviations
     check_disk(path.parent, size * variants * len(images), "Latents", "use --center_crop or a lower --resolution")
     vae = load_vae(args, device)
     del vae.decoder  # 0.2 GB that encoding does not need
@@ -450,22 +489,61 @@ def open_latents(path: Path) -> pa.ipc.RecordBatchFileReader:
     return pa.ipc.open_file(pa.memory_map(str(path)))
 
 
+def latent_shapes(path: Path) -> list[tuple[int, int]]:
+    """Height and width of every picture's latents."""
+    latents = open_latents(path)
+    first_rows = (latents.get_batch(i).slice(0, 1) for i in range(latents.num_record_batches))
+    return [(row["height"][0].as_py(), row["width"][0].as_py()) for row in first_rows]
+
+
 def seeded_generator(*numbers: int) -> torch.Generator:
     """A generator that depends on these numbers and on nothing else."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
+def picture_of_sample(buckets: list[list[int]], seed: int, group: int, place: int, group_size: int) -> int:
+    """Which picture is at a place of a group of samples that all have one shape; a bucket holds the pictures of one.
+
+    Every bucket has as many turns as pictures, in an order that is drawn for each round of turns. Its pictures follow
+    each other in epochs: every one once, in an order that is drawn for each epoch.
+    """
+
+    def permutation(count: int, *numbers: int) -> Tensor:
+        return torch.randperm(count, generator=seeded_generator(seed, 0, *numbers))
+
+    owners = torch.tensor([bucket for bucket, pictures in enumerate(buckets) for _ in pictures])
+    turn_round, turn = divmod(group, len(owners))
+    turns = owners[permutation(len(owners), turn_round)[: turn + 1]]
+    bucket = int(turns[-1])
+    pictures = buckets[bucket]
+    groups_before = turn_round * len(pictures) + int((turns == bucket).sum()) - 1
+    epoch, position = divmod(groups_before * group_size + place, len(pictures))
+    return pictures[permutation(len(pictures), bucket, epoch)[position]]
+
+
 class SampleDataset(Dataset):
-    """Training samples by number; every random choice about one is a function of (seed, sample number)."""
+    """Training samples by number; every random choice about one is a function of (seed, sample number).
+
+    The subject and its class take turns by the sample, or, if the pictures have several shapes, by the micro-batch.
+    """
 
     def __init__(
         self, args: argparse.Namespace, latents_path: Path, embeddings: PromptEmbeddings, prompts: list[str],
-        sigmas: Tensor, sample_numbers: range, class_images: int = 0,
+        sigmas: Tensor, sample_numbers: range, class_images: int = 0, micro_batch: int = 1,
     ) -> None:  # fmt: skip
         self.seed, self.latents_path, self.embeddings = args.seed, latents_path, embeddings
         self.sigmas, self.sample_numbers = sigmas, sample_numbers
-        kinds = [(prompts, 1.0), ([args.class_prompt] * class_images, args.prior_loss_weight)]
-        self.kinds = kinds if class_images else kinds[:1]  # a sample of each in turn
+        shapes = latent_shapes(latents_path)
+        self.group_size = micro_batch if len(set(shapes)) > 1 else 1
+        self.kinds = []  # captions, weight, and the pictures of each shape, as numbers in the latents' file
+        kinds = [(0, prompts, 1.0), (len(prompts), [args.class_prompt] * class_images, args.prior_loss_weight)]
+        for first, captions, loss_weight in kinds:
+            buckets: dict[tuple[int, int], list[int]] = {}
+            for picture in range(first, first + len(captions)):
+                buckets.setdefault(shapes[picture], []).append(picture)
+            if captions:
+                caption_of = dict(enumerate(captions, first))
+                self.kinds.append((caption_of, loss_weight, list(buckets.values())))
         self.caption_dropout = args.caption_dropout
         names = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
         self.density = {name: getattr(args, name) for name in names}
@@ -476,12 +554,12 @@ class SampleDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         """Latents and noise (16, H/8, W/8), sigma (), the prompt's embeddings, the loss's weight () and mask."""
         sample_number = self.sample_numbers[index]
-        number, kind = divmod(sample_number, len(self.kinds))
-        prompts, loss_weight = self.kinds[kind]
-        epoch, position = divmod(number, len(prompts))
-        image = int(torch.randperm(len(prompts), generator=seeded_generator(self.seed, 0, epoch))[position])
+        group, place = divmod(sample_number, self.group_size)
+        group, kind = divmod(group, len(self.kinds))
+        caption_of, loss_weight, buckets = self.kinds[kind]
+        image = picture_of_sample(buckets, self.seed, group, place, self.group_size)
         generator = seeded_generator(self.seed, 1, sample_number)
-        variants = open_latents(self.latents_path).get_batch(image + kind * len(self.kinds[0][0]))
+        variants = open_latents(self.latents_path).get_batch(image)
         row = variants.slice(int(torch.randint(variants.num_rows, (), generator=generator)), 1)
         height, width = row["height"][0].as_py(), row["width"][0].as_py()
         mean, std = (torch.from_numpy(row[name].flatten().to_numpy().astype(np.float32)) for name in ("mean", "std"))
@@ -493,7 +571,7 @@ class SampleDataset(Dataset):
         step = int(density * len(self.sigmas))
         noise = torch.randn(latents.shape, generator=generator)
         dropped = self.caption_dropout and torch.rand((), generator=generator) < self.caption_dropout
-        prompt_embeds, pooled_prompt_embeds = self.embeddings["" if dropped else prompts[image]]
+        prompt_embeds, pooled_prompt_embeds = self.embeddings["" if dropped else caption_of[image]]
         return {
             "sample_number": sample_number, "latents": latents, "mask": mask, "prompt_embeds": prompt_embeds,
             "noise": noise, "pooled_prompt_embeds": pooled_prompt_embeds,
@@ -568,8 +646,9 @@ def check_model(args: argparse.Namespace, problems: list[str]) -> dict:
         problems.append(str(message))
         return {}
     largest = config["pos_embed_max_size"] * config["patch_size"] * 8  # the VAE makes one latent of 8 x 8 pixels
-    if args.resolution > largest:
-        problems.append(f"--resolution {args.resolution} is above the model's {largest}.")
+    side = max(map(max, args.buckets))
+    if side > largest:
+        problems.append(f"--resolution {args.resolution} has a side of {side} pixels, above the model's {largest}.")
     check_weights(args, problems)
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)
@@ -727,8 +806,10 @@ def preflight(
     settings["pictures and captions"] = digest(captions)
     if args.with_prior_preservation:
         settings["class pictures"] = digest(list(hash_class_images(args).values()))
-    if args.lr_scheduler not in ("constant", "constant_with_warmup"):  # a longer run would have another course
+    if "constant" not in args.lr_scheduler:  # a longer run would have another course
         settings["max_train_steps"] = args.max_train_steps
+    if args.aspect_ratio_buckets:  # decides which pictures meet in a micro-batch
+        settings["samples_per_micro_batch"] = args.train_batch_size * accelerator.num_processes
     for name, saved in state.get("settings", {}).items():
         if settings.get(name) != saved:
             problems.append(f"{checkpoint} was trained with {name} {saved}, this run has {settings.get(name)}.")
@@ -749,10 +830,11 @@ def preflight(
 
 def lora_targets(transformer: nn.Module, layers: str, blocks: str | None) -> list[str]:
     """Full names of the linear layers whose names end with one of `layers`, in the given transformer blocks."""
-    endings = tuple(f".{layer.strip()}" for layer in layers.split(","))
+    patterns = [f"*.{layer.strip()}" for layer in layers.split(",")]
     starts = tuple(f"transformer_blocks.{int(block)}." for block in blocks.split(",")) if blocks else ("",)
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linear if f".{name}".endswith(endings) and name.startswith(starts)]
+    wanted = [name for name in linear if any(fnmatch.fnmatchcase(f".{name}", pattern) for pattern in patterns)]
+    return [name for name in wanted if name.startswith(starts)]
 
 
 def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3Transformer2DModel:
@@ -800,7 +882,11 @@ def load_lora(transformer: SD3Transformer2DModel, path: str | Path, token: str |
 def make_optimizer(transformer: nn.Module, args: argparse.Namespace, samples_per_step: int) -> Optimizer:
     """AdamW over the LoRA, fused, or with its states in 8 bit."""
     lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer, extra = (bnb.optim.AdamW8bit, {}) if args.use_8bit_adam else (torch.optim.AdamW, {"fused": True})
+    optimizer, extra = {
+        "adamw": (torch.optim.AdamW, {"fused": True}),
+        "adamw_8bit": (bnb.optim.AdamW8bit, {}),
+        "paged_adamw_8bit": (bnb.optim.PagedAdamW8bit, {}),
+    }[args.optimizer]
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
     return optimizer(lora_params, lr=learning_rate, betas=betas, weight_decay=decay, eps=args.adam_epsilon, **extra)
@@ -925,8 +1011,27 @@ def sync_and_rename(partial: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def save_lora(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool) -> None:
-    """Write the LoRA in diffusers' layout, with the adapter's metadata, complete or not at all.
+def training_metadata(run: Run) -> dict[str, str]:
+    """What other programs show about a LoRA: the ss_* keys of kohya's scripts and Stability's ModelSpec."""
+    args, config = run.args, run.transformer.config
+    kind = "5-large" if config.num_layers > 30 else "5-medium" if config.dual_attention_layers else "m"
+    spec = {
+        "sai_model_spec": "1.0.1", "architecture": f"stable-diffusion-3-{kind}/lora", "implementation": "diffusers",
+        "title": args.output_dir.resolve().name, "trigger_phrase": args.instance_prompt,
+        "resolution": f"{args.resolution}x{args.resolution}",
+    }  # fmt: skip
+    names = ["learning_rate", "lr_scheduler", "lr_warmup_steps", "optimizer", "max_grad_norm", "seed", "resolution"]
+    training = {name: getattr(args, name) for name in [*names, "gradient_accumulation_steps"]}
+    training |= {"base_model_version": f"sd3_{kind}", "sd_model_name": Path(args.pretrained_model_name_or_path).name}
+    training |= {"steps": run.global_step, "mixed_precision": run.accelerator.mixed_precision}
+    about = {f"modelspec.{name}": value for name, value in spec.items()}
+    return about | {f"ss_{name}": str(value) for name, value in training.items()}
+
+
+def save_lora(
+    folder: Path, transformer: SD3Transformer2DModel, about: dict[str, str], fold_alpha: bool
+) -> None:
+    """Write the LoRA in diffusers' layout, with the adapter's metadata and `about`, complete or not at all.
 
     Programs disagree about where alpha stands. With fold_alpha, alpha / rank goes into lora_B and alpha becomes the
     rank, so that all of them apply the same strength.
@@ -940,7 +1045,10 @@ def save_lora(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool
         scale, metadata["lora_alpha"] = metadata["lora_alpha"] / metadata["r"], metadata["r"]
         state_dict = {name: value * scale if "lora_B" in name else value for name, value in state_dict.items()}
     partial = folder / f"{LORA_NAME}.partial"
-    lora = {"transformer_lora_layers": state_dict, "transformer_lora_adapter_metadata": metadata}
+    about = about | {"ss_network_dim": str(metadata["r"]), "ss_network_alpha": str(metadata["lora_alpha"])}
+    adapter = json.dumps({f"transformer.{name}": value for name, value in metadata.items()}, indent=2, sort_keys=True)
+    save = functools.partial(save_file, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: adapter} | about)
+    lora = {"transformer_lora_layers": state_dict, "save_function": save}
     StableDiffusion3Pipeline.save_lora_weights(folder, weight_name=partial.name, **lora)
     partial.chmod(0o644)  # safetensors makes files that only their owner can read
     written = load_file(partial)
@@ -971,7 +1079,7 @@ def save_checkpoint(run: Run) -> None:
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_lora(partial, run.transformer, fold_alpha=False)
+    save_lora(partial, run.transformer, training_metadata(run), fold_alpha=False)
     state = {"optimizer": run.optimizer.state_dict(), "lr_scheduler": run.lr_scheduler.state_dict()}
     if run.accelerator.scaler:
         state["scaler"] = run.accelerator.scaler.state_dict()
@@ -1066,7 +1174,8 @@ def make_class_images(args: argparse.Namespace, accelerator: Accelerator, embedd
     batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
     accelerator.wait_for_everyone()  # until all have counted
     if batches := batches[accelerator.process_index :: accelerator.num_processes]:
-        transformer = load_transformer(args, WEIGHT_DTYPES[accelerator.mixed_precision]).to(accelerator.device)
+        untrained = argparse.Namespace(**vars(args) | {"pretrained_lora_path": None})
+        transformer = load_transformer(untrained, WEIGHT_DTYPES[accelerator.mixed_precision]).to(accelerator.device)
         tools = transformer, load_scheduler(args), args, accelerator
         prompts = [*embeddings[args.class_prompt], *embeddings[""]]
         for batch in tqdm(batches, desc="Class pictures", unit="batch", disable=not accelerator.is_main_process):
@@ -1100,24 +1209,30 @@ def make_previews(run: Run, count: int) -> list[tuple[str, Path]]:
             path = folder / f"step-{run.global_step:06d}-prompt-{i}-{number}.png"
             picture.save(path)
             written.append((prompt, path))
-        for tracker in accelerator.trackers:
-            if tracker.name in ("tensorboard", "wandb"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({prompt: np.stack(group)}, step=run.global_step, **layout)
-    draw_progress(run, folder)
+        log_images(run, prompt, group)
+    progress = draw_progress(run, folder)
+    progress.save(folder / "progress.png")
+    log_images(run, "progress", [progress])
     return written
 
 
-def draw_progress(run: Run, folder: Path) -> None:
-    """Draw progress.png: a row per prompt and a column per preview so far, from step 0 on."""
+def log_images(run: Run, title: str, pictures: list[Image.Image]) -> None:
+    """Hand pictures to the trackers that show some."""
+    for tracker in run.accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({title: np.stack(pictures)}, step=run.global_step, **layout)
+
+
+def draw_progress(run: Run, folder: Path) -> Image.Image:
+    """A row per prompt and a column per preview so far, from step 0 on."""
     prompts = range(len(run.args.validation_prompt))
     steps = sorted({path.name.split("-")[1] for path in folder.glob("step-*-prompt-*-0.png")})
     steps = [step for step in steps if int(step) <= run.global_step]  # later ones are left from an earlier run
     columns = [[folder / f"step-{step}-prompt-{i}-0.png" for i in prompts] for step in steps]
     columns = [column for column in columns if all(path.exists() for path in column)]
     pictures = [Image.open(column[i]) for i in prompts for column in columns]
-    side = min(256, pictures[-1].width)
-    make_image_grid(pictures, len(prompts), len(columns), resize=side).save(folder / "progress.png")
+    return make_image_grid(pictures, len(prompts), len(columns), resize=256)
 
 
 def write_model_card(run: Run, previews: list[tuple[str, Path]]) -> None:
@@ -1135,6 +1250,7 @@ def write_model_card(run: Run, previews: list[tuple[str, Path]]) -> None:
     )  # fmt: skip
     hidden = {"pictures and captions", "class pictures", "pretrained_model_name_or_path"}
     shown = {name: value for name, value in run.settings.items() if name not in hidden and value is not None}
+    progress = "![from before the training to its end](samples/progress.png)\n\n" if previews else ""
     text = f"""
 # {name}
 
@@ -1152,7 +1268,7 @@ pipeline.enable_model_cpu_offload()
 image = pipeline({json.dumps(args.instance_prompt)}).images[0]
 ```
 
-The licence is that of the base model, {base}. Trained for {run.global_step} steps with:
+{progress}The licence is that of the base model, {base}. Trained for {run.global_step} steps with:
 
 ```json
 {json.dumps(shown, indent=2)}
@@ -1163,7 +1279,8 @@ The licence is that of the base model, {base}. Trained for {run.global_step} ste
 
 def push_to_hub(args: argparse.Namespace, previews: list[tuple[str, Path]]) -> None:
     """Upload the LoRA, its card and the card's samples, and nothing else."""
-    files = [LORA_NAME, "README.md", *(f"samples/{path.name}" for _, path in previews)]
+    samples = [*(path.name for _, path in previews), "progress.png"] if previews else []
+    files = [LORA_NAME, "README.md", *(f"samples/{name}" for name in samples)]
     upload = {"repo_id": args.hub_model_id, "folder_path": args.output_dir, "allow_patterns": files}
     includes = [part for file in files for part in ("--include", file)]
     command = shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *includes])
@@ -1226,7 +1343,7 @@ def size_of_checkpoints(run: Run, lora_size: int) -> float:
     args = run.args
     saves = max(0, args.max_train_steps - run.global_step) // args.checkpointing_steps
     kept = min(saves, (args.checkpoints_total_limit or saves) + 1)
-    return (4 + kept * (6 if args.use_8bit_adam else 12)) * lora_size  # a weight, and AdamW's two states
+    return (4 + kept * (12 if args.optimizer == "adamw" else 6)) * lora_size  # a weight, and AdamW's two states
 
 
 def load_run(args: argparse.Namespace, accelerator: Accelerator, embeddings: PromptEmbeddings, settings: dict) -> Run:
@@ -1235,7 +1352,7 @@ def load_run(args: argparse.Namespace, accelerator: Accelerator, embeddings: Pro
     optimizer = make_optimizer(transformer, args, settings["samples_per_step"])
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles, power=args.lr_power,
+        num_cycles=args.lr_num_cycles, power=args.lr_power, step_rules=args.step_rules,
     )  # fmt: skip
     return Run(args, accelerator, embeddings, load_scheduler(args), transformer, optimizer, lr_scheduler, settings)
 
@@ -1312,7 +1429,8 @@ def main(args: argparse.Namespace) -> None:
     samples_per_step, steps_left = settings["samples_per_step"], max(0, args.max_train_steps - run.global_step)
     sample_numbers = range(run.global_step * samples_per_step, (run.global_step + steps_left) * samples_per_step)
     sigmas, class_images = run.noise_scheduler.sigmas, len(hash_of_image) - len(prompts)
-    dataset = SampleDataset(args, latents_path, embeddings, prompts, sigmas, sample_numbers, class_images)
+    what = args, latents_path, embeddings, prompts, sigmas, sample_numbers, class_images
+    dataset = SampleDataset(*what, micro_batch=args.train_batch_size * accelerator.num_processes)
     loading = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
     dataloader = DataLoader(dataset, args.train_batch_size, **loading)
     model, run.optimizer, dataloader = accelerator.prepare(run.transformer, run.optimizer, dataloader)
@@ -1347,7 +1465,7 @@ def main(args: argparse.Namespace) -> None:
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_lora(args.output_dir, run.transformer, fold_alpha=True)
+        save_lora(args.output_dir, run.transformer, training_metadata(run), fold_alpha=True)
         previews = make_previews(run, args.num_validation_images) if args.validation_prompt else []
         write_model_card(run, previews)
         size = (args.output_dir / LORA_NAME).stat().st_size / 1e6

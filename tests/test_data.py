@@ -36,14 +36,15 @@ def encode(args: argparse.Namespace, path: Path) -> list[str]:
 def samples(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> Callable[..., trainer.SampleDataset]:
     """Training samples of the five pictures, by a range of numbers and flags."""
 
-    def make(sample_numbers: range, *flags: str) -> trainer.SampleDataset:
+    def make(sample_numbers: range, *flags: str, micro_batch: int = 1) -> trainer.SampleDataset:
         args = make_args(tiny, photos, *flags)
         path = tmp_path / f"{abs(hash(flags))}.arrow"
         hashes = encode(args, path)
         table = trainer.PromptEmbeddings(embeddings, tiny_pipeline.T5_WIDTH)
         sigmas = torch.linspace(1, 0.001, 1000)
         prompts = [table.prompt_of_image[image_hash] for image_hash in hashes]
-        return trainer.SampleDataset(args, path, table, prompts, sigmas, sample_numbers)
+        what = args, path, table, prompts, sigmas, sample_numbers
+        return trainer.SampleDataset(*what, micro_batch=micro_batch)
 
     return make
 
@@ -88,17 +89,54 @@ def test_crops_and_flips_vary_between_epochs(samples: Callable[..., trainer.Samp
     dataset = samples(range(5), "--random_flip")
     variants = [trainer.open_latents(dataset.latents_path).get_batch(i).num_rows for i in range(5)]
     assert variants == [8, 8, 2, 8, 2]
-    dataset.sample_numbers, dataset.kinds = range(40), [([PROMPT], 1.0)]  # 40 epochs of the first picture
+    dataset.sample_numbers, dataset.kinds = range(40), [({0: PROMPT}, 1.0, [[0]])]  # 40 epochs of the first picture
     latents = torch.stack([dataset[i]["latents"].round(decimals=1).flatten() for i in range(40)])
     assert (torch.cdist(latents, latents) > 3).any()
 
 
 def test_center_crop_takes_the_middle() -> None:
     """One square, in the middle; without it, four along the longer side, from edge to edge."""
-    assert trainer.crop_boxes(300, 100, 64, True) == [(100, 0, 200, 100)]
-    boxes = trainer.crop_boxes(100, 400, 64, False)
+    assert trainer.crop_boxes((300, 100), (64, 64), True) == [(100, 0, 200, 100)]
+    boxes = trainer.crop_boxes((100, 400), (64, 64), False)
     assert [box[1] for box in boxes] == [0, 100, 200, 300] and all(box[2:] == (100, box[1] + 100) for box in boxes)
-    assert len(trainer.crop_boxes(100, 105, 64, False)) == 1  # what a crop could move is less than a latent pixel
+    assert len(trainer.crop_boxes((100, 105), (64, 64), False)) == 1  # a crop could move less than a latent pixel
+    assert trainer.crop_boxes((4000, 3000), (96, 128), False) == [(0, 0, 4000, 3000)]
+
+
+def test_phone_photos_are_not_cut(tiny: Path) -> None:
+    """3:4, 4:3, 9:16 and 16:9 have buckets of nearly the square's area: less than 3 % of a side is cut off."""
+    buckets = trainer.training_shapes(1024, "auto")
+    assert len(buckets) == 11 and all(abs(height * width / 1024**2 - 1) < 0.03 for height, width in buckets)
+    for width, height in [(3024, 4032), (4032, 3024), (1080, 1920), (1920, 1080), (3000, 2000), (2000, 2000)]:
+        shape = buckets[trainer.find_nearest_bucket(height, width, buckets)]
+        left, top, right, bottom = trainer.crop_boxes((width, height), shape, True)[0]
+        assert (right - left) / width > 0.97 and (bottom - top) / height > 0.97
+
+
+def test_own_buckets() -> None:
+    """As diffusers writes them; one that is no multiple of 16 is refused."""
+    assert trainer.training_shapes(64, "64,96; 96,64") == [(64, 96), (96, 64)]
+    assert trainer.training_shapes(64, None) == [(64, 64)]
+    for wrong in ("64", "64,100", "", "0,64"):
+        with pytest.raises(ValueError, match=r"16|[Bb]ucket"):
+            trainer.training_shapes(64, wrong)
+
+
+def test_a_micro_batch_has_one_shape_and_every_picture_comes_as_often(
+    samples: Callable[..., trainer.SampleDataset],
+) -> None:
+    """Pictures of four shapes in micro-batches of two; 20 epochs. Batch size 1 sees each once per epoch."""
+    dataset = samples(range(200), "--aspect_ratio_buckets", "--center_crop", micro_batch=2)
+    shapes = trainer.latent_shapes(dataset.latents_path)
+    assert sorted(set(shapes)) == [(6, 10), (8, 8), (10, 6)]
+    (_, _, buckets), = dataset.kinds
+    drawn = [trainer.picture_of_sample(buckets, 0, *divmod(number, 2), 2) for number in range(200)]
+    assert [drawn.count(i) for i in range(5)] == [40] * 5
+    for number in range(0, 200, 2):
+        pair = dataset[number]["latents"].shape, dataset[number + 1]["latents"].shape
+        assert pair[0] == pair[1] and tuple(pair[0][1:]) == shapes[drawn[number]]
+    alone = [trainer.picture_of_sample(buckets, 0, number, 0, 1) for number in range(20)]
+    assert all(sorted(alone[i : i + 5]) == [0, 1, 2, 3, 4] for i in (0, 5, 10, 15))
 
 
 @pytest.mark.parametrize("scheme", ["mode", "sigma_sqrt", "cosmap", "none"])
@@ -138,6 +176,8 @@ def test_latents_are_reused_until_something_changes(train: Callable[..., Path], 
 def test_what_latents_depend_on(tiny: Path, tiny35: Path, photos: Path) -> None:
     """Pictures, resolution, cropping and the VAE's weights; not the learning rate."""
     image = {photos / "a.jpg": "a"}
+    bucketed = make_args(tiny, photos, "--aspect_ratio_buckets")
+    assert trainer.latents_key(bucketed, image) != trainer.latents_key(make_args(tiny, photos), image)
     key = trainer.latents_key(make_args(tiny, photos), image)
     assert key == trainer.latents_key(make_args(tiny, photos, "--learning_rate=1"), image)
     flags = ("--resolution=32", "--center_crop", "--random_flip", "--alpha_mask")

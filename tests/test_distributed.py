@@ -108,6 +108,15 @@ def test_two_processes_with_8_bit_adam(launch: Launch, tmp_path: Path) -> None:
     assert distance(tmp_path / "one", tmp_path / "resumed") <= 1e-2
 
 
+def test_two_processes_with_shapes(launch: Launch, tmp_path: Path) -> None:
+    """Pictures of three shapes, class pictures, accumulation, 10 samples of 5 + 3 pictures a round: as one process."""
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=3"]
+    flags += [f"--class_data_dir={tmp_path / 'class'}", "--gradient_accumulation_steps=2", "--aspect_ratio_buckets"]
+    finish(launch("two", *flags, "--train_batch_size=1"))
+    finish(launch("one", *flags, "--train_batch_size=2", launcher=ONE_PROCESS))
+    assert_same_training(tmp_path / "one", tmp_path / "two", 1e-5, samples_per_step=4)
+
+
 def test_two_machines(launch: Launch, tmp_path: Path) -> None:
     """Two launches that meet on loopback, one process each, with a common output folder."""
     where = ["--multi_gpu", "--num_processes=2", "--num_machines=2", "--main_process_ip=127.0.0.1"]

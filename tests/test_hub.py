@@ -35,7 +35,7 @@ def test_only_lora_card_and_samples_are_pushed(tiny: Path, photos: Path, embeddi
         pushed = hub.repos["me/dog"]
         assert not hub.private
     sample = "samples/step-000001-prompt-0-0.png"
-    assert set(pushed) == {"README.md", "pytorch_lora_weights.safetensors", sample}
+    assert set(pushed) == {"README.md", "pytorch_lora_weights.safetensors", sample, "samples/progress.png"}
     assert all((tmp_path / "dog" / name).read_bytes() == data for name, data in pushed.items())
     written = [path.read_bytes() for path in (tmp_path / "dog").rglob("*") if path.is_file()]
     assert not any(b"hf_write" in text for text in [*written, result.stdout.encode(), result.stderr.encode()])

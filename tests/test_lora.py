@@ -11,6 +11,7 @@ import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import PREVIEW_PROMPT, PROMPT
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -60,6 +61,7 @@ def test_the_transformer_is_never_in_fp32_first(tiny: Path, monkeypatch: pytest.
         ([], {"to_q", "to_k", "to_v", "to_out.0"}, {0, 1}),
         (["--lora_layers=attn.to_q,add_k_proj"], {"to_q", "add_k_proj"}, {0, 1}),
         (["--lora_blocks=1"], {"to_q", "to_k", "to_v", "to_out.0"}, {1}),
+        (["--lora_layers=attn.add_*", "--lora_blocks=0"], {"add_q_proj", "add_k_proj", "add_v_proj"}, {0}),
     ],
 )
 def test_layers_and_blocks_choose_what_is_trained(tiny: Path, flags: list[str], layers: set, blocks: set) -> None:
@@ -70,7 +72,10 @@ def test_layers_and_blocks_choose_what_is_trained(tiny: Path, flags: list[str], 
 
 
 def test_on_sd35_both_attentions_are_trained(tiny35: Path) -> None:
-    """SD3.5-medium's dual layers have a second attention with the same names."""
+    """SD3.5-medium's dual layers have a second attention with the same names; a pattern chooses it alone."""
+    second = trainer.load_transformer(make_args(tiny35, "--lora_layers=attn2.*"), torch.float32)
+    trained = {name.split(".lora_A")[0] for name, _ in second.named_parameters() if "lora_A" in name}
+    assert trained == {f"transformer_blocks.0.attn2.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")}
     transformer = trainer.load_transformer(make_args(tiny35), torch.float32)
     names = [name for name, _ in transformer.named_parameters() if "lora_A" in name]
     assert sum("attn2" in name for name in names) == 4 and sum("attn." in name for name in names) == 8
@@ -83,9 +88,9 @@ def test_a_fresh_process_of_diffusers_applies_the_trained_strength(
     """The final file and the last checkpoint, loaded by the pipeline, give what the trained model gave."""
     trained, save_lora = [], trainer.save_lora
 
-    def keep_and_save(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool) -> None:
+    def keep_and_save(folder: Path, transformer: SD3Transformer2DModel, *rest: object, **options: object) -> None:
         trained.append(answer(transformer))
-        save_lora(folder, transformer, fold_alpha)
+        save_lora(folder, transformer, *rest, **options)
 
     monkeypatch.setattr(trainer, "save_lora", keep_and_save)
     output = train("--checkpointing_steps=4", "--learning_rate=0.01", *flags)
@@ -95,6 +100,23 @@ def test_a_fresh_process_of_diffusers_applies_the_trained_strength(
         pipeline = StableDiffusion3Pipeline.from_pretrained(tiny)
         pipeline.load_lora_weights(folder)
         assert torch.allclose(answer(pipeline.transformer), trained[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "architecture"), [("tiny", "m"), ("tiny35", "5-medium")])
+def test_other_programs_see_what_it_is(
+    train: Callable[..., Path], request: pytest.FixtureRequest, model: str, architecture: str
+) -> None:
+    """ModelSpec's and kohya's keys, in checkpoints and in the final file, whose alpha is the rank; and no path."""
+    folder = request.getfixturevalue(model)
+    output = train("--checkpointing_steps=4", "--lora_alpha=16", pretrained_model_name_or_path=folder)
+    for file, alpha in ((output, "64"), (output / "checkpoint-4", "16.0")):
+        with safe_open(file / trainer.LORA_NAME, "np") as opened:
+            about = opened.metadata()
+        assert about["modelspec.architecture"] == f"stable-diffusion-3-{architecture}/lora"
+        assert about["modelspec.trigger_phrase"] == PROMPT and about["modelspec.title"] == "out"
+        assert about["ss_base_model_version"] == f"sd3_{architecture}" and about["ss_steps"] == "4"
+        assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("64", alpha)
+        assert about["ss_learning_rate"] == "0.001" and str(folder) not in str(about)
 
 
 def test_alpha_is_folded_so_that_programs_without_metadata_agree(train: Callable[..., Path]) -> None:
@@ -113,8 +135,8 @@ def test_training_leaves_the_base_as_it_was(
     """Bit for bit, and still in its dtype after the LoRA was saved: the reference made it fp32 to save 5 MB."""
     kept, save_lora = [], trainer.save_lora
 
-    def save_and_keep(folder: Path, transformer: SD3Transformer2DModel, fold_alpha: bool) -> None:
-        save_lora(folder, transformer, fold_alpha)
+    def save_and_keep(folder: Path, transformer: SD3Transformer2DModel, *rest: object, **options: object) -> None:
+        save_lora(folder, transformer, *rest, **options)
         kept.append(transformer)
 
     monkeypatch.setattr(trainer, "save_lora", save_and_keep)

@@ -60,7 +60,8 @@ def test_a_run_writes_these_files_and_no_others(train: Train) -> None:
 
 
 @pytest.mark.parametrize("flags", [
-    [], ["--use_8bit_adam"], ["--use_8bit_adam", "--mixed_precision=bf16", "--gradient_checkpointing"],
+    [], ["--use_8bit_adam", "--aspect_ratio_buckets"], ["--optimizer=paged_adamw_8bit"],
+    ["--use_8bit_adam", "--mixed_precision=bf16", "--gradient_checkpointing"],
     ["--use_8bit_adam", "--mixed_precision=fp16"], ["--lora_dropout=0.2", "--random_flip", "--lora_alpha=48"],
 ])  # fmt: skip
 def test_resumed_equals_uninterrupted(train: Train, flags: list[str]) -> None:
@@ -72,7 +73,7 @@ def test_resumed_equals_uninterrupted(train: Train, flags: list[str]) -> None:
     assert equal(lora(whole), lora(resumed))
     assert equal(state(whole / "checkpoint-4"), state(resumed / "checkpoint-4"))
     assert logged(whole)[2:] == logged(resumed) and len(logged(resumed)) == 2
-    if "--use_8bit_adam" in flags:
+    if any("8bit" in flag for flag in flags):
         states = state(whole / "checkpoint-4")["optimizer"]["state"].values()
         moments = [each["__bnb_optimizer_quant_state__"][name] for each in states for name in ("state1", "state2")]
         assert moments and all(moment.dtype == torch.uint8 for moment in moments)
@@ -147,6 +148,32 @@ def test_the_schedule_counts_optimizer_steps(train: Train) -> None:
     assert logged(train(*flags), "lr") == pytest.approx([0, 0.0005, 0.001, 0.001])
 
 
+@pytest.mark.parametrize("schedule", [schedule.value for schedule in trainer.SchedulerType])
+def test_every_schedule_of_diffusers_is_followed(train: Train, schedule: str) -> None:
+    """The logged learning rates are those of diffusers' schedule; two restarts, a warm-up, or rules."""
+    flags = [f"--lr_scheduler={schedule}", "--lr_num_cycles=2", "--lr_power=2"]
+    rules = "1:2,0.5:4,0.1" if schedule == "piecewise_constant" else None
+    output = train(*flags, max_train_steps=6, lr_warmup_steps=2, step_rules=rules)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    how = {"num_warmup_steps": 2, "num_training_steps": 6, "num_cycles": 2, "power": 2.0, "step_rules": rules}
+    expected = trainer.get_scheduler(schedule, optimizer, **how)
+    for learning_rate in logged(output, "lr"):
+        assert learning_rate == pytest.approx(expected.get_last_lr()[0])
+        expected.step()
+
+
+def test_optimizers(tiny: Path) -> None:
+    """AdamW fused, in 8 bit, paged; --use_8bit_adam is a name of the second."""
+    for flags, kind in [
+        ([], torch.optim.AdamW), (["--use_8bit_adam"], trainer.bnb.optim.AdamW8bit),
+        (["--optimizer=adamw_8bit"], trainer.bnb.optim.AdamW8bit),
+        (["--optimizer=paged_adamw_8bit"], trainer.bnb.optim.PagedAdamW8bit),
+    ]:  # fmt: skip
+        required = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--data_df_path=e"]
+        args = trainer.parse_args([*required, "--instance_prompt=p", *flags])
+        assert type(trainer.make_optimizer(torch.nn.Linear(2, 2), args, 1)) is kind
+
+
 def test_epochs_are_passes_over_the_pictures(tiny: Path) -> None:
     """Five pictures, two epochs, four samples a step: three steps. Previews every epoch come after steps 2 and 3."""
     args = trainer.parse_args([
@@ -185,9 +212,9 @@ def test_previews_leave_no_hook_on_the_model(train: Train, monkeypatch: pytest.M
     """The reference's preview put offload hooks on the very model that was being trained."""
     models, save_lora = [], trainer.save_lora
 
-    def keep_and_save(folder: Path, transformer: torch.nn.Module, fold_alpha: bool) -> None:
+    def keep_and_save(folder: Path, transformer: torch.nn.Module, *rest: object, **options: object) -> None:
         models.append(transformer)
-        save_lora(folder, transformer, fold_alpha)
+        save_lora(folder, transformer, *rest, **options)
 
     monkeypatch.setattr(trainer, "save_lora", keep_and_save)
     train(f"--validation_prompt={PREVIEW_PROMPT}", "--validation_steps=1")
@@ -269,7 +296,7 @@ def test_all_problems_are_told_at_once(train: Train, tmp_path: Path) -> None:
     (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot load transformer of nowhere/nothing"),
     (["--instance_prompt=another prompt"], "has no embeddings of 'another prompt'"),
     (["--max_sequence_length=256"], "has 77 T5 tokens, not --max_sequence_length 256"),
-    (["--resolution=1040"], "--resolution 1040 is above the model's 1024"),
+    (["--resolution=1040"], "--resolution 1040 has a side of 1040 pixels, above the model's 1024"),
     (["--report_to=comet_ml"], "--report_to comet_ml is not installed"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_model_loads(
@@ -347,15 +374,15 @@ def test_progress_is_seen_at_a_glance(train: Train) -> None:
     flags = ["--validation_prompt", PREVIEW_PROMPT, PROMPT, "--validation_steps=2", "--num_validation_images=2"]
     samples = train(*flags, max_train_steps=6) / "samples"
     sheet = Image.open(samples / "progress.png")
-    assert sheet.size == (4 * 64, 2 * 64)
+    assert sheet.size == (4 * 256, 2 * 256)
     for column, step in enumerate((0, 2, 4, 6)):
         for row in (0, 1):
-            box = (64 * column, 64 * row, 64 * column + 64, 64 * row + 64)
-            alone = Image.open(samples / f"step-{step:06d}-prompt-{row}-0.png")
+            box = (256 * column, 256 * row, 256 * column + 256, 256 * row + 256)
+            alone = Image.open(samples / f"step-{step:06d}-prompt-{row}-0.png").resize((256, 256))
             assert list(sheet.crop(box).get_flattened_data()) == list(alone.get_flattened_data())
     assert len(list(samples.glob("step-000000-*"))) == 2 and len(list(samples.glob("step-000006-*"))) == 4
     train(*flags, max_train_steps=4)
-    assert Image.open(samples / "progress.png").size == (3 * 64, 2 * 64)
+    assert Image.open(samples / "progress.png").size == (3 * 256, 2 * 256)
 
 
 def test_training_starts_from_another_lora(train: Train, tmp_path: Path) -> None:
@@ -399,6 +426,28 @@ def test_class_pictures_are_generated_once_and_resumably(train: Callable[..., Pa
     train(*class_flags(folder))
     assert np.abs(np.int16(Image.open(files[1])) - first[1]).max() <= 1
     assert sorted(folder.iterdir()) == files and files[4].stat().st_mtime_ns == kept
+
+
+def test_class_pictures_are_of_the_model_without_a_lora_to_start_from(train: Train, tmp_path: Path) -> None:
+    """What is to be preserved is the model's class, not what another LoRA made of it."""
+    start = train(learning_rate=0.1, output="start") / trainer.LORA_NAME
+    train(*class_flags(tmp_path / "one"), output="one")
+    train(*class_flags(tmp_path / "other"), f"--pretrained_lora_path={start}", output="other")
+    for path in (tmp_path / "one").iterdir():
+        pixels = [np.int16(Image.open(folder / path.name)) for folder in (tmp_path / "one", tmp_path / "other")]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_shapes_and_prior_preservation_train_together(train: Train, tmp_path: Path) -> None:
+    """Upright and wide pictures of the subject, square ones of its class, in batches of two of one shape."""
+    flags = [*class_flags(tmp_path / "class"), "--aspect_ratio_buckets", "--train_batch_size=2"]
+    whole = train(*flags, output="whole")
+    train(*flags, output="parts", max_train_steps=2, checkpointing_steps=2)
+    parts = train(*flags, "--resume_from_checkpoint=latest", output="parts")
+    assert equal(lora(whole), lora(parts)) and len(set(trainer.latent_shapes(whole / "latents.arrow"))) == 3
+    with pytest.raises(SystemExit, match="samples_per_micro_batch 2, this run has 1"):
+        train(*flags, "--resume_from_checkpoint=latest", "--train_batch_size=1", "--gradient_accumulation_steps=2",
+              output="parts", max_train_steps=6)  # fmt: skip
 
 
 def test_prior_preservation_resumes_exactly(train: Callable[..., Path], tmp_path: Path) -> None:
