@@ -115,7 +115,8 @@ def unreadable_images(images: list[Path]) -> dict[Path, str]:
 
 def hash_image(path: Path) -> str:
     """SHA-256 of the file's bytes, in hex: how a row of the Parquet file names a picture."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def peak_memory() -> str:

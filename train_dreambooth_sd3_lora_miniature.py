@@ -67,7 +67,7 @@ from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -152,6 +152,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora_blocks", help="transformer blocks to train, such as 12,13,14; unset: all")
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", type=Path, default=Path("sd3-dreambooth-lora"), help="folder for everything that is written")
+    add("--dry_run", action="store_true", help="check everything, say what would be done and what it takes, and stop")
     add("--seed", type=int, help="makes the run repeatable; unset: one is drawn and printed")
     add("--train_batch_size", type=int, default=4, help="pictures per device and forward pass")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
@@ -276,7 +277,8 @@ def unreadable_images(images: list[Path]) -> dict[Path, str]:
 
 def hash_image(path: Path) -> str:
     """SHA-256 of the file's bytes, in hex: how a row of the Parquet file names a picture."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_image(path: Path) -> Image.Image:
@@ -425,9 +427,9 @@ def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs
         ) from error
 
 
-def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
-    """The VAE in fp32, as `force_upcast` in its config asks."""
-    kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": torch.float32, "use_safetensors": True}
+def load_vae(args: argparse.Namespace, device: torch.device, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """The VAE, in fp32 for what is trained on, as `force_upcast` in its config asks."""
+    kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": dtype, "use_safetensors": True}
     return load_part(AutoencoderKL.from_pretrained, args, "vae", **kwargs).to(device)
 
 
@@ -741,7 +743,7 @@ def check_environment(args: argparse.Namespace, accelerator: Accelerator, proble
         try:
             api = HfApi(token=args.hub_token)
             api.whoami()
-            if not problems:  # the repository is made last, when nothing else is in the way
+            if not problems and not args.dry_run:  # the repository is made when nothing else is in the way
                 name = args.hub_model_id or args.output_dir.resolve().name
                 args.hub_model_id = api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
         except (OSError, ValueError) as error:
@@ -823,6 +825,68 @@ def preflight(
         message = "".join(f"\n- {problem}" for problem in problems)
         raise SystemExit(f"Cannot start:{message}" if accelerator.is_main_process else 1)
     return hash_of_image, embeddings, checkpoint, settings
+
+
+def predicted_vram(args: argparse.Namespace, config: dict, text_tokens: int, itemsize: int) -> float:
+    """Peak bytes on the GPU of SD3 with this config and weights of so many bytes.
+
+    The formula is fitted to tests/predicted_memory.py, which counts what PyTorch allocates; CUDA itself takes about
+    half a gigabyte more. Values per token and unit of width: a block keeps 36 for the backward pass, 12 more with a
+    norm of Q and K, 35 more with a second attention; checkpointing keeps one in and out, and one block at a time.
+    """
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(config)
+    modules = dict(transformer.named_modules())
+    linear = sum(module.weight.numel() for module in modules.values() if isinstance(module, nn.Linear))
+    other = sum(tensor.numel() for tensor in [*transformer.parameters(), *transformer.buffers()]) - linear
+    weights = linear * {"nf4": 0.5625, "int8": 1}.get(args.quantize_base, itemsize) + other * itemsize
+    targets = [modules[name] for name in lora_targets(transformer, args.lora_layers, args.lora_blocks)]
+    lora = args.rank * sum(layer.in_features + layer.out_features for layer in targets)
+    lora *= 16 if args.optimizer == "adamw" else 10  # weight, gradient, two moments
+
+    area = max(height * width for height, width in args.buckets)
+    tokens = args.train_batch_size * (area / (8 * config["patch_size"]) ** 2 + text_tokens)
+    layers, norm, dual = config["num_layers"], 12 * bool(config.get("qk_norm")), len(config["dual_attention_layers"])
+    values = layers * (36 + norm) + 35 * dual
+    if args.gradient_checkpointing:
+        values = 2 * layers + 50 + norm + 16 * bool(dual)
+    activations = tokens * config["num_attention_heads"] * config["attention_head_dim"] * values * itemsize / 2
+    encoding = 0.13 * 2**30 + 2572 * area  # SD3's VAE in fp32
+    decoding = (0.31 * 2**30 + 3073 * args.resolution**2) / 2  # in fp16
+    decoding += lora + (weights if args.quantize_base else 0)
+    draws = args.validation_prompt or args.with_prior_preservation
+    return max(weights + lora + activations, encoding, decoding if draws else 0)
+
+
+def print_plan(
+    args: argparse.Namespace, accelerator: Accelerator, hash_of_image: dict[Path, str], embeddings: PromptEmbeddings,
+    settings: dict,
+) -> None:  # fmt: skip
+    """What --dry_run says: pictures with their shapes and captions, steps, and GPU memory."""
+    shown = list(hash_of_image.items())[:20]
+    for path, image_hash in shown:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            width, height = image.size[::-1] if turned else image.size
+        shape = args.buckets[find_nearest_bucket(height, width, args.buckets)]
+        caption = embeddings.prompt_of_image[image_hash] if embeddings.has_prompts else args.instance_prompt
+        print(f"{path.name}: {width} x {height}, trained as {shape[1]} x {shape[0]}, {caption!r}")
+    if len(hash_of_image) > len(shown):
+        print(f"and {len(hash_of_image) - len(shown)} more")
+    samples_per_step, steps = settings["samples_per_step"], args.max_train_steps
+    epochs = steps * samples_per_step / samples_per_epoch(args, hash_of_image)
+    print(f"{steps} steps of {samples_per_step} samples: each picture {epochs:.1f} times, seed {args.seed}")
+    config = load_part(SD3Transformer2DModel.load_config, args, "transformer", token=args.hub_token)
+    text_tokens = len(embeddings[next(iter(embeddings.row_of_prompt))][0])
+    itemsize = WEIGHT_DTYPES[accelerator.mixed_precision].itemsize
+    needed = predicted_vram(args, config, text_tokens, itemsize) / 2**30
+    print(f"predicted peak VRAM {needed:.1f} GiB", end="")
+    if accelerator.device.type == "cuda":
+        there = (torch.cuda.get_device_properties(accelerator.device).total_memory) / 2**30
+        verdict = "fits" if needed + 0.5 < there else "does not fit"
+        print(f"; {torch.cuda.get_device_name()} has {there:.1f} GiB: it {verdict}")
+    else:
+        print("; there is no GPU")
 
 
 # ----------------------------------------------------------------------------------------------- model and objective
@@ -1150,15 +1214,18 @@ def generate_latents(
 
 @torch.no_grad()
 def decode_latents(transformer: SD3Transformer2DModel, args: argparse.Namespace, latents: Tensor) -> list[Image.Image]:
-    """Pictures of latents, by a VAE that comes while the transformer makes room, and leaves."""
-    device = transformer.device
-    if not args.quantize_base:  # 4 GB make room for the VAE's decoder, which takes 3.3 GiB at 1024 x 1024
+    """Pictures of latents, by a VAE that comes while the transformer makes room, and leaves.
+
+    On a GPU it decodes in fp16, as SD3's pipelines do: at 1024 x 1024 that takes 1.7 GiB instead of 3.3.
+    """
+    device, dtype = transformer.device, torch.float16 if transformer.device.type == "cuda" else torch.float32
+    if not args.quantize_base:  # bitsandbytes' layers stay where they are
         transformer.to("cpu")
     free_memory()
-    vae, pictures = load_vae(args, device), []
+    vae, pictures = load_vae(args, device, dtype), []
     for sample in tqdm(latents.split(1), desc="Decoding", unit="picture", leave=False):
         sample = sample.float() / vae.config.scaling_factor + vae.config.shift_factor
-        pictures += VaeImageProcessor().postprocess(vae.decode(sample).sample)
+        pictures += VaeImageProcessor().postprocess(vae.decode(sample.to(dtype)).sample)
     del vae
     free_memory()
     transformer.to(device)
@@ -1405,12 +1472,11 @@ def explain_errors(main: Callable[[argparse.Namespace], None]) -> Callable[[argp
     return explained
 
 
-@explain_errors
-def main(args: argparse.Namespace) -> None:
-    started = time.monotonic()
-    accelerator = make_accelerator(args)
-    hash_of_image, embeddings, checkpoint, settings = preflight(args, accelerator)
-
+def train(
+    args: argparse.Namespace, accelerator: Accelerator, hash_of_image: dict[Path, str], embeddings: PromptEmbeddings,
+    checkpoint: Path | None, settings: dict, started: float,
+) -> None:  # fmt: skip
+    """Everything that costs time, on what the preflight has found to be good."""
     prompts = [embeddings.prompt_of_image[image_hash] for image_hash in hash_of_image.values()]
     if args.with_prior_preservation:
         make_class_images(args, accelerator, embeddings)
@@ -1473,6 +1539,17 @@ def main(args: argparse.Namespace) -> None:
         print(f"{peak_memory()}, {time.monotonic() - started:.0f} s")
         if args.push_to_hub:
             push_to_hub(args, previews)
+
+
+@explain_errors
+def main(args: argparse.Namespace) -> None:
+    started = time.monotonic()
+    accelerator = make_accelerator(args)
+    hash_of_image, embeddings, checkpoint, settings = preflight(args, accelerator)
+    if not args.dry_run:
+        train(args, accelerator, hash_of_image, embeddings, checkpoint, settings, started)
+    elif accelerator.is_main_process:
+        print_plan(args, accelerator, hash_of_image, embeddings, settings)
     accelerator.end_training()
     if accelerator.num_processes > 1:  # gloo's threads may crash a Python that ends in the usual way
         sys.stdout.flush()
