@@ -73,6 +73,7 @@ def distance(one: Path, other: Path) -> float:
 def assert_same_training(one: Path, two: Path, tolerance: float, samples_per_step: int) -> None:
     """One process and two: half of each global batch in each of the two, equal losses, LoRAs within the tolerance."""
     alone, ranks = records(one)["rank-0"], records(two)
+    assert [ranks[f"rank-{i}"]["patience_hours"] for i in (0, 1)] == [12, 12]  # encoding many pictures takes long
     assert alone["world_size"] == 1 and [ranks[f"rank-{i}"]["world_size"] for i in (0, 1)] == [2, 2]
     of_ranks = [ranks[f"rank-{i}"]["sample_numbers"] for i in (0, 1)]
     assert alone["sample_numbers"] == list(range(STEPS * samples_per_step))
@@ -115,6 +116,14 @@ def test_two_processes_with_shapes(launch: Launch, tmp_path: Path) -> None:
     finish(launch("two", *flags, "--train_batch_size=1"))
     finish(launch("one", *flags, "--train_batch_size=2", launcher=ONE_PROCESS))
     assert_same_training(tmp_path / "one", tmp_path / "two", 1e-5, samples_per_step=4)
+
+
+def test_two_processes_with_a_quantised_base(launch: Launch, tmp_path: Path) -> None:
+    """Real 4-bit layers of bitsandbytes, frozen, in both processes."""
+    flags = ["--quantize_base=nf4"]
+    finish(launch("two", *flags, "--train_batch_size=1"))
+    finish(launch("one", *flags, "--train_batch_size=2", launcher=ONE_PROCESS))
+    assert_same_training(tmp_path / "one", tmp_path / "two", 1e-5, samples_per_step=2)
 
 
 def test_two_machines(launch: Launch, tmp_path: Path) -> None:

@@ -1,16 +1,15 @@
 """The LoRA: what is trained in which precision, and that every program applies it at the same strength."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
+import quantised_on_cpu
 import torch
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import PREVIEW_PROMPT, PROMPT
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -166,17 +165,7 @@ def test_a_quantised_base_trains(
     quantization: str, precision: str, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real bitsandbytes layers, also after a preview; everything else stays in the precision of the training."""
-    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
-        monkeypatch.setattr(quantizer, "validate_environment", lambda *_, **__: None)  # it wants a GPU
-        monkeypatch.setattr(quantizer, "update_device_map", lambda *_: {"": "cpu"})
-    as_loaded = bnb.nn.Linear4bit.__init__
-
-    def without_repacking(self: bnb.nn.Linear4bit, *args: object, **kwargs: object) -> None:
-        as_loaded(self, *args, **kwargs)
-        self.support_avx512bf16_for_cpu = False  # on a CPU a preview would repack the weights, and end the training
-
-    monkeypatch.setattr(bnb.nn.Linear4bit, "__init__", without_repacking)
-    monkeypatch.setattr(trainer, "check_environment", lambda args, *_: os.makedirs(args.output_dir / "samples"))
+    quantised_on_cpu.allow(monkeypatch.setattr)
     runs: list[trainer.Run] = []
     load_run = trainer.load_run
     monkeypatch.setattr(trainer, "load_run", lambda *args: runs.append(load_run(*args)) or runs[-1])

@@ -68,8 +68,8 @@ def render_shape(shape: str, color: RGB, background: RGB, rng: random.Random, si
     """One shape somewhere near the middle, (size, size)."""
     side = size * SUPERSAMPLING
     canvas = blank_canvas(background, side)
-    radius = rng.uniform(0.20, 0.32) * side
-    x, y = (rng.uniform(0.38, 0.62) * side for _ in range(2))
+    radius = rng.uniform(0.24, 0.32) * side
+    x, y = (rng.uniform(0.45, 0.55) * side for _ in range(2))
     if shape == "circle":
         ImageDraw.Draw(canvas).ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
     else:
@@ -116,8 +116,8 @@ def render_figure(background: str, rng: random.Random, size: int = SIZE) -> Imag
     side = size * SUPERSAMPLING
     canvas = blank_canvas(COLORS[background], side)
     draw = ImageDraw.Draw(canvas)
-    radius = rng.uniform(0.22, 0.36) * side
-    x, y = (rng.uniform(0.42, 0.58) * side for _ in range(2))
+    radius = rng.uniform(0.26, 0.36) * side
+    x, y = (rng.uniform(0.44, 0.56) * side for _ in range(2))
 
     def box(u: float, v: float, w: float, h: float) -> tuple[float, float, float, float]:
         return x + (u - w) * radius, y + (v - h) * radius, x + (u + w) * radius, y + (v + h) * radius
