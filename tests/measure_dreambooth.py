@@ -46,9 +46,9 @@ LAYERS = "to_k,to_q,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj,to_add_out,ne
 TRAINING_FLAGS = {  # README's first command, as a test asserts
     "pretrained_model_name_or_path": "tests/toy/model", "instance_data_dir": "tests/toy/robot", "seed": 0,
     "instance_prompt": PROMPT, "class_prompt": CLASS_PROMPT, "num_class_images": 64, "sample_batch_size": 32,
-    "resolution": 64, "rank": 16, "lora_layers": LAYERS, "learning_rate": 2e-3, "lr_scheduler": "cosine",
-    "lr_warmup_steps": 0, "train_batch_size": 8, "max_train_steps": 1200, "guidance_scale": 2.0,
-    "num_inference_steps": 20,
+    "resolution": 64, "rank": 16, "lora_layers": LAYERS, "learning_rate": 3e-3, "lr_scheduler": "cosine",
+    "lr_warmup_steps": 0, "train_batch_size": 8, "max_train_steps": 1800, "guidance_scale": 1.5,
+    "num_inference_steps": 20, "prior_loss_weight": 0.5,
 }  # fmt: skip
 
 
@@ -80,12 +80,13 @@ def train(output_dir: Path, embeddings: Path, variant: str, prior: list[str], th
 
 def measure(pipe: StableDiffusion3Pipeline) -> tuple[dict[str, float], list[list[Image.Image]]]:
     """The table's columns, and two rows of samples: the prompt, and on new backgrounds."""
-    plain = generate(pipe, [PROMPT] * SAMPLES, guidance_scale=2)
+    guidance_scale = TRAINING_FLAGS["guidance_scale"]
+    plain = generate(pipe, [PROMPT] * SAMPLES, guidance_scale=guidance_scale)
     prompts = [PLACED[i % len(PLACED)] for i in range(SAMPLES)]
-    placed = generate(pipe, prompts, guidance_scale=2)
+    placed = generate(pipe, prompts, guidance_scale=guidance_scale)
     right = [background_correct(image, NEW_BACKGROUNDS[i % len(PLACED)]) for i, image in enumerate(placed)]
     asked = random_captions(3 * SAMPLES, seed=4)
-    shapes = generate(pipe, shape_prompts(asked), guidance_scale=2)
+    shapes = generate(pipe, shape_prompts(asked), guidance_scale=guidance_scale)
     columns = {
         "fidelity": subject_fidelity(plain),
         "fidelity on new backgrounds": subject_fidelity(placed),

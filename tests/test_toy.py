@@ -1,9 +1,11 @@
 """On a model that has really learnt something, the two scripts really teach it a subject."""
 
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, compute
@@ -11,7 +13,8 @@ from PIL import Image
 
 TOY = ROOT / "tests" / "toy"
 sys.path.insert(0, str(TOY))
-from score import subject_fidelity
+from score import background_of, subject_fidelity
+from world import render_robot
 
 PROMPT = "a photo of sks robot"
 
@@ -32,7 +35,7 @@ def fidelity(train: Callable[..., Path], embeddings: Path, steps: int, learning_
         "learning_rate": learning_rate,
     }  # fmt: skip
     output = train("--report_to=none", output=f"{steps}", **changes)
-    return subject_fidelity([Image.open(path) for path in sorted((output / "samples").iterdir())])
+    return subject_fidelity([Image.open(path) for path in sorted((output / "samples").glob(f"step-{steps:06d}-*"))])
 
 
 def test_fidelity_rises_with_training_and_not_without(train: Callable[..., Path], toy_embeddings: Path) -> None:
@@ -44,3 +47,37 @@ def test_fidelity_rises_with_training_and_not_without(train: Callable[..., Path]
     torch.set_num_threads(threads)
     print(f"fidelity {untrained:.3f} untrained, {trained:.3f} trained")
     assert untrained < 0.12 and trained > 2 * untrained
+
+
+@pytest.fixture(scope="module")
+def robots_on_red(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures of the robot that all have the same background, each with a mask that leaves it out."""
+    folder, rng = tmp_path_factory.mktemp("red"), random.Random(11)
+    for number in range(5):
+        state = rng.getstate()
+        picture = render_robot("red", rng, size=256)
+        rng.setstate(state)
+        differs = np.abs(np.int16(picture) - np.int16(render_robot("blue", rng, size=256))).max(axis=2) > 40
+        picture.save(folder / f"{number}.png")
+        Image.fromarray(np.uint8(255 * ~differs)).save(folder / f"{number}.mask.png")  # what both have is the robot
+    return folder
+
+
+def test_a_mask_keeps_the_background_from_being_learnt(
+    train: Callable[..., Path], robots_on_red: Path, tmp_path: Path
+) -> None:
+    """Five robots on red: without masks most of "a photo of sks robot" becomes red, with them little of it does."""
+    flags = ["--prompt", PROMPT, "--max_sequence_length=16"]
+    changes = {
+        "pretrained_model_name_or_path": TOY / "model", "instance_data_dir": robots_on_red, "rank": 16,
+        "data_df_path": compute(TOY / "model", robots_on_red, tmp_path / "red.parquet", *flags), "train_batch_size": 4,
+        "instance_prompt": PROMPT, "validation_prompt": PROMPT, "num_validation_images": 16, "num_inference_steps": 20,
+        "guidance_scale": 2, "max_train_steps": 150, "learning_rate": 2e-3,
+    }  # fmt: skip
+    red = {}
+    for flag in ("--report_to=none", "--alpha_mask"):
+        samples = train("--report_to=none", flag, output=flag.strip("-"), **changes) / "samples"
+        pictures = [Image.open(path) for path in samples.glob("step-000150-*")]
+        red[flag] = np.mean([background_of(picture) == "red" for picture in pictures])
+        print(f"{flag}: {red[flag]:.2f} red, fidelity {subject_fidelity(pictures):.2f}")
+    assert red["--report_to=none"] > 0.8 and red["--alpha_mask"] < 0.4
