@@ -47,8 +47,8 @@ TRAINING_FLAGS = {  # README's first command, as a test asserts
     "pretrained_model_name_or_path": "tests/toy/model", "instance_data_dir": "tests/toy/robot", "seed": 0,
     "instance_prompt": PROMPT, "class_prompt": CLASS_PROMPT, "num_class_images": 64, "sample_batch_size": 32,
     "resolution": 64, "rank": 16, "lora_layers": LAYERS, "learning_rate": 3e-3, "lr_scheduler": "cosine",
-    "lr_warmup_steps": 0, "train_batch_size": 8, "max_train_steps": 1800, "guidance_scale": 1.5,
-    "num_inference_steps": 20, "prior_loss_weight": 0.5,
+    "lr_warmup_steps": 0, "train_batch_size": 8, "max_train_steps": 1800, "guidance_scale": 1.25,
+    "num_inference_steps": 20,
 }  # fmt: skip
 
 

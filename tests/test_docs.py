@@ -59,7 +59,7 @@ def test_what_is_measured_is_the_readmes_first_command() -> None:
     told = vars(trainer.parse_args(command[command.index("train_dreambooth_sd3_lora_miniature.py") + 1 :]))
     fixed = measure_dreambooth.command_line(measure_dreambooth.TRAINING_FLAGS)
     where = ["--data_df_path=robot.parquet", "--output_dir=robot-lora", "--with_prior_preservation"]
-    previews = ["--validation_prompt", *told["validation_prompt"], "--validation_steps=300"]
+    previews = ["--validation_prompt", *told["validation_prompt"], "--validation_steps=600"]
     assert told == vars(trainer.parse_args([*fixed, *where, *previews]))
 
 

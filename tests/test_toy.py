@@ -80,4 +80,4 @@ def test_a_mask_keeps_the_background_from_being_learnt(
         pictures = [Image.open(path) for path in samples.glob("step-000150-*")]
         red[flag] = np.mean([background_of(picture) == "red" for picture in pictures])
         print(f"{flag}: {red[flag]:.2f} red, fidelity {subject_fidelity(pictures):.2f}")
-    assert red["--report_to=none"] > 0.8 and red["--alpha_mask"] < 0.4
+    assert red["--report_to=none"] > 0.8 and red["--alpha_mask"] < red["--report_to=none"] - 0.3

@@ -290,6 +290,31 @@ def test_all_problems_are_told_at_once(train: Train, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "latents.arrow").exists()
 
 
+def test_a_dry_run_tells_and_writes_nothing(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures with shapes and captions, steps, memory; a problem ends it as it ends a run."""
+    monkeypatch.setattr(trainer, "load_part", only_configs(trainer.load_part))
+    output = train("--dry_run", "--aspect_ratio_buckets", "--gradient_accumulation_steps=5")
+    told = capsys.readouterr().out
+    assert "a.jpg: 128 x 96, trained as 80 x 48" in told
+    assert told.count(repr(PROMPT)) == 5 and "4 steps of 5 samples: each picture 4.0 times, seed 0" in told
+    assert "predicted peak VRAM" in told and "there is no GPU" in told
+    assert not any(path.is_file() for path in output.rglob("*"))
+    with pytest.raises(SystemExit, match="no embeddings of 'a cow'"):
+        train("--dry_run", "--validation_prompt=a cow")
+
+
+def only_configs(load_part: Callable) -> Callable:
+    """load_part that refuses weights."""
+
+    def load(loader: Callable, *args: object, **kwargs: object) -> object:
+        assert loader.__name__ == "load_config"
+        return load_part(loader, *args, **kwargs)
+
+    return load
+
+
 @pytest.mark.parametrize(("flags", "part"), [
     (["--data_df_path=nowhere.parquet"], "nowhere.parquet cannot be read"),
     (["--instance_data_dir=nowhere"], "nowhere is not a folder"),
