@@ -59,9 +59,10 @@ def attempt(flags: list[str], output: Path, kill_after: float | None) -> bool:
 
 
 def read_lora(folder: Path) -> tuple[dict, dict]:
-    """Tensors and metadata. The file's bytes do not compare, as safetensors orders metadata at random."""
+    """Tensors, and metadata but for the title, the folder's name; bytes differ, as safetensors shuffles metadata."""
     with safe_open(folder / trainer.LORA_NAME, "np") as file:
-        return file.metadata(), {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+        metadata = {key: value for key, value in file.metadata().items() if key != "modelspec.title"}
+        return metadata, {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 
 def survive(kills: int, seed: int = 0) -> tuple[int, int]:

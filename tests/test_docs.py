@@ -37,7 +37,7 @@ def test_every_flag_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> 
     """Of our scripts, or of pip and accelerate."""
     known = flags_of(embed, capsys) | flags_of(trainer, capsys)
     known |= {f"--{name}" for name in [*OF_ACCELERATE, "main_process_ip", "help", "kills", "variant"]}
-    known |= {"--without_prior_preservation", "--pipeline_dir", "--vram_limit_gb"}  # of our scripts for measuring
+    known |= {"--without_prior_preservation", "--pipeline_dir", "--vram_limit_gb", "--pictures"}  # for measuring
     assert set(re.findall(r"--\w+", README)) - known == set()
 
 

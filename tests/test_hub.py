@@ -57,7 +57,7 @@ def test_xet_stores_and_returns_the_same_bytes(tiny: Path, photos: Path, embeddi
         command = [sys.executable, "-c", code, *hub.repos["me/dog"]]
         subprocess.run(command, env=environment, cwd=tmp_path, check=True, timeout=60)
         pushed = list(hub.repos["me/dog"])
-    assert len(pushed) == 3
+    assert len(pushed) == 4
     assert all((tmp_path / "back" / name).read_bytes() == (tmp_path / "dog" / name).read_bytes() for name in pushed)
 
 
