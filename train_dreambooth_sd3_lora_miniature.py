@@ -184,7 +184,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision; unset: what accelerate is set to")
     add("--quantize_base", choices=["nf4", "int8"], help="4 or 8 bit for the frozen weights; needs a GPU")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations: far less memory, a third slower")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, 1.4 times the FLOP")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help=argparse.SUPPRESS)
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
@@ -503,24 +503,26 @@ def seeded_generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
+@functools.lru_cache(maxsize=16)
+def permutation(count: int, *numbers: int) -> Tensor:
+    """The numbers below `count` in an order that depends on `numbers`; samples of the same epoch share it."""
+    return torch.randperm(count, generator=seeded_generator(*numbers))
+
+
 def picture_of_sample(buckets: list[list[int]], seed: int, group: int, place: int, group_size: int) -> int:
     """Which picture is at a place of a group of samples that all have one shape; a bucket holds the pictures of one.
 
     Every bucket has as many turns as pictures, in an order that is drawn for each round of turns. Its pictures follow
     each other in epochs: every one once, in an order that is drawn for each epoch.
     """
-
-    def permutation(count: int, *numbers: int) -> Tensor:
-        return torch.randperm(count, generator=seeded_generator(seed, 0, *numbers))
-
-    owners = torch.tensor([bucket for bucket, pictures in enumerate(buckets) for _ in pictures])
+    owners = torch.repeat_interleave(torch.tensor(list(map(len, buckets))))
     turn_round, turn = divmod(group, len(owners))
-    turns = owners[permutation(len(owners), turn_round)[: turn + 1]]
+    turns = owners[permutation(len(owners), seed, 0, turn_round)[: turn + 1]]
     bucket = int(turns[-1])
     pictures = buckets[bucket]
     groups_before = turn_round * len(pictures) + int((turns == bucket).sum()) - 1
     epoch, position = divmod(groups_before * group_size + place, len(pictures))
-    return pictures[permutation(len(pictures), bucket, epoch)[position]]
+    return pictures[permutation(len(pictures), seed, 0, bucket, epoch)[position]]
 
 
 class SampleDataset(Dataset):
@@ -537,15 +539,14 @@ class SampleDataset(Dataset):
         self.sigmas, self.sample_numbers = sigmas, sample_numbers
         shapes = latent_shapes(latents_path)
         self.group_size = micro_batch if len(set(shapes)) > 1 else 1
-        self.kinds = []  # captions, weight, and the pictures of each shape, as numbers in the latents' file
-        kinds = [(0, prompts, 1.0), (len(prompts), [args.class_prompt] * class_images, args.prior_loss_weight)]
-        for first, captions, loss_weight in kinds:
+        self.captions = [*prompts, *[args.class_prompt] * class_images]  # by a picture's number in the latents' file
+        kinds = [(1.0, range(len(prompts))), (args.prior_loss_weight, range(len(prompts), len(self.captions)))]
+        self.kinds = []  # of pictures: their weight, and their numbers by shape
+        for loss_weight, pictures in kinds[: 2 if class_images else 1]:
             buckets: dict[tuple[int, int], list[int]] = {}
-            for picture in range(first, first + len(captions)):
+            for picture in pictures:
                 buckets.setdefault(shapes[picture], []).append(picture)
-            if captions:
-                caption_of = dict(enumerate(captions, first))
-                self.kinds.append((caption_of, loss_weight, list(buckets.values())))
+            self.kinds.append((loss_weight, list(buckets.values())))
         self.caption_dropout = args.caption_dropout
         names = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
         self.density = {name: getattr(args, name) for name in names}
@@ -558,7 +559,7 @@ class SampleDataset(Dataset):
         sample_number = self.sample_numbers[index]
         group, place = divmod(sample_number, self.group_size)
         group, kind = divmod(group, len(self.kinds))
-        caption_of, loss_weight, buckets = self.kinds[kind]
+        loss_weight, buckets = self.kinds[kind]
         image = picture_of_sample(buckets, self.seed, group, place, self.group_size)
         generator = seeded_generator(self.seed, 1, sample_number)
         variants = open_latents(self.latents_path).get_batch(image)
@@ -573,7 +574,7 @@ class SampleDataset(Dataset):
         step = int(density * len(self.sigmas))
         noise = torch.randn(latents.shape, generator=generator)
         dropped = self.caption_dropout and torch.rand((), generator=generator) < self.caption_dropout
-        prompt_embeds, pooled_prompt_embeds = self.embeddings["" if dropped else caption_of[image]]
+        prompt_embeds, pooled_prompt_embeds = self.embeddings["" if dropped else self.captions[image]]
         return {
             "sample_number": sample_number, "latents": latents, "mask": mask, "prompt_embeds": prompt_embeds,
             "noise": noise, "pooled_prompt_embeds": pooled_prompt_embeds,
@@ -1472,6 +1473,65 @@ def explain_errors(main: Callable[[argparse.Namespace], None]) -> Callable[[argp
     return explained
 
 
+def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, hash_of_image: dict[Path, str]) -> Path:
+    """The file of the pictures' latents, which the main process writes if it is not there already."""
+    path, key = args.output_dir / "latents.arrow", latents_key(args, hash_of_image)
+    if accelerator.is_main_process and not latents_are_current(path, key):
+        write_latents(path, key, list(hash_of_image), args, accelerator.device)
+        free_memory()
+    accelerator.wait_for_everyone()
+    return path
+
+
+def announce(run: Run, model: nn.Module, dataset: SampleDataset, pictures: str) -> None:
+    """Say what is about to be done and how long it may take; to the trackers too."""
+    args, accelerator, samples_per_step = run.args, run.accelerator, run.settings["samples_per_step"]
+    lora_size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    check_disk(args.output_dir, size_of_checkpoints(run, lora_size), "Checkpoints", "use --checkpoints_total_limit")
+    accelerator.print(f"{pictures}, {lora_size:,} parameters to train, seed {args.seed}")
+    steps = len(dataset) // samples_per_step
+    accelerator.print(f"{steps} steps of {samples_per_step} samples, from step {run.global_step}", end="")
+    if steps:
+        seconds = estimate_step_seconds(run, model, dataset)
+        accelerator.print(f"; about {seconds:.2g} s a step, {steps * seconds / 60:.0f} minutes in all")
+    if accelerator.log_with:
+        shown = {name: value if isinstance(value, int | float) else str(value) for name, value in run.settings.items()}
+        accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=shown)
+
+
+def train_and_save(run: Run, model: nn.Module, dataloader: DataLoader, epoch: int) -> None:
+    """The loop, with its progress bar, checkpoints, previews and signals; an epoch is so many samples."""
+    args, accelerator = run.args, run.accelerator
+    bar = {"total": args.max_train_steps, "initial": run.global_step, "disable": not accelerator.is_main_process}
+    if accelerator.is_main_process and args.validation_prompt and len(dataloader) and not run.global_step:
+        make_previews(run, count=1)  # what the model makes of the prompts before it is trained
+    with tqdm(desc="Training", unit="step", **bar) as progress_bar, noted_signals() as noted:
+        for logs, interrupted in training_steps(run, model, dataloader, noted):
+            progress_bar.set_postfix_str(f"loss {logs['loss']:.4f}, {peak_memory()}")
+            progress_bar.update()
+            accelerator.log(logs, step=run.global_step)
+            if accelerator.is_main_process and (interrupted or run.global_step % args.checkpointing_steps == 0):
+                save_checkpoint(run)
+            if interrupted:
+                message = f"Stopped after step {run.global_step}. To go on: {resume_command(args)}"
+                raise SystemExit(message if accelerator.is_main_process else 1)
+            if accelerator.is_main_process and preview_due(run, epoch):
+                make_previews(run, args.num_validation_images)
+
+
+def publish(run: Run, started: float) -> None:
+    """Write the LoRA, its samples and its card, say so, and upload them if that is wanted."""
+    args = run.args
+    save_lora(args.output_dir, run.transformer, training_metadata(run), fold_alpha=True)
+    previews = make_previews(run, args.num_validation_images) if args.validation_prompt else []
+    write_model_card(run, previews)
+    size = (args.output_dir / LORA_NAME).stat().st_size / 1e6
+    print(f"wrote {args.output_dir / LORA_NAME}: {size:.1f} MB; README.md and {len(previews)} samples beside it")
+    print(f"{peak_memory()}, {time.monotonic() - started:.0f} s")
+    if args.push_to_hub:
+        push_to_hub(args, previews)
+
+
 def train(
     args: argparse.Namespace, accelerator: Accelerator, hash_of_image: dict[Path, str], embeddings: PromptEmbeddings,
     checkpoint: Path | None, settings: dict, started: float,
@@ -1483,11 +1543,7 @@ def train(
         hash_of_class_image = hash_class_images(args)
         settings["class pictures"] = digest(list(hash_of_class_image.values()))
         hash_of_image |= hash_of_class_image
-    latents_path, key = args.output_dir / "latents.arrow", latents_key(args, hash_of_image)
-    if accelerator.is_main_process and not latents_are_current(latents_path, key):
-        write_latents(latents_path, key, list(hash_of_image), args, accelerator.device)
-        free_memory()
-    accelerator.wait_for_everyone()
+    latents_path = prepare_latents(args, accelerator, hash_of_image)
 
     run = load_run(args, accelerator, embeddings, settings)
     if checkpoint:
@@ -1501,44 +1557,12 @@ def train(
     dataloader = DataLoader(dataset, args.train_batch_size, **loading)
     model, run.optimizer, dataloader = accelerator.prepare(run.transformer, run.optimizer, dataloader)
 
-    lora_size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    check_disk(args.output_dir, size_of_checkpoints(run, lora_size), "Checkpoints", "use --checkpoints_total_limit")
     of_class = f" and {class_images} of the class" if class_images else ""
-    accelerator.print(f"{len(prompts)} pictures{of_class}, {lora_size:,} parameters to train, seed {args.seed}")
-    accelerator.print(f"{steps_left} steps of {samples_per_step} samples, from step {run.global_step}", end="")
-    if steps_left:
-        seconds = estimate_step_seconds(run, model, dataset)
-        accelerator.print(f"; about {seconds:.2g} s a step, {steps_left * seconds / 60:.0f} minutes in all")
-    if accelerator.log_with:
-        shown = {name: value if isinstance(value, int | float) else str(value) for name, value in settings.items()}
-        accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=shown)
-
-    bar = {"total": args.max_train_steps, "initial": run.global_step, "disable": not accelerator.is_main_process}
-    if accelerator.is_main_process and args.validation_prompt and steps_left and not run.global_step:
-        make_previews(run, count=1)  # what the model makes of the prompts before it is trained
-    with tqdm(desc="Training", unit="step", **bar) as progress_bar, noted_signals() as noted:
-        for logs, interrupted in training_steps(run, model, dataloader, noted):
-            progress_bar.set_postfix_str(f"loss {logs['loss']:.4f}, {peak_memory()}")
-            progress_bar.update()
-            accelerator.log(logs, step=run.global_step)
-            if accelerator.is_main_process and (interrupted or run.global_step % args.checkpointing_steps == 0):
-                save_checkpoint(run)
-            if interrupted:
-                message = f"Stopped after step {run.global_step}. To go on: {resume_command(args)}"
-                raise SystemExit(message if accelerator.is_main_process else 1)
-            if accelerator.is_main_process and preview_due(run, samples_per_epoch(args, prompts)):
-                make_previews(run, args.num_validation_images)
-
+    announce(run, model, dataset, f"{len(prompts)} pictures{of_class}")
+    train_and_save(run, model, dataloader, samples_per_epoch(args, prompts))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_lora(args.output_dir, run.transformer, training_metadata(run), fold_alpha=True)
-        previews = make_previews(run, args.num_validation_images) if args.validation_prompt else []
-        write_model_card(run, previews)
-        size = (args.output_dir / LORA_NAME).stat().st_size / 1e6
-        print(f"wrote {args.output_dir / LORA_NAME}: {size:.1f} MB; README.md and {len(previews)} samples beside it")
-        print(f"{peak_memory()}, {time.monotonic() - started:.0f} s")
-        if args.push_to_hub:
-            push_to_hub(args, previews)
+        publish(run, started)
 
 
 @explain_errors

@@ -145,7 +145,7 @@ def encode_pictures(args: argparse.Namespace, folder: Path) -> None:
         trainer.write_latents(folder / "latents.arrow", "key", pictures, args, torch.device("meta"))
 
 
-def train_two_steps(args: argparse.Namespace, config: dict, precision: str) -> trainer.Run:
+def train_two_steps(args: argparse.Namespace, config: dict, precision: str) -> None:
     """Loading and two steps by the trainer's own functions: the optimizer's state is there in the second."""
     accelerator = types.SimpleNamespace(mixed_precision=precision, device=torch.device("meta"))
     run = trainer.load_run(args, accelerator, None, {"samples_per_step": 1})
@@ -155,7 +155,6 @@ def train_two_steps(args: argparse.Namespace, config: dict, precision: str) -> t
         loss.backward()
         run.optimizer.step()
         run.optimizer.zero_grad()
-    return run
 
 
 def predicted_bytes(model: str, *flags: str, precision: str = "fp16") -> int:

@@ -26,24 +26,30 @@ def toy_embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compute(TOY / "model", TOY / "robot", path, "--prompt", PROMPT, "--max_sequence_length=16")
 
 
-def fidelity(train: Callable[..., Path], embeddings: Path, steps: int, learning_rate: float) -> float:
-    """How much samples look like the robot, 1 being a real one, after so many steps."""
+def samples(
+    train: Callable[..., Path], folder: Path, embeddings: Path, *flags: str, count: int, **changes: object
+) -> list[Image.Image]:
+    """What the toy draws of the prompt after it was taught the pictures of a folder."""
     changes = {
-        "pretrained_model_name_or_path": TOY / "model", "instance_data_dir": TOY / "robot", "data_df_path": embeddings,
-        "instance_prompt": PROMPT, "validation_prompt": PROMPT, "num_validation_images": 8, "num_inference_steps": 20,
-        "guidance_scale": 2, "rank": 16, "train_batch_size": 4, "max_train_steps": steps,
-        "learning_rate": learning_rate,
-    }  # fmt: skip
-    output = train("--report_to=none", output=f"{steps}", **changes)
-    return subject_fidelity([Image.open(path) for path in sorted((output / "samples").glob(f"step-{steps:06d}-*"))])
+        "pretrained_model_name_or_path": TOY / "model", "instance_data_dir": folder, "data_df_path": embeddings,
+        "instance_prompt": PROMPT, "validation_prompt": PROMPT, "num_validation_images": count, "report_to": "none",
+        "num_inference_steps": 20, "guidance_scale": 2, "rank": 16, "train_batch_size": 4, "learning_rate": 2e-3,
+    } | changes  # fmt: skip
+    output = train(*flags, **changes)
+    return [Image.open(path) for path in sorted((output / "samples").glob(f"step-{changes['max_train_steps']:06d}-*"))]
+
+
+def fidelity(train: Callable[..., Path], embeddings: Path, **changes: object) -> float:
+    """How much samples look like the robot, 1 being a real one."""
+    return subject_fidelity(samples(train, TOY / "robot", embeddings, count=8, **changes))
 
 
 def test_fidelity_rises_with_training_and_not_without(train: Callable[..., Path], toy_embeddings: Path) -> None:
     """Five pictures, 200 steps; untrained samples look like the world's shapes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    untrained = fidelity(train, toy_embeddings, steps=1, learning_rate=0)
-    trained = fidelity(train, toy_embeddings, steps=200, learning_rate=2e-3)
+    untrained = fidelity(train, toy_embeddings, max_train_steps=1, learning_rate=0)
+    trained = fidelity(train, toy_embeddings, max_train_steps=200)
     torch.set_num_threads(threads)
     print(f"fidelity {untrained:.3f} untrained, {trained:.3f} trained")
     assert untrained < 0.12 and trained > 2 * untrained
@@ -67,17 +73,12 @@ def test_a_mask_keeps_the_background_from_being_learnt(
     train: Callable[..., Path], robots_on_red: Path, tmp_path: Path
 ) -> None:
     """Five robots on red: without masks most of "a photo of sks robot" becomes red, with them little of it does."""
-    flags = ["--prompt", PROMPT, "--max_sequence_length=16"]
-    changes = {
-        "pretrained_model_name_or_path": TOY / "model", "instance_data_dir": robots_on_red, "rank": 16,
-        "data_df_path": compute(TOY / "model", robots_on_red, tmp_path / "red.parquet", *flags), "train_batch_size": 4,
-        "instance_prompt": PROMPT, "validation_prompt": PROMPT, "num_validation_images": 16, "num_inference_steps": 20,
-        "guidance_scale": 2, "max_train_steps": 150, "learning_rate": 2e-3,
-    }  # fmt: skip
+    about = ["--prompt", PROMPT, "--max_sequence_length=16"]
+    embeddings = compute(TOY / "model", robots_on_red, tmp_path / "red.parquet", *about)
     red = {}
     for flag in ("--report_to=none", "--alpha_mask"):
-        samples = train("--report_to=none", flag, output=flag.strip("-"), **changes) / "samples"
-        pictures = [Image.open(path) for path in samples.glob("step-000150-*")]
+        changes = {"count": 16, "max_train_steps": 150, "output": flag.strip("-")}
+        pictures = samples(train, robots_on_red, embeddings, flag, **changes)
         red[flag] = np.mean([background_of(picture) == "red" for picture in pictures])
         print(f"{flag}: {red[flag]:.2f} red, fidelity {subject_fidelity(pictures):.2f}")
     assert red["--report_to=none"] > 0.8 and red["--alpha_mask"] < red["--report_to=none"] - 0.3
