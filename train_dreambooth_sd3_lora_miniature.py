@@ -1046,13 +1046,14 @@ def training_steps(
 
 @torch.no_grad()
 def estimate_step_seconds(run: Run, model: nn.Module, dataset: SampleDataset) -> float:
-    """Seconds of an optimizer step, from those of a forward pass: a backward pass takes two of it, recomputing one."""
+    """Seconds of an optimizer step, from those of a forward pass: counted in FLOP it is 2.5 of them, 3.5 with
+    recomputing, as frozen weights get no gradients."""
     batch = torch.utils.data.default_collate([dataset[0]] * run.args.train_batch_size)
     batch = {name: value.to(run.accelerator.device) for name, value in batch.items()}
     for _ in range(2):  # the first pass loads kernels
         started = time.monotonic()
         training_loss(model, batch, run.weight_dtype, run.args).item()
-    passes = 4 if run.args.gradient_checkpointing else 3
+    passes = 3.5 if run.args.gradient_checkpointing else 2.5
     return passes * run.args.gradient_accumulation_steps * (time.monotonic() - started)
 
 
@@ -1093,9 +1094,7 @@ def training_metadata(run: Run) -> dict[str, str]:
     return about | {f"ss_{name}": str(value) for name, value in training.items()}
 
 
-def save_lora(
-    folder: Path, transformer: SD3Transformer2DModel, about: dict[str, str], fold_alpha: bool
-) -> None:
+def save_lora(folder: Path, transformer: SD3Transformer2DModel, about: dict[str, str], fold_alpha: bool) -> None:
     """Write the LoRA in diffusers' layout, with the adapter's metadata and `about`, complete or not at all.
 
     Programs disagree about where alpha stands. With fold_alpha, alpha / rank goes into lora_B and alpha becomes the

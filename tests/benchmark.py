@@ -22,8 +22,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a photo of sks dog"
@@ -87,14 +90,15 @@ def write_pipeline(folder: Path, model: str) -> None:
 
 @torch.no_grad()
 def fill(part: torch.nn.Module) -> None:
-    """Small random numbers, ones for norms, zeros for biases."""
-    numbers = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
-    for name, parameter in part.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(float("norm" in name and "weight" in name))
-        else:
-            for piece in parameter.view(-1).split(len(numbers)):
-                piece.copy_(numbers[: len(piece)])
+    """Random numbers of the size that PyTorch begins with, ones for norms, zeros for biases."""
+    generator = torch.Generator().manual_seed(0)
+    for module in part.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 1:
+                parameter.fill_(float(name == "weight"))
+            else:
+                bound = 3 if isinstance(module, torch.nn.Embedding) else 1 / parameter[0].numel()
+                parameter.uniform_(-(bound**0.5), bound**0.5, generator=generator)
     for name, buffer in part.named_buffers():
         if "position_ids" in name:
             buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
@@ -160,11 +164,17 @@ def training_row(args: argparse.Namespace, pictures: Path, name: str) -> dict[st
     return {"what": f"training, {name}"} | row
 
 
+def t5_error(some: Path, exact: Path) -> float:
+    """Relative L2 distance of T5's part of the embeddings, which follows CLIP's 77 tokens."""
+    some, exact = (
+        pq.read_table(path)["prompt_embeds"].combine_chunks().to_numpy_ndarray()[:, 77:].astype(np.float32)
+        for path in (some, exact)
+    )
+    return float(np.linalg.norm(some - exact) / np.linalg.norm(exact))
+
+
 def draw_pictures(folder: Path, count: int) -> Path:
     """Pictures of 64 x 64 pixels, each another."""
-    import numpy as np
-    from PIL import Image
-
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -174,7 +184,7 @@ def draw_pictures(folder: Path, count: int) -> Path:
 
 def print_table(rows: list[dict[str, object]]) -> None:
     names = ["what", "VRAM allocated", "VRAM reserved", "anonymous RAM", "RAM", "seconds", "to first step", "s/step",
-             "Parquet MB"]  # fmt: skip
+             "Parquet MB", "T5 error"]  # fmt: skip
     names = [name for name in names if any(name in row for row in rows)]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for row in rows:
@@ -207,6 +217,9 @@ def main() -> None:
         write_pipeline(args.pipeline_dir, args.model)
     everything = draw_pictures(args.output_dir / "pictures", max(args.pictures))
     rows = [embeddings_row(args, precision, everything) for precision in args.t5_precision]
+    if {"int8", "exact"} <= {*args.t5_precision}:
+        int8, exact = args.output_dir / "int8.parquet", args.output_dir / "exact.parquet"
+        rows[args.t5_precision.index("int8")]["T5 error"] = t5_error(int8, exact)
     for count in args.pictures:
         pictures = everything if count == max(args.pictures) else draw_pictures(args.output_dir / f"{count}", count)
         rows += [training_row(args, pictures, f"{count} pictures{again}") for again in ("", " again")]

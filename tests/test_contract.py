@@ -17,7 +17,7 @@ import torch
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import PREVIEW_PROMPT, PROMPT, compute
 from diffusers import StableDiffusion3Pipeline
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 PROMPTS = ["a photo of sks dog", "sks dog in a bucket", "a dog", ""]
 
@@ -34,6 +34,12 @@ def pipeline_embeds(model: Path, prompts: list[str], length: int) -> tuple[np.nd
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
         )
     return embeds[0].half().numpy(), embeds[2].half().numpy()
+
+
+def t5_error(some: np.ndarray, exact: np.ndarray) -> float:
+    """Relative L2 distance of T5's part."""
+    some, exact = some[:, 77:].astype(np.float32), exact[:, 77:].astype(np.float32)
+    return float(np.linalg.norm(some - exact) / np.linalg.norm(exact))
 
 
 def test_one_row_and_row_group_per_distinct_prompt(embeddings: Path, photos: Path) -> None:
@@ -77,10 +83,26 @@ def test_int8_is_real_and_close_to_exact(tiny: Path, photos: Path, embeddings: P
     t5 = embed.load_t5(args, torch.device("cpu"), tmp_path)
     assert any(isinstance(module, bnb.nn.Linear8bitLt) for module in t5.modules())
     path = compute(tiny, photos, tmp_path / "int8.parquet", "--validation_prompt", PREVIEW_PROMPT)
-    exact, int8 = (read(file, "prompt_embeds").astype(np.float32) for file in (embeddings, path))
+    exact, int8 = (read(file, "prompt_embeds") for file in (embeddings, path))
     assert np.array_equal(int8[:, :77], exact[:, :77])
-    error = np.linalg.norm(int8[:, 77:] - exact[:, 77:]) / np.linalg.norm(exact[:, 77:])
-    assert 0 < error < 0.05
+    assert 0 < t5_error(int8, exact) < 0.05
+
+
+def test_what_overflows_fp16_inside_t5_is_right(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """With feed-forward layers that give more than fp16 holds: exact is bit for bit fp32's, int8 within percents."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    t5 = T5EncoderModel.from_pretrained(model / "text_encoder_3")
+    with torch.no_grad():
+        for block in t5.encoder.block:
+            block.layer[1].DenseReluDense.wo.weight.mul_(1e6)
+        assert t5(torch.arange(2, 50)[None], output_hidden_states=True).hidden_states[1].abs().max() > 65504
+    t5.save_pretrained(model / "text_encoder_3")
+    exact, int8 = (
+        read(compute(model, photos, tmp_path / f"{how}.parquet", f"--t5_precision={how}"), "prompt_embeds")
+        for how in ("exact", "int8")
+    )
+    assert np.array_equal(exact, pipeline_embeds(model, [PROMPT, ""], 77)[0])
+    assert t5_error(int8, exact) < 0.05
 
 
 def test_without_t5_its_part_is_zero(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
