@@ -1,6 +1,7 @@
 """On a model that has really learnt something, the two scripts really teach it a subject."""
 
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,16 +70,19 @@ def robots_on_red(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_mask_keeps_the_background_from_being_learnt(
+def test_masks_and_captions_keep_the_background_from_being_learnt(
     train: Callable[..., Path], robots_on_red: Path, tmp_path: Path
 ) -> None:
-    """Five robots on red: without masks most of "a photo of sks robot" becomes red, with them little of it does."""
-    about = ["--prompt", PROMPT, "--max_sequence_length=16"]
-    embeddings = compute(TOY / "model", robots_on_red, tmp_path / "red.parquet", *about)
+    """Five robots on red: without either, "a photo of sks robot" becomes red. Captions name what is no robot."""
+    captioned = shutil.copytree(robots_on_red, tmp_path / "captioned")
+    for picture in captioned.glob("?.png"):
+        picture.with_suffix(".txt").write_text(f"{PROMPT} on a red background")
     red = {}
-    for flag in ("--report_to=none", "--alpha_mask"):
-        changes = {"count": 16, "max_train_steps": 150, "output": flag.strip("-")}
-        pictures = samples(train, robots_on_red, embeddings, flag, **changes)
-        red[flag] = np.mean([background_of(picture) == "red" for picture in pictures])
-        print(f"{flag}: {red[flag]:.2f} red, fidelity {subject_fidelity(pictures):.2f}")
-    assert red["--report_to=none"] > 0.8 and red["--alpha_mask"] < red["--report_to=none"] - 0.3
+    for how, folder in {"plain": robots_on_red, "masks": robots_on_red, "captions": captioned}.items():
+        about = ["--prompt", PROMPT, "--max_sequence_length=16"]
+        embeddings = compute(TOY / "model", folder, tmp_path / f"{how}.parquet", *about)
+        flags = ["--alpha_mask"] if how == "masks" else []
+        pictures = samples(train, folder, embeddings, *flags, count=16, max_train_steps=150, output=how)
+        red[how] = np.mean([background_of(picture) == "red" for picture in pictures])
+        print(f"{how}: {red[how]:.2f} red, fidelity {subject_fidelity(pictures):.2f}")
+    assert red["plain"] > 0.8 and max(red["masks"], red["captions"]) < red["plain"] - 0.3
