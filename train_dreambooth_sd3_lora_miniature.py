@@ -41,6 +41,7 @@ from datetime import timedelta
 from pathlib import Path
 
 logging.disable(logging.WARNING)  # the libraries have much to say at start-up; their errors still come through
+warnings.simplefilter("ignore", FutureWarning)  # advice for who changes this file
 import bitsandbytes as bnb
 import numpy as np
 import psutil

@@ -47,8 +47,8 @@ TRAINING_FLAGS = {  # README's first command, as a test asserts
     "pretrained_model_name_or_path": "tests/toy/model", "instance_data_dir": "tests/toy/robot", "seed": 0,
     "instance_prompt": PROMPT, "class_prompt": CLASS_PROMPT, "num_class_images": 64, "sample_batch_size": 32,
     "resolution": 64, "rank": 16, "lora_layers": LAYERS, "learning_rate": 3e-3, "lr_scheduler": "cosine",
-    "lr_warmup_steps": 0, "train_batch_size": 8, "max_train_steps": 1800, "guidance_scale": 1.25,
-    "num_inference_steps": 20,
+    "lr_warmup_steps": 0, "train_batch_size": 8, "max_train_steps": 1800, "logit_mean": -0.5,
+    "guidance_scale": 1.25, "num_inference_steps": 20,
 }  # fmt: skip
 
 
@@ -57,6 +57,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="where everything goes")
     parser.add_argument("--variant", action="append", default=[], help="flags to add to the trainer's; several times")
     parser.add_argument("--without_prior_preservation", action="store_true", help="all variants without it")
+    guidance_scale = TRAINING_FLAGS["guidance_scale"]
+    parser.add_argument("--guidance_scale", type=float, default=guidance_scale, help="of class pictures and samples")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the training")
     args = parser.parse_args()
     args.variant = args.variant or [""]
@@ -67,20 +69,21 @@ def command_line(flags: dict[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def train(output_dir: Path, embeddings: Path, variant: str, prior: list[str], threads: int) -> float:
+def train(args: argparse.Namespace, output_dir: Path, embeddings: Path, variant: str) -> float:
     """Run the trainer as a user does; the seconds it took."""
     started = time.monotonic()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    script = [f"--num_cpu_threads_per_process={threads}", "train_dreambooth_sd3_lora_miniature.py"]
+    script = [f"--num_cpu_threads_per_process={args.threads}", "train_dreambooth_sd3_lora_miniature.py"]
     flags = TRAINING_FLAGS | {"data_df_path": embeddings.resolve(), "output_dir": output_dir.resolve()}
+    flags |= {"guidance_scale": args.guidance_scale}
+    prior = [] if args.without_prior_preservation else ["--with_prior_preservation"]
     command = [*launch, *script, *prior, *command_line(flags), *shlex.split(variant)]
     subprocess.run(command, cwd=ROOT, check=True)
     return time.monotonic() - started
 
 
-def measure(pipe: StableDiffusion3Pipeline) -> tuple[dict[str, float], list[list[Image.Image]]]:
+def measure(pipe: StableDiffusion3Pipeline, guidance_scale: float) -> tuple[dict[str, float], list[list[Image.Image]]]:
     """The table's columns, and two rows of samples: the prompt, and on new backgrounds."""
-    guidance_scale = TRAINING_FLAGS["guidance_scale"]
     plain = generate(pipe, [PROMPT] * SAMPLES, guidance_scale=guidance_scale)
     prompts = [PLACED[i % len(PLACED)] for i in range(SAMPLES)]
     placed = generate(pipe, prompts, guidance_scale=guidance_scale)
@@ -107,14 +110,13 @@ def main() -> None:
 
     pipe = StableDiffusion3Pipeline.from_pretrained(TOY / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    columns, before = measure(pipe)
+    columns, before = measure(pipe, args.guidance_scale)
     results = {"before": columns}
     for number, variant in enumerate(args.variant):
         folder = args.output_dir / f"variant-{number}"
-        prior = [] if args.without_prior_preservation else ["--with_prior_preservation"]
-        seconds = train(folder, embeddings, variant, prior, args.threads)
+        seconds = train(args, folder, embeddings, variant)
         pipe.load_lora_weights(folder)
-        columns, after = measure(pipe)
+        columns, after = measure(pipe, args.guidance_scale)
         results[variant or "README's first command"] = columns | {"seconds": seconds}
         rows = [row for pair in zip(before, after, strict=True) for row in pair]
         contact_sheet(rows, zoom=2).save(folder / "before_after.png")
