@@ -193,7 +193,12 @@ def test_ctrl_c_in_compute_embeddings_leaves_the_older_file(tiny: Path, photos: 
     script = [sys.executable, "-u", ROOT / "compute_embeddings.py", f"--output_path={output}"]
     flags = [f"--pretrained_model_name_or_path={tiny}", f"--local_data_dir={photos}"]
     environment = os.environ | {"TMPDIR": str(scratch)}
-    process = subprocess.Popen([*script, *flags], stdout=-1, stderr=-1, text=True, env=environment)
+
+    def heed() -> None:  # what a shell starts in the background ignores Ctrl-C, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    started = {"stdout": -1, "stderr": -1, "text": True, "env": environment, "preexec_fn": heed}
+    process = subprocess.Popen([*script, *flags], **started)
     assert "pictures in" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
