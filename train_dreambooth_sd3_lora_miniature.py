@@ -139,7 +139,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--with_prior_preservation", action="store_true",
         help="let every second sample be a picture of the subject's class, so that the class stays as it is")
     add("--class_prompt", help="prompt of the class, such as 'a photo of a dog'")
-    add("--class_data_dir", type=Path, help="folder of class pictures; unset: class_images under --output_dir")
+    add("--class_data_dir", type=Path, help="folder of class pictures; unset: one under --output_dir")
     add("--num_class_images", type=int, default=100, help="class pictures; those that are missing are generated")
     add("--sample_batch_size", type=int, default=4, help="class pictures to generate at once")
     add("--prior_loss_weight", type=float, default=1.0, help="what a class picture counts in the loss")
@@ -242,7 +242,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("\n  ".join(problems))
     if args.use_8bit_adam and args.optimizer == "adamw":
         args.optimizer = "adamw_8bit"
-    args.class_data_dir = args.class_data_dir or args.output_dir / "class_images"
+    made_by = [args.pretrained_model_name_or_path, args.revision, args.class_prompt, args.resolution]
+    args.class_data_dir = args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
     args.validation_prompt = args.validation_prompt if args.num_validation_images else []
     return args
 
@@ -661,6 +662,12 @@ def check_model(args: argparse.Namespace, problems: list[str]) -> dict:
             problems.append(f"--lora_layers: the transformer has no linear layer {layer}.")
     if max(int(block) for block in (args.lora_blocks or "0").split(",")) >= config["num_layers"]:
         problems.append(f"--lora_blocks {args.lora_blocks}: the last block is {config['num_layers'] - 1}.")
+    if args.pretrained_lora_path and lora_targets(transformer, args.lora_layers, args.lora_blocks):
+        add_lora(transformer, args)
+        try:
+            read_lora(transformer, args.pretrained_lora_path, args.hub_token)
+        except SystemExit as message:
+            problems.append(str(message))
     return config
 
 
@@ -817,11 +824,6 @@ def preflight(
     for name, saved in state.get("settings", {}).items():
         if settings.get(name) != saved:
             problems.append(f"{checkpoint} was trained with {name} {saved}, this run has {settings.get(name)}.")
-    if args.pretrained_lora_path:
-        try:
-            read_lora(args.pretrained_lora_path, args.hub_token)
-        except SystemExit as message:
-            problems.append(str(message))
     check_environment(args, accelerator, problems)
     if problems := list(dict.fromkeys(gather_object(problems))):  # another machine may see others
         message = "".join(f"\n- {problem}" for problem in problems)
@@ -915,34 +917,44 @@ def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3
     transformer.requires_grad_(False)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    add_lora(transformer, args)
+    if args.pretrained_lora_path:
+        load_lora(transformer, args.pretrained_lora_path, args.hub_token)
+    return transformer
+
+
+def add_lora(transformer: SD3Transformer2DModel, args: argparse.Namespace) -> None:
+    """Give the transformer a new LoRA, which is trained in fp32."""
     torch.manual_seed(args.seed)
     transformer.add_adapter(LoraConfig(
         r=args.rank, lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
         lora_dropout=args.lora_dropout, init_lora_weights="gaussian",
         target_modules=lora_targets(transformer, args.lora_layers, args.lora_blocks),
     ))  # fmt: skip
-    if args.pretrained_lora_path:
-        load_lora(transformer, args.pretrained_lora_path, args.hub_token)
     cast_training_params(transformer, dtype=torch.float32)  # add_adapter gives it the base's dtype
-    return transformer
 
 
-def read_lora(path: str | Path, token: str | None = None) -> dict[str, Tensor]:
-    """The weights of a saved LoRA, by their names in the transformer."""
+def read_lora(transformer: SD3Transformer2DModel, path: str | Path, token: str | None) -> dict[str, Tensor]:
+    """Saved LoRA weights for the transformer's LoRA, which must have the same layers and rank, at their strength."""
+    kwargs = {"token": token, "use_safetensors": True, "return_lora_metadata": True}
     try:
-        state_dict = StableDiffusion3Pipeline.lora_state_dict(path, token=token, use_safetensors=True)
+        state_dict, metadata = StableDiffusion3Pipeline.lora_state_dict(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise SystemExit(f"The LoRA {path} cannot be loaded: {str(error).splitlines()[0]}.") from error
-    return {name.removeprefix("transformer."): value for name, value in state_dict.items()}
-
-
-def load_lora(transformer: SD3Transformer2DModel, path: str | Path, token: str | None = None) -> None:
-    """Put saved LoRA weights into the transformer's LoRA, which must have the same layers and rank."""
-    state_dict = read_lora(path, token)
+    state_dict = {name.removeprefix("transformer."): value for name, value in state_dict.items()}
+    config = transformer.peft_config["default"]
+    alpha = (metadata or {}).get("transformer.lora_alpha", config.r)  # without metadata, alpha is the rank
+    if alpha != config.lora_alpha:
+        state_dict = {n: v * alpha / config.lora_alpha if "lora_B" in n else v for n, v in state_dict.items()}
     wanted = {name: value.shape for name, value in get_peft_model_state_dict(transformer).items()}
     if {name: value.shape for name, value in state_dict.items()} != wanted:
         raise SystemExit(f"The layers or rank of {path} are others than --lora_layers, --lora_blocks and --rank say.")
-    set_peft_model_state_dict(transformer, state_dict)
+    return state_dict
+
+
+def load_lora(transformer: SD3Transformer2DModel, path: str | Path, token: str | None = None) -> None:
+    """Put saved LoRA weights into the transformer's LoRA."""
+    set_peft_model_state_dict(transformer, read_lora(transformer, path, token))
 
 
 def make_optimizer(transformer: nn.Module, args: argparse.Namespace, samples_per_step: int) -> Optimizer:
@@ -1133,9 +1145,17 @@ def read_checkpoint(checkpoint: Path) -> dict:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """The checkpoints in a folder in the order in which they were saved; an earlier run may have left higher ones."""
+
+    def saved_at(path: Path) -> tuple[float, int]:
+        number = int(path.name.removeprefix("checkpoint-"))
+        try:
+            return json.loads((path / "trainer_state.json").read_text())["saved_at"], number
+        except (OSError, ValueError, KeyError):
+            return path.stat().st_mtime, number  # not whole; whoever wants to resume from it will find out
+
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(found, key=saved_at)
 
 
 def save_checkpoint(run: Run) -> None:
@@ -1152,13 +1172,11 @@ def save_checkpoint(run: Run) -> None:
     torch.save(state, buffer)
     (partial / "training_state.pt").write_bytes(buffer.getbuffer())
     files = {path.name: hash_image(path) for path in sorted(partial.iterdir())}
-    about = {"global_step": run.global_step, "settings": run.settings, "files": files}
+    about = {"global_step": run.global_step, "saved_at": time.time(), "settings": run.settings, "files": files}
     (partial / "trainer_state.json").write_text(json.dumps(about, indent=2))
     sync_and_rename(partial, final)
     if limit := run.args.checkpoints_total_limit:
-        there = list_checkpoints(run.args.output_dir)
-        newest = there.index(final) + 1  # those behind it are left from an earlier run
-        for old in (there[newest:] + there[:newest])[:-limit]:
+        for old in list_checkpoints(run.args.output_dir)[:-limit]:
             shutil.rmtree(old)
 
 
@@ -1443,11 +1461,13 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
 
-def resume_command(args: argparse.Namespace) -> str:
+def resume_command(args: argparse.Namespace, accelerator: Accelerator) -> str:
     """This process's command line, to continue with; without the token."""
-    token = args.hub_token or "--hub_token"
+    token, processes = args.hub_token or "--hub_token", accelerator.num_processes
+    launch = ["accelerate", "launch", "--quiet", f"--mixed_precision={accelerator.mixed_precision}"]
+    launch += ["--multi_gpu", f"--num_processes={processes}"] if processes > 1 else []
     flags = [flag for flag in sys.argv[1:] if token not in flag and flag != "--hub_token"]
-    return shlex.join(["accelerate", "launch", "--quiet", sys.argv[0], *flags, "--resume_from_checkpoint=latest"])
+    return shlex.join([*launch, sys.argv[0], *flags, "--resume_from_checkpoint=latest"])
 
 
 def explain_errors(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
@@ -1504,6 +1524,8 @@ def train_and_save(run: Run, model: nn.Module, dataloader: DataLoader, epoch: in
     args, accelerator = run.args, run.accelerator
     bar = {"total": args.max_train_steps, "initial": run.global_step, "disable": not accelerator.is_main_process}
     if accelerator.is_main_process and args.validation_prompt and len(dataloader) and not run.global_step:
+        for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):  # of another run
+            earlier.unlink()
         make_previews(run, count=1)  # what the model makes of the prompts before it is trained
     with tqdm(desc="Training", unit="step", **bar) as progress_bar, noted_signals() as noted:
         for logs, interrupted in training_steps(run, model, dataloader, noted):
@@ -1513,7 +1535,7 @@ def train_and_save(run: Run, model: nn.Module, dataloader: DataLoader, epoch: in
             if accelerator.is_main_process and (interrupted or run.global_step % args.checkpointing_steps == 0):
                 save_checkpoint(run)
             if interrupted:
-                message = f"Stopped after step {run.global_step}. To go on: {resume_command(args)}"
+                message = f"Stopped after step {run.global_step}. To go on: {resume_command(args, accelerator)}"
                 raise SystemExit(message if accelerator.is_main_process else 1)
             if accelerator.is_main_process and preview_due(run, epoch):
                 make_previews(run, args.num_validation_images)

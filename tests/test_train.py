@@ -415,10 +415,43 @@ def test_training_starts_from_another_lora(train: Train, tmp_path: Path) -> None
     first = train(output="first") / trainer.LORA_NAME
     again = train(f"--pretrained_lora_path={first}", learning_rate=1e-30, adam_weight_decay=0, output="again")
     assert equal(lora(first.parent), lora(again))
-    with pytest.raises(SystemExit, match="layers or rank of .* are others"):
-        train(f"--pretrained_lora_path={first}", rank=8)
+    with pytest.raises(SystemExit, match="Cannot start:(.|\n)*layers or rank of .* are others"):
+        train(f"--pretrained_lora_path={first}", rank=8, output="refused")
+    assert not (tmp_path / "refused" / "latents.arrow").exists()
     with pytest.raises(SystemExit, match="cannot be loaded"):
         train(f"--pretrained_lora_path={tmp_path / 'none'}")
+
+
+@pytest.mark.parametrize("start", [trainer.LORA_NAME, "checkpoint-4"])
+@pytest.mark.parametrize("alpha", [RANK, 4 * RANK])
+def test_another_lora_keeps_its_strength(train: Train, start: str, alpha: int) -> None:
+    """The file's alpha counts, folded into the weights or not, whatever --lora_alpha goes on with."""
+    first = train(f"--lora_alpha={2 * RANK}", "--checkpointing_steps=4", output="first")
+    flags = [f"--pretrained_lora_path={first / start}", f"--lora_alpha={alpha}"]
+    assert equal(lora(first), lora(train(*flags, learning_rate=1e-30, adam_weight_decay=0, output="again")))
+
+
+def test_another_lora_is_not_rounded_to_the_bases_precision(train: Train) -> None:
+    """Neither in bf16."""
+    first = train(output="first")
+    flags = [f"--pretrained_lora_path={first}", "--mixed_precision=bf16"]
+    assert equal(lora(first), lora(train(*flags, learning_rate=1e-30, adam_weight_decay=0, output="again")))
+
+
+def test_the_latest_checkpoint_is_the_one_that_was_saved_last(train: Train) -> None:
+    """Not the highest, which an earlier run in the same folder has left."""
+    expected = lora(train("--checkpointing_steps=1", output="alone"))
+    train("--checkpointing_steps=6", learning_rate=0.1, max_train_steps=6)
+    train("--checkpointing_steps=2", max_train_steps=2)
+    assert equal(lora(train("--resume_from_checkpoint=latest")), expected)
+
+
+def test_class_pictures_of_another_class_are_not_reused(train: Train) -> None:
+    """Each class prompt and resolution has its own folder."""
+    flags = ["--with_prior_preservation", "--num_class_images=1", "--max_train_steps=1"]
+    for more in ([f"--class_prompt={PREVIEW_PROMPT}"], [f"--class_prompt={PROMPT}"], [f"--class_prompt={PROMPT}"]):
+        output = train(*flags, *more)
+    assert len(list(output.glob("class_images-*/class-00000.png"))) == 2
 
 
 def test_pictures_train_with_their_own_captions(train: Train, tiny: Path, photos: Path, tmp_path: Path) -> None:
