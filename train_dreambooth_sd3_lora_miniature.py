@@ -1177,7 +1177,8 @@ def save_checkpoint(run: Run) -> None:
     sync_and_rename(partial, final)
     if limit := run.args.checkpoints_total_limit:
         for old in list_checkpoints(run.args.output_dir)[:-limit]:
-            shutil.rmtree(old)
+            if old != final:  # whatever a clock that was set back says
+                shutil.rmtree(old)
 
 
 def load_checkpoint(run: Run, checkpoint: Path) -> None:

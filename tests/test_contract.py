@@ -15,6 +15,7 @@ import pytest
 import tiny_pipeline
 import torch
 import train_dreambooth_sd3_lora_miniature as trainer
+from benchmark import t5_error
 from conftest import PREVIEW_PROMPT, PROMPT, compute
 from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
@@ -34,12 +35,6 @@ def pipeline_embeds(model: Path, prompts: list[str], length: int) -> tuple[np.nd
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
         )
     return embeds[0].half().numpy(), embeds[2].half().numpy()
-
-
-def t5_error(some: np.ndarray, exact: np.ndarray) -> float:
-    """Relative L2 distance of T5's part."""
-    some, exact = some[:, 77:].astype(np.float32), exact[:, 77:].astype(np.float32)
-    return float(np.linalg.norm(some - exact) / np.linalg.norm(exact))
 
 
 def test_one_row_and_row_group_per_distinct_prompt(embeddings: Path, photos: Path) -> None:
@@ -85,7 +80,7 @@ def test_int8_is_real_and_close_to_exact(tiny: Path, photos: Path, embeddings: P
     path = compute(tiny, photos, tmp_path / "int8.parquet", "--validation_prompt", PREVIEW_PROMPT)
     exact, int8 = (read(file, "prompt_embeds") for file in (embeddings, path))
     assert np.array_equal(int8[:, :77], exact[:, :77])
-    assert 0 < t5_error(int8, exact) < 0.05
+    assert 0 < t5_error(path, embeddings) < 0.05
 
 
 def test_what_overflows_fp16_inside_t5_is_right(tiny: Path, photos: Path, tmp_path: Path) -> None:
@@ -98,10 +93,9 @@ def test_what_overflows_fp16_inside_t5_is_right(tiny: Path, photos: Path, tmp_pa
         assert t5(torch.arange(2, 50)[None], output_hidden_states=True).hidden_states[1].abs().max() > 65504
     t5.save_pretrained(model / "text_encoder_3")
     exact, int8 = (
-        read(compute(model, photos, tmp_path / f"{how}.parquet", f"--t5_precision={how}"), "prompt_embeds")
-        for how in ("exact", "int8")
+        compute(model, photos, tmp_path / f"{how}.parquet", f"--t5_precision={how}") for how in ("exact", "int8")
     )
-    assert np.array_equal(exact, pipeline_embeds(model, [PROMPT, ""], 77)[0])
+    assert np.array_equal(read(exact, "prompt_embeds"), pipeline_embeds(model, [PROMPT, ""], 77)[0])
     assert t5_error(int8, exact) < 0.05
 
 

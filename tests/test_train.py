@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -444,6 +445,14 @@ def test_the_latest_checkpoint_is_the_one_that_was_saved_last(train: Train) -> N
     train("--checkpointing_steps=6", learning_rate=0.1, max_train_steps=6)
     train("--checkpointing_steps=2", max_train_steps=2)
     assert equal(lora(train("--resume_from_checkpoint=latest")), expected)
+
+
+def test_a_clock_that_was_set_back_costs_no_new_checkpoint(train: Train) -> None:
+    """The one that was just saved stays, even if another claims to be of tomorrow."""
+    state = train("--checkpointing_steps=6", max_train_steps=6) / "checkpoint-6" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"saved_at": time.time() + 86400}))
+    output = train("--checkpointing_steps=2", "--checkpoints_total_limit=1")
+    assert {path.name for path in trainer.list_checkpoints(output)} >= {"checkpoint-4", "checkpoint-6"}
 
 
 def test_class_pictures_of_another_class_are_not_reused(train: Train) -> None:
