@@ -2,9 +2,12 @@
 
     python compute_embeddings.py --prompt "a photo of sks dog" --local_data_dir dog
 
-Stable Diffusion 3 reads a prompt with three text encoders. They are loaded one after the other, each gone before the
-next comes, so the peak is that of T5 alone. One row is written per distinct prompt, and one for the empty prompt.
+Stable Diffusion 3 reads a prompt with three text encoders: both CLIPs first, then T5, each gone before the next comes.
+Peak on a GPU: 7.4 GiB with T5 in 8 bit, 1.7 GiB with --t5_precision exact (counted by tests/step_cost.py). One row is
+written per distinct prompt, and one for the empty prompt.
 """
+
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -12,15 +15,20 @@ import importlib.util
 import json
 import logging
 import os
+import re
+import shlex
+import signal
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
+from argparse import Namespace
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-logging.disable(logging.WARNING)  # the libraries have much to say at start-up; their errors still come through
-import bitsandbytes
-import diffusers
+import diffusers  # this and transformers load their parts on first use, so that --help answers soon
 import numpy as np
 import pandas as pd
 import psutil
@@ -28,126 +36,143 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
-from diffusers import SD3Transformer2DModel
-from diffusers.training_utils import free_memory
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
-from transformers.utils import ModelOutput
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+    from transformers import T5EncoderModel
 
-
-CHUNK_SIZE = 16  # prompts per pass of an encoder
+T = TypeVar("T")
+CHUNK_TOKENS = 16 * 77  # T5 tokens per pass: more prompts share one reading of a streamed T5, but need more memory
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-if importlib.util.find_spec("pillow_heif"):  # for the pictures of phones
+IMAGE_FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
+if importlib.util.find_spec("pillow_heif"):  # for the photos of phones
     importlib.import_module("pillow_heif").register_heif_opener()
     IMAGE_SUFFIXES |= {".heic", ".heif"}
+    IMAGE_FORMATS += ["HEIF"]
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
+SIDECARS = (".txt", ".caption")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Write SD3's embeddings of a few prompts, and which pictures they caption, to a Parquet file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", default="stabilityai/stable-diffusion-3-medium-diffusers",
-                       help="a Hub repository or a folder in diffusers' layout; SD3 or SD3.5")
-    model.add_argument("--revision", help="branch, tag or commit of the Hub repository; unset: its main branch")
-    model.add_argument("--variant", help="variant of the weight files, such as fp16; unset: the plain files")
-    model.add_argument("--cache_dir", help="where downloads are kept; unset: the Hugging Face cache")
-    model.add_argument("--t5_precision", choices=["int8", "exact"], default="int8",
-                       help="int8: LLM.int8(); exact: fp32, streamed from disk block by block, least memory")
-    model.add_argument("--no_t5", action="store_true", help="zeros for T5, as SD3 accepts; saves a 9.5 GB download")
-    prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--prompt", default="a photo of sks dog",
-                         help="the instance prompt, for every picture without a caption of its own")
-    prompts.add_argument("--class_prompt", help="the prompt of prior preservation, such as 'a photo of a dog'")
-    prompts.add_argument("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="prompts for previews")
-    prompts.add_argument("--negative_prompt", help="what previews are guided away from; '' is always there")
-    prompts.add_argument("--max_sequence_length", type=int, default=77, help="T5 tokens per prompt, at most 512")
-    files = parser.add_argument_group("files")
-    files.add_argument("--local_data_dir", type=Path, default=Path("dog"), help="folder of the instance pictures")
-    files.add_argument("--output_path", type=Path, default=Path("sample_embeddings.parquet"), help="file to write")
-    args = parser.parse_args(argv)
+class Parser(argparse.ArgumentParser):
+    """argparse that reads flags from @FILE, a flag and its value a line, and repeats no token in its messages."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"hf_\w+", "hf_...", message))
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    # fmt: off
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, fromfile_prefix_chars="@",
+                    epilog="Flags may stand in a file, one with its value a line: @FILE.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", default="stabilityai/stable-diffusion-3-medium-diffusers",
+        help="SD3 or SD3.5: Hub repository, or folder in diffusers' layout")
+    add("--revision", help="branch, tag or commit of the repository; unset: its main branch")
+    add("--variant", help="variant of the weight files, such as fp16; unset: the plain files")
+    add("--cache_dir", help="where downloads are kept; unset: the Hugging Face cache")
+    add("--t5_precision", choices=["int8", "exact"], default="int8",
+        help="int8: LLM.int8(), 7.4 GiB; exact: fp32, streamed from disk a block at a time, 1.7 GiB")
+    add("--no_t5", action="store_true", help="zeros for T5, as SD3 accepts; saves a 9.5 GB download")
+    add = parser.add_argument_group("prompts").add_argument
+    add("--prompt", default="a photo of sks dog", help="instance prompt, for every image without a caption of its own")
+    add("--class_prompt", help="prompt of prior preservation, such as 'a photo of a dog'")
+    add("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="prompts of previews")
+    add("--negative_prompt", help="negative prompt of the previews; '' is always there")
+    add("--max_sequence_length", type=int, default=77, help="T5 tokens per prompt, at most 512")
+    add = parser.add_argument_group("files").add_argument
+    add("--local_data_dir", type=Path, default=Path("dog"), help="folder with the images of the subject")
+    add("--output_path", type=Path, default=Path("sample_embeddings.parquet"), help="file to write")
+    # fmt: on
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as error:  # --flag=--, or a file of flags with an open quote
+        parser.error(f"cannot be read: {error}")
     if not 1 <= args.max_sequence_length <= 512:
         parser.error(f"--max_sequence_length {args.max_sequence_length}: T5 takes 1 to 512 tokens")
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
         parser.error("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
+    for name, value in vars(args).items():
+        if "\\udc" in repr(value) or (value == [] and name != "validation_prompt"):  # argparse makes [] of --flag=--
+            parser.error(f"--{name} is not UTF-8, or empty")
     return args
 
 
-def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures in a folder, sorted by name, and files that are neither pictures nor belong to one."""
+def find_images(folder: Path) -> list[Path]:
+    """The images directly in a folder, sorted by name; masks and hidden files are none."""
     files = sorted(path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(".mask")]
-    ours = {*images, *(folder / name for name in METADATA)}
-    ours |= {image.with_suffix(suffix) for image in images for suffix in (".txt", ".mask.png")}
-    return images, [path for path in files if path not in ours]
+    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(".mask")]
 
 
-def passed_over_note(passed_over: list[Path]) -> str:
-    """One line that names the files that are no pictures, for whoever wonders where a picture went."""
-    hint = " (for HEIC: pip install pillow-heif)" if any("hei" in path.suffix.lower() for path in passed_over) else ""
-    return f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}"
-
-
-def unreadable_images(images: list[Path]) -> dict[Path, str]:
-    """What is wrong with every picture whose header cannot be read; pixels are read when they are encoded."""
-    problems = {}
-    for path in images:
-        try:
-            Image.open(path).close()
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            problems[path] = f"{path} is not a readable picture ({error}). Repair it or take it out of the folder."
-    return problems
-
-
-def hash_image(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hex: how a row of the Parquet file names a picture."""
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex: how a row of the Parquet file names an image."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image as the file has it, its pixels not yet read; one of UNREADABLE if it is none that can be used."""
+    path.name.encode()  # what is not UTF-8 is a ValueError
+    if not path.is_file():  # a pipe would be waited for forever
+        raise OSError("it is not a regular file")
+    image = Image.open(path, formats=IMAGE_FORMATS)
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a channel; save it with 8 or 16")
+    return image
+
+
+def load_part(load: Callable[..., T], args: Namespace, subfolder: str, **kwargs: object) -> T:
+    """What `load`, a from_pretrained or load_config, gives for one part of the pipeline; exits if it cannot be had."""
+    name, token = args.pretrained_model_name_or_path, vars(args).get("hub_token")
+    try:
+        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, token=token, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the file system, safetensors, the Hub or the network: they share no class
+        reason = str(error).strip() or type(error).__name__
+        if not Path(name).is_dir():  # loaders say of a gated repository that there is none; the Hub knows better
+            reason = hub_refusal(name, token) or reason
+        raise SystemExit(
+            f"Cannot load {subfolder} of {name}: {reason.splitlines()[0]}\n"
+            "A folder needs diffusers' layout. For a gated repository, accept the license on "
+            f"https://huggingface.co/{name} and run: hf auth login"
+        ) from error
+
+
+def hub_refusal(name: str, token: str | None) -> str:
+    """Why a repository cannot be read, if the Hub or the network is the reason, else ''."""
+    if name.count("/") != 1:
+        return "it is not a folder, and not the name of a repository"
+    try:
+        HfApi(token=token).auth_check(name)
+    except HfHubHTTPError as refusal:
+        return str(refusal).strip()
+    except Exception as error:
+        return f"the Hub cannot be reached ({error}). HF_HUB_OFFLINE=1 makes do with what was downloaded before."
+    return ""
 
 
 def peak_memory() -> str:
     """Peak VRAM and RAM of this process so far; RAM counts mapped files, such as weights, too."""
     vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
-    if resource is None:
+    if os.name == "nt":
         return f"{vram}peak RAM {psutil.Process().memory_info().peak_wset / 2**30:.2f} GiB"
-    return f"{vram}peak RAM {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    import resource  # Windows has none
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return f"{vram}peak RAM {kilobytes / 2**20:.2f} GiB"
 
 
-def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs: object) -> object:
-    """What `load` (a from_pretrained or load_config) gives for one part of the pipeline; exits if it cannot be had."""
-    name, source = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    try:
-        return load(name, subfolder=subfolder, **source, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error)
-        try:  # most loaders say of a gated repository that there is none; the Hub says what is the matter
-            HfApi(token=kwargs.get("token")).auth_check(name)
-        except (OSError, ValueError) as refusal:
-            reason = str(refusal) if isinstance(refusal, HfHubHTTPError) else reason
-        if name.count("/") != 1 and not Path(name).is_dir():
-            reason = "it is not a folder, and not the name of a repository"
-        raise SystemExit(
-            f"Cannot load {subfolder} of {name}: {reason.strip().splitlines()[0]}\n"
-            "A folder needs diffusers' layout. For a gated repository, accept the licence on "
-            f"https://huggingface.co/{name} and run: hf auth login"
-        ) from error
-
-
-def load_tokenizer(load: type, args: argparse.Namespace, subfolder: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(load: Any, args: Namespace, subfolder: str) -> Any:
     """A tokenizer; where there is none, transformers gives an empty one that knows no word and no length."""
     tokenizer = load_part(load.from_pretrained, args, subfolder)
     if tokenizer.model_max_length > 10**6:
@@ -155,26 +180,43 @@ def load_tokenizer(load: type, args: argparse.Namespace, subfolder: str) -> PreT
     return tokenizer
 
 
-def load_t5(args: argparse.Namespace, device: torch.device, offload_folder: Path) -> T5EncoderModel:
+def load_clip(args: Namespace, device: torch.device) -> StableDiffusion3Pipeline:
+    """A pipeline of nothing but both CLIPs, in fp16 on a GPU (1.6 GiB)."""
+    config = load_part(diffusers.SD3Transformer2DModel.load_config, args, "transformer")
+    parts: dict[str, Any] = dict.fromkeys(["vae", "text_encoder_3", "tokenizer_3"])
+    kwargs = {"variant": args.variant, "dtype": weight_dtype(device), "use_safetensors": True}
+    for number in ("", "_2"):
+        parts[f"tokenizer{number}"] = load_tokenizer(transformers.CLIPTokenizer, args, f"tokenizer{number}")
+        load = transformers.CLIPTextModelWithProjection.from_pretrained
+        parts[f"text_encoder{number}"] = load_part(load, args, f"text_encoder{number}", **kwargs).to(device)
+    with torch.device("meta"):  # encode_prompt asks the transformer for its width
+        parts["transformer"] = diffusers.SD3Transformer2DModel.from_config(config)
+    return diffusers.StableDiffusion3Pipeline(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **parts)
+
+
+def weight_dtype(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.float32  # CPUs are slow in fp16
+
+
+def load_t5(args: Namespace, device: torch.device, offload_folder: Path) -> T5EncoderModel:
     """T5 in 8 bit, or in fp32 with its blocks left on disk, for accelerate to fetch one at a time.
 
     What is streamed is computed in fp32, since streaming loses transformers' rule that keeps `wo`, which overflows in
     fp16, in fp32. In 8 bit `wo` stays in fp32 by that rule.
     """
+    kwargs: dict[str, Any] = {"variant": args.variant, "use_safetensors": True}  # other files could run code
     if args.t5_precision == "int8":
-        dtype = torch.float16 if device.type == "cuda" else torch.float32  # CPUs are slow in fp16
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-        how = {"quantization_config": quantization, "device_map": {"": device}, "dtype": dtype}
+        kwargs |= {"device_map": {"": device}, "dtype": weight_dtype(device)}
+        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     else:
-        layers = load_part(T5Config.from_pretrained, args, "text_encoder_3").num_layers
+        layers = load_part(transformers.T5Config.from_pretrained, args, "text_encoder_3").num_layers
         resident = dict.fromkeys(["shared", "encoder.embed_tokens", "encoder.final_layer_norm"], device.type)
         streamed = dict.fromkeys([f"encoder.block.{i}" for i in range(layers)], "disk")
-        how = {"device_map": resident | streamed, "offload_folder": offload_folder, "dtype": torch.float32}
-    how |= {"variant": args.variant, "use_safetensors": True}  # other files could run code
-    return load_part(T5EncoderModel.from_pretrained, args, "text_encoder_3", **how)
+        kwargs |= {"device_map": resident | streamed, "offload_folder": offload_folder, "dtype": torch.float32}
+    return load_part(transformers.T5EncoderModel.from_pretrained, args, "text_encoder_3", **kwargs)
 
 
-def report_cut(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int, name: str) -> None:
+def report_cut(tokenizer: Any, prompts: list[str], max_length: int, name: str) -> None:
     """Say which end of which prompt an encoder will not see."""
     room = max_length - tokenizer.num_special_tokens_to_add()
     for prompt in prompts:
@@ -182,26 +224,6 @@ def report_cut(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_lengt
         if len(ids) > room:
             unseen = tokenizer.decode(ids[room:])
             print(f"note: {name} reads {max_length} tokens; of {prompt!r} it does not see {unseen!r}")
-
-
-def encode(
-    encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int, name: str, **kwargs
-) -> Iterator[tuple[slice, ModelOutput]]:
-    """Yield an encoder's outputs for chunks of the prompts: which prompts, and states of (n, max_length, width)."""
-    report_cut(tokenizer, prompts, max_length, name)
-    chunks = [slice(start, start + CHUNK_SIZE) for start in range(0, len(prompts), CHUNK_SIZE)]
-    layers = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
-    with tqdm(total=len(layers) * len(chunks), desc=f"Encoding with {name}", unit="layer") as progress_bar:
-
-        def count(*_: object) -> None:
-            progress_bar.update()
-
-        for layer in layers:  # one pass of a streamed T5 can take a minute, so the bar counts layers
-            layer.register_forward_hook(count)
-        for chunk in chunks:
-            padding = {"padding": "max_length", "max_length": max_length, "truncation": True, "return_tensors": "pt"}
-            input_ids = tokenizer(prompts[chunk], **padding).input_ids  # (n, max_length)
-            yield chunk, encoder(input_ids.to(encoder.device), **kwargs)
 
 
 def to_float16(embeds: Tensor, name: str) -> np.ndarray:
@@ -212,156 +234,199 @@ def to_float16(embeds: Tensor, name: str) -> np.ndarray:
 
 
 @torch.inference_mode()
-def encode_prompts(args: argparse.Namespace, prompts: list[str], scratch: Path) -> tuple[np.ndarray, np.ndarray]:
+def encode_prompts(args: Namespace, prompts: list[str], scratch: Path) -> tuple[np.ndarray, np.ndarray]:
     """What StableDiffusion3Pipeline.encode_prompt gives, in fp16: (N, CLIP tokens + T5 tokens, D) and (N, P).
 
     The first lives in a file under `scratch`: 1.2 MB a prompt would not fit into RAM for ten thousand captions.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = load_part(SD3Transformer2DModel.load_config, args, "transformer")
-    clip_tokens = load_tokenizer(CLIPTokenizer, args, "tokenizer").model_max_length
-    shape = (len(prompts), clip_tokens + args.max_sequence_length, config["joint_attention_dim"])
-    prompt_embeds = np.memmap(scratch / "prompt_embeds", np.float16, "w+", shape=shape)  # zeros where nobody writes
-    pooled_prompt_embeds = np.zeros((len(prompts), config["pooled_projection_dim"]), np.float16)
-    left = 0
-    for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
-        tokenizer = load_tokenizer(CLIPTokenizer, args, f"tokenizer{suffix}")
-        kwargs = {"variant": args.variant, "dtype": torch.float32, "use_safetensors": True}  # lighter than T5 even so
-        encoder = load_part(CLIPTextModelWithProjection.from_pretrained, args, f"text_encoder{suffix}", **kwargs)
-        encoder.to(device)
-        for chunk, output in encode(encoder, tokenizer, prompts, clip_tokens, name, output_hidden_states=True):
-            hidden_states = to_float16(output.hidden_states[-2], name)  # SD3 takes the last layer but one
-            right = left + hidden_states.shape[-1]
-            prompt_embeds[chunk, :clip_tokens, left:right] = hidden_states
-            pooled_prompt_embeds[chunk, left:right] = to_float16(output.text_embeds, name)
-        left = right
-        del encoder, output
-        free_memory()
+    device, length = torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.max_sequence_length
+    size = max(1, CHUNK_TOKENS // max(77, length))
+    chunks = [slice(start, start + size) for start in range(0, len(prompts), size)]
+    pipeline = load_clip(args, device)
+    clip_tokens, config = pipeline.tokenizer.model_max_length, pipeline.transformer.config
+    shape = (len(prompts), clip_tokens + length, config.joint_attention_dim)
+    prompt_embeds = np.memmap(scratch / "prompt_embeds", np.float16, "w+", shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash when a mapped page is written
+        with open(scratch / "prompt_embeds", "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, prompt_embeds.nbytes)
+    pooled_prompt_embeds = np.zeros((len(prompts), config.pooled_projection_dim), np.float16)
+    report_cut(pipeline.tokenizer, prompts, clip_tokens, "CLIP")
+    options = {"device": device, "do_classifier_free_guidance": False, "max_sequence_length": length}
+    for chunk in tqdm(chunks, desc="Encoding with CLIP", unit="chunk"):
+        embeds, _, pooled_embeds, _ = pipeline.encode_prompt(prompts[chunk], None, None, **options)
+        prompt_embeds[chunk] = to_float16(embeds, "CLIP")  # zeros in T5's place
+        pooled_prompt_embeds[chunk] = to_float16(pooled_embeds, "CLIP")
+    del pipeline
+    diffusers.training_utils.free_memory()
     if not args.no_t5:
-        tokenizer = load_tokenizer(T5TokenizerFast, args, "tokenizer_3")
+        tokenizer = load_tokenizer(transformers.T5TokenizerFast, args, "tokenizer_3")
+        report_cut(tokenizer, prompts, length, "T5")
         encoder = load_t5(args, device, scratch)
-        for chunk, output in encode(encoder, tokenizer, prompts, args.max_sequence_length, "T5"):
-            prompt_embeds[chunk, clip_tokens:] = to_float16(output.last_hidden_state, "T5")
+        padding = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        with tqdm(
+            total=len(encoder.encoder.block) * len(chunks), desc="Encoding with T5", unit="layer"
+        ) as progress_bar:
+            for block in encoder.encoder.block:  # one pass of a streamed T5 can take a minute
+                block.register_forward_hook(lambda *_: progress_bar.update() and None)
+            for chunk in chunks:
+                input_ids = tokenizer(prompts[chunk], **padding).input_ids.to(encoder.device)  # (n, length)
+                prompt_embeds[chunk, clip_tokens:] = to_float16(encoder(input_ids)[0], "T5")
     return prompt_embeds, pooled_prompt_embeds
 
 
-def write_embeddings(
-    path: Path, captions: dict[str, list[str]], prompt_embeds: np.ndarray, pooled_prompt_embeds: np.ndarray,
-    about: dict[str, object],
-) -> None:  # fmt: skip
-    """One row and row group per prompt, in a file that appears complete or not at all.
+def write_embeddings(path: Path, captions: dict[str, list[str]], embeds: tuple[np.ndarray, ...], about: dict) -> None:
+    """One row and row group per prompt.
 
-    captions: the hashes of the pictures that each prompt captions; embeddings of (N, L, D) and (N, P).
+    captions: the hashes of the images that each prompt captions; embeds: prompt_embeds (N, L, D) and pooled (N, P).
     """
     fields = [("prompt", pa.string()), ("image_hashes", pa.list_(pa.string()))]
-    for name, embeds in (("prompt_embeds", prompt_embeds), ("pooled_prompt_embeds", pooled_prompt_embeds)):
-        fields.append((name, pa.fixed_shape_tensor(pa.float16(), embeds.shape[1:])))
+    for name, array in zip(("prompt_embeds", "pooled_prompt_embeds"), embeds, strict=True):
+        fields.append((name, pa.fixed_shape_tensor(pa.float16(), array.shape[1:])))
     schema = pa.schema(fields, metadata={"sd3_embeddings": json.dumps(about)})
-    unfinished = path.with_name(f"{path.name}.partial")
-    try:
-        with open(unfinished, "wb") as file:
-            with pq.ParquetWriter(file, schema) as writer:
-                for i, (prompt, image_hashes) in enumerate(captions.items()):
-                    tensors = [prompt_embeds[i : i + 1], pooled_prompt_embeds[i : i + 1]]
-                    arrays = [pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(t)) for t in tensors]
-                    writer.write_table(pa.table([[prompt], [image_hashes], *arrays], schema=schema))
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with open(path, "wb") as file:
+        with pq.ParquetWriter(file, schema) as writer:
+            for i, (prompt, image_hashes) in enumerate(captions.items()):
+                rows = [np.ascontiguousarray(array[i : i + 1]) for array in embeds]
+                tensors = [pa.FixedShapeTensorArray.from_numpy_ndarray(row) for row in rows]
+                writer.write_table(pa.table([[prompt], [image_hashes], *tensors], schema=schema))
+        os.fsync(file.fileno())
+
+
+def read_metadata(path: Path) -> list[tuple[str, object]]:
+    """(file name, caption) of every row of a table with the columns file_name and text."""
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    elif path.suffix == ".csv":
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    else:
+        rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        if missing := [name for name in ("file_name", "text") if name not in row]:
+            raise ValueError(f"a row has {', '.join(map(str, row))}, but no {missing[0]}")
+    return [(str(PurePosixPath(str(row["file_name"]))), row["text"]) for row in rows]
 
 
 def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[str, str]:
-    """Captions by file name, of the pictures that have their own: NAME.txt, or a row of a metadata file."""
+    """Captions by file name, of images that have their own: NAME.txt or NAME.caption, or a row of a metadata file."""
     captions: dict[str, str] = {}
-    readers = (partial(pd.read_json, lines=True, dtype=False), partial(pd.read_csv, dtype=str), pd.read_parquet)
-    for name, read in zip(METADATA, readers, strict=True):
+    names, of_stem = {image.name for image in images}, defaultdict(list)
+    for image in images:
+        of_stem[image.stem].append(image.name)
+    sidecars = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SIDECARS and path.stem in of_stem]
+    for path in [*(folder / name for name in METADATA if (folder / name).exists()), *sidecars]:
         try:
-            if (folder / name).exists():
-                table = read(folder / name)
-                captions |= dict(zip(table["file_name"], table["text"], strict=True))
-        except (OSError, ValueError, KeyError) as error:
-            reason = f"it has no column {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-            problems.append(f"{folder / name} cannot be read: {reason}. It needs the columns file_name and text.")
-    unknown = [name for name in captions if name not in {image.name for image in images}]
-    if unknown:
-        problems.append(f"{folder} has captions of {', '.join(map(str, unknown))}, but no such pictures.")
-    for path in (image.with_suffix(".txt") for image in images):
-        try:
-            if path.exists():
-                captions |= {image.name: path.read_text("utf-8-sig") for image in images if image.stem == path.stem}
-        except (OSError, ValueError) as error:
-            problems.append(f"{path} cannot be read: {error}. Save it as UTF-8.")
-    empty = [name for name, text in captions.items() if not isinstance(text, str) or not text.strip()]
-    if empty:
-        problems.append(f"The captions of {', '.join(map(str, empty))} are empty. Write them or remove them.")
-    return {name: " ".join(str(text).split()) for name, text in captions.items()}
-
-
-def caption_images(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Every distinct prompt, with the hashes of the pictures that it captions."""
-    folder, problems = args.local_data_dir, []
-    try:
-        images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
-        unreadable = unreadable_images(images)
-        problems += unreadable.values()
-        own_captions = read_captions(folder, images, problems)
-        hash_of_image = {path: hash_image(path) for path in images if not unreadable}
-    except OSError as error:
-        raise SystemExit(f"{error.filename} cannot be read: {error.strerror}.") from error
-    if passed_over:
-        print(passed_over_note(passed_over))
-    if not images:
-        wanted = ", ".join(sorted(IMAGE_SUFFIXES))
-        what = "has no pictures" if folder.is_dir() else "is not a folder"
-        problems.append(f"{folder} {what}. Put {wanted} files there, or name another folder with --local_data_dir.")
-    prompts = [args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, ""]
-    captions: dict[str, list[str]] = {prompt: [] for prompt in prompts if prompt is not None}
-    first_of: dict[str, tuple[Path, str]] = {}
-    for path, image_hash in hash_of_image.items():
-        caption = own_captions.get(path.name, args.prompt)
-        first, its_caption = first_of.setdefault(image_hash, (path, caption))
-        if caption != its_caption:
-            problems.append(f"{first} and {path} are the same picture with different captions. Remove one of them.")
-        elif first == path:
-            captions.setdefault(caption, []).append(image_hash)
-    if problems:
-        raise SystemExit("\n".join(problems))
-    own = f", {len(own_captions)} with their own captions" if own_captions else ""
-    print(f"{len(images)} pictures in {folder}{own}; {len(captions)} distinct prompts")
+            rows = (
+                read_metadata(path)
+                if path.name in METADATA
+                else [(name, path.read_text("utf-8-sig")) for name in of_stem[path.stem]]
+            )
+        except Exception as error:  # of pandas, Arrow, JSON or the file system
+            problems.append(f"{path} cannot be read: {error}. Captions are UTF-8; tables have file_name and text.")
+            continue
+        for name, count in Counter(name for name, _ in rows).items():
+            if count > 1:
+                problems.append(f"{path} has {count} rows for {name}. Leave one of them.")
+        for name, text in rows:
+            if name not in names:
+                problems.append(f"{path} has a caption of {name}; only images directly in {folder} are read.")
+            elif not isinstance(text, str | int | float) or text != text or not str(text).strip():
+                problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
+            else:
+                captions[name] = " ".join(str(text).split())
     return captions
 
 
-def main(args: argparse.Namespace) -> None:
-    started = time.monotonic()
+def print_skipped(folder: Path, images: list[Path]) -> None:
+    """Name the files that are not used, for whoever wonders where an image or a caption went."""
+    stems = {image.stem for image in images}
+    used = {*METADATA, *(image.name for image in images), *(f"{stem}.mask.png" for stem in stems)}
+    files = [path for path in sorted(folder.iterdir()) if path.name not in used and not path.name.startswith(".")]
+    files = [path for path in files if not (path.is_dir() or path.suffix.lower() in SIDECARS and path.stem in stems)]
+    for path in [*files, *(folder.parent / name for name in METADATA if (folder.parent / name).exists())]:
+        hint = "not an image, nor NAME.txt, NAME.caption or NAME.mask.png of one, nor metadata.csv in its folder"
+        heic = "hei" in path.suffix.lower()
+        print(f"note: skipped {path}: {'HEIC needs pip install pillow-heif' if heic else hint}")
+
+
+def caption_images(args: Namespace) -> dict[str, list[str]]:
+    """Every distinct prompt, with the hashes of the images that it captions; exits with all that is wrong.
+
+    Every image is decoded once: mending a truncated one later would change its hash, and cost the embeddings again.
+    """
+    folder, problems = args.local_data_dir, []
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is not a folder. Name the folder with the images: --local_data_dir.")
+    images = find_images(folder)
+    print_skipped(folder, images)
+    if not images:
+        problems.append(f"{folder} has no images. Put {', '.join(sorted(IMAGE_SUFFIXES))} files there.")
+    own = read_captions(folder, images, problems)
+    prompts = [args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, ""]
+    captions: dict[str, list[str]] = {prompt: [] for prompt in prompts if prompt is not None}
+    first_of: dict[str, Path] = {}
+    for path in tqdm(images, desc="Reading images", unit="image", leave=False):
+        try:
+            with open_image(path) as image:
+                image.load()
+            sha256 = sha256_of(path)
+        except UNREADABLE as error:
+            problems.append(f"{path} is not a readable image ({error}). Repair it or take it out of the folder.")
+            continue
+        caption, first = own.get(path.name, args.prompt), first_of.setdefault(sha256, path)
+        if first == path:
+            captions.setdefault(caption, []).append(sha256)
+        elif caption != own.get(first.name, args.prompt):
+            problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
+    if problems:
+        raise SystemExit("\n".join(problems))
+    with_own = f", {len(own)} with their own captions" if own else ""
+    print(f"{len(images)} images in {folder}{with_own}; {len(captions)} distinct prompts")
+    return captions
+
+
+def compute(args: Namespace) -> None:
+    """Everything from the images to the file."""
+    started, path = time.monotonic(), args.output_path
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     captions = caption_images(args)
-    try:
-        args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output_path.parent).close()
-        if args.output_path.exists() and not args.output_path.open("rb").read(4) == b"PAR1":
-            raise FileExistsError(None, "it exists and is no Parquet file")
-    except OSError as error:
-        raise SystemExit(f"--output_path {args.output_path} cannot be written: {error.strerror}.") from error
-    with tempfile.TemporaryDirectory() as scratch:
-        prompt_embeds, pooled_prompt_embeds = encode_prompts(args, list(captions), Path(scratch))
-        libraries = (torch, diffusers, transformers, bitsandbytes)
-        about = {
-            "format_version": 1,
-            "model": args.pretrained_model_name_or_path,
-            "revision": args.revision,
-            "prompt": args.prompt,
-            "max_sequence_length": args.max_sequence_length,
-            "t5": "none" if args.no_t5 else args.t5_precision,
-            "versions": {library.__name__: library.__version__ for library in libraries},
-        }
-        write_embeddings(args.output_path, captions, prompt_embeds, pooled_prompt_embeds, about)
-    size, images = args.output_path.stat().st_size / 1e6, sum(map(len, captions.values()))
-    print(f"wrote {args.output_path}: {size:.1f} MB, {len(captions)} prompts, {images} distinct pictures")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path.is_file() and path.open("rb").read(4) == b"PAR1"):
+        raise SystemExit(f"--output_path {path} exists and is no Parquet file.")
+    libraries = ("torch", "diffusers", "transformers", "bitsandbytes")
+    about = {
+        "format_version": 1,
+        "model": args.pretrained_model_name_or_path,
+        "revision": args.revision,
+        "prompt": args.prompt,
+        "max_sequence_length": args.max_sequence_length,
+        "t5": "none" if args.no_t5 else args.t5_precision,
+        "versions": {library: version(library) for library in libraries},
+    }
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as scratch:
+        embeds = encode_prompts(args, list(captions), Path(scratch))
+        write_embeddings(Path(scratch, path.name), captions, embeds, about)
+        os.replace(Path(scratch, path.name), path)
+    images = sum(map(len, captions.values()))
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {len(captions)} prompts, {images} distinct images")
     print(f"{peak_memory()}, {time.monotonic() - started:.0f} s")
 
 
-if __name__ == "__main__":
+def main(args: Namespace) -> None:
+    for number in [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, signal.default_int_handler)
     try:
-        main(parse_args())
+        compute(args)
     except KeyboardInterrupt:
         raise SystemExit("Interrupted; nothing was written.") from None
+    except torch.OutOfMemoryError as error:
+        cure = "T5 in 8 bit takes 7.4 GiB; --t5_precision exact takes 1.7."
+        raise SystemExit(f"Out of GPU memory, {peak_memory()}. {cure}") from error
+    except OSError as error:  # a full disk, a folder that may not be written
+        raise SystemExit(f"--output_path {args.output_path} cannot be written: {error}.") from error
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,21 +1,24 @@
-"""Train a DreamBooth LoRA of Stable Diffusion 3 on a few pictures, from embeddings that compute_embeddings.py wrote.
+"""Train a DreamBooth LoRA of Stable Diffusion 3 on a few images, from embeddings that compute_embeddings.py wrote.
 
     accelerate launch --quiet train_dreambooth_sd3_lora_miniature.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers \
         --instance_data_dir dog --data_df_path sample_embeddings.parquet --instance_prompt "a photo of sks dog" \
         --output_dir sd3-dreambooth-lora --mixed_precision fp16 --resolution 1024 --train_batch_size 1 \
-        --gradient_accumulation_steps 4 --gradient_checkpointing --use_8bit_adam --max_train_steps 500 --seed 0
+        --gradient_accumulation_steps 4 --use_8bit_adam --lr_warmup_steps 0 --max_train_steps 500 --seed 0
 
-The order of work is the order of this file: the command line, a preflight that takes seconds, the VAE encodes every
-picture once and leaves, the transformer gets its LoRA, the loop, previews, the LoRA file, its card, and the Hub.
-No text encoder is ever loaded. Everything random about a training sample is a function of the seed and the sample's
-number, so a resumed run continues exactly and any number of processes sees the same global batches.
+Counted for SD3-medium at 1024 x 1024: 7.2 GiB of VRAM, 4.4 with --gradient_checkpointing (tests/step_cost.py).
+From top to bottom: the command line, data, model and objective, checkpoints, previews and publishing, checks, the
+training loop, main. No text encoder is ever loaded. Everything random about a training sample is a function of the
+seed and the sample's number, so a resumed run continues exactly and any number of processes sees the same samples.
+"The reference" is diffusers' examples/research_projects/sd3_lora_colab, whose command line still runs.
 """
 
+from __future__ import annotations
+
 import argparse
-import bisect
 import fnmatch
 import functools
+import glob
 import hashlib
 import importlib.util
 import io
@@ -24,9 +27,9 @@ import json
 import logging
 import math
 import os
-import pickle
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -34,959 +37,653 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from argparse import Namespace
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-logging.disable(logging.WARNING)  # the libraries have much to say at start-up; their errors still come through
-warnings.simplefilter("ignore", FutureWarning)  # advice for who changes this file
-import bitsandbytes as bnb
+import diffusers  # it loads its parts on first use, so that a wrong command line is answered soon
 import numpy as np
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object
-from diffusers import AutoencoderKL, BitsAndBytesConfig, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from diffusers import StableDiffusion3Pipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import (
-    cast_training_params,
-    compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
-    find_nearest_bucket,
-    free_memory,
-    generate_aspect_ratio_buckets,
-    parse_buckets_string,
-)
-from diffusers.utils import make_image_grid
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from accelerate.utils import AutocastKwargs, LoggerType, ProjectConfiguration, broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import ExifTags, Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from peft.tuners.lora import LoraLayer
 
+T = TypeVar("T")
+Checks = Generator[str, None, T]  # yields problems and notes, returns what was found
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-if importlib.util.find_spec("pillow_heif"):  # for the pictures of phones
+IMAGE_FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
+if importlib.util.find_spec("pillow_heif"):  # for the photos of phones
     importlib.import_module("pillow_heif").register_heif_opener()
     IMAGE_SUFFIXES |= {".heic", ".heif"}
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
+    IMAGE_FORMATS += ["HEIF"]
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 CROPS_PER_IMAGE = 4  # random cropping chooses among this many places, since latents are encoded ahead
-LORA_NAME = "pytorch_lora_weights.safetensors"
+LORA_NAME, STATE_NAME = "pytorch_lora_weights.safetensors", "training_state.pt"
+CARD_MARK = "<!-- written by train_dreambooth_sd3_lora_miniature.py -->"
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DISK_FULL = ("No space left", "File too large", "quota exceeded")
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high and needs a few
+STOPPED = (
+    "Stopped after step {}; a checkpoint is saved. To go on: the same command with --resume_from_checkpoint latest"
+)
 NON_FINITE = (
     f"The gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite; none was applied. Usual causes: a learning "
-    "rate that is too high, fp16 where the model needs bf16, embeddings of another model. What {} holds is good. "
-    "Start again with a lower --learning_rate or another --mixed_precision."
+    "rate that is too high, fp16 where the model needs bf16, embeddings of another model. The checkpoints in {} are "
+    "good. Start again with a lower --learning_rate or another --mixed_precision."
 )
-MAY_BE_ZERO = ["seed", "lr_warmup_steps", "num_validation_images", "dataloader_num_workers", "precondition_outputs"]
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What a resumed run must share with the one that it continues, besides the pictures and the number of samples a step.
-SETTINGS_THAT_MATTER = [
-    "pretrained_model_name_or_path", "revision", "resolution", "aspect_ratio_buckets", "center_crop", "random_flip",
-    "rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_blocks", "weighting_scheme", "logit_mean", "logit_std",
-    "mode_scale", "precondition_outputs", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
-    "lr_power", "scale_lr", "step_rules", "optimizer", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-    "max_grad_norm", "seed", "with_prior_preservation", "class_prompt", "prior_loss_weight", "caption_dropout",
-    "alpha_mask", "pretrained_lora_path", "quantize_base",
-]  # fmt: skip
+# What numbers may be, both ends included. Others: integers from 1 to 10 million, real numbers above 0.
+LIMITS: dict[str, tuple[float, float]] = {"rank": (1, 4096), "seed": (0, 2**63 - 1), "local_rank": (-1, 10**7)}
+LIMITS |= dict.fromkeys(["lr_warmup_steps", "num_validation_images", "dataloader_num_workers"], (0, 10**7))
+LIMITS |= dict.fromkeys(
+    ["precondition_outputs", "adam_weight_decay", "prior_loss_weight", "guidance_scale"], (0, 1e30)
+)
+LIMITS |= dict.fromkeys(["caption_dropout", "lora_dropout", "adam_beta1", "adam_beta2"], (0, 0.999999))
+LIMITS |= dict.fromkeys(["logit_mean", "mode_scale"], (-1e30, 1e30))
+# On resume, other values of these make no other LoRA; every other flag that differs is named in a note and followed,
+MAY_CHANGE = set(
+    "output_dir dry_run cache_dir instance_data_dir data_df_path max_sequence_length dataloader_num_workers "
+    "class_data_dir sample_batch_size train_batch_size gradient_accumulation_steps gradient_checkpointing "
+    "prior_generation_precision local_rank validation_prompt negative_prompt num_validation_images validation_epochs "
+    "validation_steps num_inference_steps guidance_scale checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint report_to logging_dir push_to_hub hub_private_repo hub_model_id hub_token".split()
+)
+# but these are refused: with them the optimizer's state or the order of the samples would mean something else.
+MUST_NOT_CHANGE = {"images and captions", "embeddings", "base model", "samples per step", "samples per micro-batch"}
+MUST_NOT_CHANGE |= set(
+    "seed variant rank lora_alpha lora_layers lora_blocks optimizer use_8bit_adam resolution aspect_ratio_buckets "
+    "center_crop random_flip alpha_mask with_prior_preservation num_class_images".split()
+)
+
+
+class Note(str):
+    """What a check found that the user should know, but that is no reason to stop."""
+
+
+class Tolerant:
+    """A stream whose reader, a pipe or a terminal, may go away: that costs the output, not the LoRA."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The reference's flags keep their names and meaning; the others are named as in diffusers' training scripts."""
-    about = {"description": __doc__.splitlines()[0], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = argparse.ArgumentParser(allow_abbrev=False, **about)
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True,
-        help="SD3 or SD3.5: Hub repository, or folder in diffusers' layout")
-    add("--revision", help="branch, tag or commit of the repository; unset: its main branch")
-    add("--variant", help="variant of the weight files, such as fp16; unset: the plain files")
-    add("--cache_dir", help="where downloads are kept; unset: the Hugging Face cache")
-    add = parser.add_argument_group("data").add_argument
-    add("--instance_data_dir", type=Path, required=True, help="folder with the pictures of the subject")
-    add("--data_df_path", type=Path, required=True, help="Parquet file that compute_embeddings.py wrote")
-    add("--instance_prompt", required=True, help="prompt of the pictures, such as 'a photo of sks dog'")
-    add("--resolution", type=int, default=512, help="side of the training square in pixels, a multiple of 16")
-    add("--aspect_ratio_buckets", nargs="?", const="auto", metavar="H,W;H,W",
-        help="shapes to train on instead of the square; without a value: common ones of the square's area")
-    add("--center_crop", action="store_true", help="crop the middle of a picture instead of a random part")
-    add("--random_flip", action="store_true", help="mirror pictures at random")
-    add("--caption_dropout", type=float, default=0.0, help="probability of training a sample without its prompt")
-    add("--alpha_mask", action="store_true",
-        help="weight the loss by the pictures' alpha channels or NAME.mask.png, so that backgrounds are not learnt")
-    add("--max_sequence_length", type=int, help="T5 tokens that the embeddings must have; unset: what they have")
-    add("--dataloader_num_workers", type=int, default=0, help="worker processes; 0: read in the main process")
-    add = parser.add_argument_group("prior preservation").add_argument
-    add("--with_prior_preservation", action="store_true",
-        help="let every second sample be a picture of the subject's class, so that the class stays as it is")
-    add("--class_prompt", help="prompt of the class, such as 'a photo of a dog'")
-    add("--class_data_dir", type=Path, help="folder of class pictures; unset: one under --output_dir")
-    add("--num_class_images", type=int, default=100, help="class pictures; those that are missing are generated")
-    add("--sample_batch_size", type=int, default=4, help="class pictures to generate at once")
-    add("--prior_loss_weight", type=float, default=1.0, help="what a class picture counts in the loss")
-    add = parser.add_argument_group("LoRA").add_argument
-    add("--pretrained_lora_path", help="LoRA to start from, a file, folder or repository; unset: a new one")
-    add("--rank", type=int, default=4, help="rank of the update matrices")
-    add("--lora_alpha", type=float, help="strength: updates are scaled by alpha / rank; unset: the rank")
-    add("--lora_dropout", type=float, default=0.0, help="dropout probability on the way into the LoRA")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0",
-        help="linear layers to train, by the ends of their names; patterns such as attn2.* or ff.* too")
-    add("--lora_blocks", help="transformer blocks to train, such as 12,13,14; unset: all")
-    add = parser.add_argument_group("training").add_argument
-    add("--output_dir", type=Path, default=Path("sd3-dreambooth-lora"), help="folder for everything that is written")
-    add("--dry_run", action="store_true", help="check everything, say what would be done and what it takes, and stop")
-    add("--seed", type=int, help="makes the run repeatable; unset: one is drawn and printed")
-    add("--train_batch_size", type=int, default=4, help="pictures per device and forward pass")
-    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
-    add("--num_train_epochs", type=int, default=1, help="passes over the pictures, unless --max_train_steps is given")
-    add("--max_train_steps", type=int, help="optimizer steps; unset: from --num_train_epochs")
-    add("--learning_rate", type=float, default=1e-4, help="peak learning rate")
-    add("--scale_lr", action="store_true", help="multiply the learning rate by the pictures per optimizer step")
-    schedules = [schedule.value for schedule in SchedulerType]
-    add("--lr_scheduler", default="constant", choices=schedules, help="course of the learning rate")
-    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up, where the schedule has one")
-    add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
-    add("--lr_power", type=float, default=1.0, help="power of polynomial")
-    add("--step_rules", help="factors of piecewise_constant and the steps they end at, such as 1:100,0.1:200,0.01")
-    schemes = ["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
-    add("--weighting_scheme", default="logit_normal", choices=schemes, help="which noise levels count how much")
-    add("--logit_mean", type=float, default=0.0, help="mean of logit_normal")
-    add("--logit_std", type=float, default=1.0, help="standard deviation of logit_normal")
-    add("--mode_scale", type=float, default=1.29, help="scale of mode")
-    add("--precondition_outputs", type=int, nargs="?", const=1, default=0, choices=[0, 1],
-        help="1: the reference's loss on the clean latents, sigma² times the velocity loss")
-    add("--optimizer", type=str.lower, default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"],
-        help="AdamW; with states in 8 bit, from bitsandbytes; or with 8-bit states that a full GPU moves to RAM")
-    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw_8bit")
-    add("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
-    add("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
-    add("--adam_weight_decay", type=float, default=1e-4, help="weight decay")
-    add("--adam_epsilon", type=float, default=1e-8, help="epsilon")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    add = parser.add_argument_group("memory and speed").add_argument
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision; unset: what accelerate is set to")
-    add("--quantize_base", choices=["nf4", "int8"], help="4 or 8 bit for the frozen weights; needs a GPU")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, 1.4 times the FLOP")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
-    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help=argparse.SUPPRESS)
-    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
-    add = parser.add_argument_group("previews").add_argument
-    add("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="prompts of previews")
-    add("--negative_prompt", default="", help="what previews are guided away from")
-    add("--num_validation_images", type=int, default=4, help="pictures per prompt")
-    add("--validation_epochs", type=int, default=50, help="preview after every so many passes over the pictures")
-    add("--validation_steps", type=int, help="preview after every so many optimizer steps instead")
-    add("--num_inference_steps", type=int, default=28, help="denoising steps of a preview")
-    add("--guidance_scale", type=float, default=7.0, help="classifier-free guidance of a preview")
-    add = parser.add_argument_group("checkpoints and logs").add_argument
-    add("--checkpointing_steps", type=int, default=100, help="save a checkpoint every so many optimizer steps")
-    add("--checkpoints_total_limit", type=int, help="how many checkpoints to keep; unset: all")
-    add("--resume_from_checkpoint", metavar="latest|PATH", help="continue from the newest or from this one")
-    trackers = ["none", *(str(tracker.value) for tracker in LoggerType)]
-    add("--report_to", default="tensorboard", choices=trackers, help="where losses and previews are logged")
-    add("--logging_dir", default="logs", help="folder of TensorBoard's files, under --output_dir")
-    add = parser.add_argument_group("Hub").add_argument
-    add("--push_to_hub", action="store_true", help="upload the LoRA, its card and its samples at the end")
-    add("--hub_private_repo", action="store_true", help="make the repository private, if it is new")
-    add("--hub_model_id", help="repository to upload to; unset: the name of --output_dir")
-    add("--hub_token", help="token to use; `hf auth login` or HF_TOKEN is safer: command lines are seen and logged")
-    args = parser.parse_args(argv)
+class Parser(argparse.ArgumentParser):
+    """argparse that reads flags from @FILE, a flag and its value a line, and repeats no token in its messages."""
 
-    problems = []
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"--{name} {value} is not a finite number")
-        elif type(value) in (int, float) and name not in ("logit_mean", "mode_scale", "local_rank"):
-            least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
-            if value < least:
-                problems.append(f"--{name} {value} is below {least}")
-    if args.resolution % 16:
-        problems.append(f"--resolution {args.resolution} is not a multiple of 16")
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"hf_\w+", "hf_...", message))
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The reference's flags keep their names and meaning; the others are named as in diffusers' training scripts."""
+    parser = Parser(
+        description=__doc__.splitlines()[0],
+        epilog="Flags may stand in a file, one with its value a line: @FILE.",
+        allow_abbrev=False,
+        fromfile_prefix_chars="@",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def flag(name: str, default: object, help_text: str, **kwargs: Any) -> None:
+        """A flag whose default also gives its type; where there is no default, the type stands in its place."""
+        unset = callable(default)
+        kwargs |= {"help": help_text, "default": None if unset else default}
+        if default is False:
+            kwargs["action"] = "store_true"
+        else:
+            kwargs.setdefault("type", default if unset else type(default))
+        group.add_argument(name, **kwargs)
+
+    # fmt: off
+    group = parser.add_argument_group("model")
+    flag("--pretrained_model_name_or_path", str,
+         "SD3 or SD3.5: Hub repository, or folder in diffusers' layout", required=True)
+    flag("--revision", str, "branch, tag or commit of the repository; unset: its main branch")
+    flag("--variant", str, "variant of the weight files, such as fp16; unset: the plain files")
+    flag("--cache_dir", str, "where downloads are kept; unset: the Hugging Face cache")
+    group = parser.add_argument_group("data")
+    flag("--instance_data_dir", Path, "folder with the images of the subject", required=True)
+    flag("--data_df_path", Path, "Parquet file that compute_embeddings.py wrote", required=True)
+    flag("--instance_prompt", str, "prompt of the images, such as 'a photo of sks dog'", required=True)
+    flag("--resolution", 512, "training resolution: side of a square in pixels, a multiple of 16")
+    flag("--aspect_ratio_buckets", str, "shapes to train on instead of the square; no value: common ones of its area",
+         nargs="?", const="auto", metavar="H,W;H,W")
+    flag("--center_crop", False, "crop the middle of an image instead of a random part")
+    flag("--random_flip", False, "mirror images at random")
+    flag("--caption_dropout", 0.0, "probability of training a sample with the empty prompt")
+    flag("--alpha_mask", False,
+         "weight the loss by alpha channels or NAME.mask.png, so that backgrounds are not learned")
+    flag("--max_sequence_length", int, "T5 tokens that the embeddings must have; unset: what they have")
+    flag("--dataloader_num_workers", 0, "worker processes; 0: read in the main process")
+    group = parser.add_argument_group("prior preservation")
+    flag("--with_prior_preservation", False,
+         "let every second sample be an image of the subject's class, so that the class stays as it is")
+    flag("--class_prompt", str, "prompt of the class, such as 'a photo of a dog'")
+    flag("--class_data_dir", Path, "folder of class images; unset: one under --output_dir")
+    flag("--num_class_images", 100, "class images; those that are missing are generated")
+    flag("--sample_batch_size", 4, "class images to generate at once")
+    flag("--prior_loss_weight", 1.0,
+         "weight of a class image in the loss; half of the samples are of the class, where diffusers' scripts add "
+         "a second half to each batch")
+    group = parser.add_argument_group("LoRA")
+    flag("--pretrained_lora_path", str, "LoRA to start from, a file, folder or repository; unset: a new one")
+    flag("--rank", 4, "rank of the update matrices")
+    flag("--lora_alpha", float, "LoRA scale times rank: updates are scaled by alpha / rank; unset: the rank")
+    flag("--lora_dropout", 0.0, "dropout probability of the LoRA's input; above 0 a step is slower")
+    flag("--lora_layers", "to_k,to_q,to_v,to_out.0",
+         "linear layers to train, by the ends of their names; patterns such as attn2.* or ff.* too")
+    flag("--lora_blocks", str, "transformer blocks to train, such as 12,13,14; unset: all")
+    group = parser.add_argument_group("training")
+    flag("--output_dir", Path("sd3-dreambooth-lora"), "folder for everything that is written")
+    flag("--dry_run", False, "check everything, say what would be done, and stop")
+    flag("--seed", int, "makes the run repeatable; unset: one is drawn and printed")
+    flag("--train_batch_size", 4, "images per device and forward pass")
+    flag("--gradient_accumulation_steps", 1, "forward passes per optimizer step")
+    flag("--num_train_epochs", 1, "epochs over the images, unless --max_train_steps is given")
+    flag("--max_train_steps", int, "optimizer steps; unset: from --num_train_epochs")
+    flag("--learning_rate", 1e-4, "peak learning rate")
+    flag("--scale_lr", False, "multiply the learning rate by the images per optimizer step")
+    flag("--lr_scheduler", "constant", "learning rate schedule",
+         choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"])
+    flag("--lr_warmup_steps", 500, "optimizer steps of warm-up, where the schedule has one")
+    flag("--lr_num_cycles", 1, "restarts of cosine_with_restarts")
+    flag("--lr_power", 1.0, "power of polynomial")
+    flag("--weighting_scheme", "logit_normal",
+         "which noise levels count how much", choices=["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"])
+    flag("--logit_mean", 0.0, "mean of logit_normal; below 0: more of the high noise levels")
+    flag("--logit_std", 1.0, "standard deviation of logit_normal")
+    flag("--mode_scale", 1.29, "scale of mode")
+    flag("--precondition_outputs", 0, "1: the reference's loss on the clean latents, sigma² times the velocity loss",
+         nargs="?", const=1, choices=[0, 1])
+    flag("--optimizer", "adamw",
+         "AdamW; with states in 8 bit, from bitsandbytes; or with 8-bit states that a full GPU moves to RAM",
+         type=str.lower, choices=["adamw", "adamw_8bit", "paged_adamw_8bit"])
+    flag("--use_8bit_adam", False, "the same as --optimizer adamw_8bit")
+    flag("--adam_beta1", 0.9, "decay of the first moment")
+    flag("--adam_beta2", 0.999, "decay of the second moment")
+    flag("--adam_weight_decay", 1e-4, "weight decay")
+    flag("--adam_epsilon", 1e-8, "epsilon")
+    flag("--max_grad_norm", 1.0, "gradients are clipped to this norm")
+    group = parser.add_argument_group("memory and speed")
+    flag("--mixed_precision", str, "precision; unset: what accelerate is set to", choices=["no", "fp16", "bf16"])
+    flag("--quantize_base", str, "4 bit for the frozen weights; needs a GPU", choices=["nf4"])
+    flag("--gradient_checkpointing", False,
+         "recompute the activations of all blocks: less memory, 1.4 times the FLOP; unset: of as few as the GPU's "
+         "memory demands")
+    flag("--allow_tf32", False, "TF32 matrix products on Ampere GPUs and later")
+    flag("--prior_generation_precision", str, argparse.SUPPRESS, choices=["no", "fp32", "fp16", "bf16"])
+    flag("--local_rank", -1, argparse.SUPPRESS)
+    group = parser.add_argument_group("previews")
+    flag("--validation_prompt", [], "prompts of previews", nargs="+", type=str, metavar="PROMPT")
+    flag("--negative_prompt", "", "negative prompt of the previews")
+    flag("--num_validation_images", 4, "images per prompt")
+    flag("--validation_epochs", 50, "preview after every so many epochs")
+    flag("--validation_steps", int, "preview after every so many optimizer steps instead")
+    flag("--num_inference_steps", 28, "denoising steps of a preview")
+    flag("--guidance_scale", 7.0, "classifier-free guidance of a preview")
+    group = parser.add_argument_group("checkpoints and logs")
+    flag("--checkpointing_steps", 100, "save a checkpoint every so many optimizer steps")
+    flag("--checkpoints_total_limit", int, "how many checkpoints to keep; unset: all")
+    flag("--resume_from_checkpoint", str, "continue from the newest or from this one", metavar="latest|PATH")
+    flag("--report_to", "tensorboard",
+         "where losses and previews are logged", choices=["none", *(str(tracker.value) for tracker in LoggerType)])
+    flag("--logging_dir", "logs", "folder of TensorBoard's files, under --output_dir")
+    group = parser.add_argument_group("Hub")
+    flag("--push_to_hub", False, "upload the LoRA, its card and its samples at the end")
+    flag("--hub_private_repo", False, "make the repository private, if it is new")
+    flag("--hub_model_id", str, "repository to upload to; unset: the name of --output_dir")
+    flag("--hub_token", str.strip,
+         "token to use; `hf auth login` or HF_TOKEN is safer: command lines are seen and logged")
+    # fmt: on
     try:
-        args.buckets = training_shapes(args.resolution, args.aspect_ratio_buckets)
-    except ValueError as error:
-        problems.append(f"--aspect_ratio_buckets {args.aspect_ratio_buckets}: {error}")
-    if (args.lr_scheduler == "piecewise_constant") != bool(args.step_rules):
-        problems.append("--lr_scheduler piecewise_constant and --step_rules need each other")
-    elif args.step_rules and not re.fullmatch(r"(\d+(\.\d+)?:\d+,)*\d+(\.\d+)?", args.step_rules):
-        problems.append(f"--step_rules {args.step_rules} is not a list such as 1:100,0.1:200,0.01")
-    if args.hub_token and args.report_to in ("wandb", "all"):
-        problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
-    for name in ("lora_dropout", "caption_dropout"):
-        if getattr(args, name) >= 1:
-            problems.append(f"--{name} {getattr(args, name)} is not below 1")
-    if args.lora_blocks and not all(block.strip().isdigit() for block in args.lora_blocks.split(",")):
-        problems.append(f"--lora_blocks {args.lora_blocks} is not a list of numbers such as 12,13,14")
-    if args.with_prior_preservation and not args.class_prompt:
-        problems.append("--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
-    if problems:
+        args = parser.parse_args(argv)
+    except ValueError as error:  # --flag=--, or a file of flags with an open quote
+        parser.error(f"cannot be read: {error}")
+    if problems := list(command_line_problems(args)):
         parser.error("\n  ".join(problems))
-    if args.use_8bit_adam and args.optimizer == "adamw":
-        args.optimizer = "adamw_8bit"
-    made_by = [args.pretrained_model_name_or_path, args.revision, args.class_prompt, args.resolution]
-    args.class_data_dir = args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
-    args.validation_prompt = args.validation_prompt if args.num_validation_images else []
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+def command_line_problems(args: Namespace) -> Iterator[str]:
+    """Everything that is wrong with the flags whatever the folders hold."""
+    for name, value in vars(args).items():
+        low, high = LIMITS.get(name, (1, 10**7) if type(value) is int else (1e-30, 1e30))
+        if type(value) in (int, float) and not low <= value <= high:  # nor is nan
+            yield f"--{name} {value} is not between {low} and {high}"
+        if "\\udc" in repr(value) or (value == [] and name != "validation_prompt"):  # argparse makes [] of --flag=--
+            yield f"--{name} is not UTF-8, or empty"
+    if args.resolution % 16:
+        yield f"--resolution {args.resolution} is not a multiple of 16"
+    try:
+        training_shapes(args)
+    except ValueError as error:
+        yield f"--aspect_ratio_buckets {args.aspect_ratio_buckets}: {error}"
+    if args.hub_token and args.report_to in ("wandb", "all"):
+        yield "--hub_token with --report_to wandb could expose the token; use `hf auth login` instead"
+    if args.lora_blocks and not re.fullmatch(r" *[0-9]{1,6} *(, *[0-9]{1,6} *)*", args.lora_blocks):
+        yield f"--lora_blocks {args.lora_blocks} is not a list of numbers such as 12,13,14"
+    if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
+        yield "--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'"
+    if args.with_prior_preservation and not args.class_prompt:
+        yield "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'"
+    if args.with_prior_preservation and os.path.realpath(class_folder(args)) == os.path.realpath(
+        args.instance_data_dir
+    ):
+        yield f"--class_data_dir {args.class_data_dir} is the folder of the subject"
 
 
-def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures in a folder, sorted by name, and files that are neither pictures nor belong to one."""
-    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(".mask")]
-    ours = {*images, *(folder / name for name in METADATA)}
-    ours |= {image.with_suffix(suffix) for image in images for suffix in (".txt", ".mask.png")}
-    return images, [path for path in files if path not in ours]
+def digest(value: object) -> str:
+    """A short name for the contents of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
 
 
-def passed_over_note(passed_over: list[Path]) -> str:
-    """One line that names the files that are no pictures, for whoever wonders where a picture went."""
-    hint = " (for HEIC: pip install pillow-heif)" if any("hei" in path.suffix.lower() for path in passed_over) else ""
-    return f"passed over, not a picture: {', '.join(path.name for path in passed_over)}{hint}"
+def class_folder(args: Namespace) -> Path:
+    """--class_data_dir, or a folder that class images of another model, prompt or resolution do not share."""
+    made_by = [args.pretrained_model_name_or_path, args.revision, args.class_prompt, args.resolution]
+    return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
 
 
-def unreadable_images(images: list[Path]) -> dict[Path, str]:
-    """What is wrong with every picture whose header cannot be read; pixels are read when they are encoded."""
-    problems = {}
-    for path in images:
-        try:
-            Image.open(path).close()
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            problems[path] = f"{path} is not a readable picture ({error}). Repair it or take it out of the folder."
-    return problems
-
-
-def hash_image(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hex: how a row of the Parquet file names a picture."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def open_image(path: Path) -> Image.Image:
-    """An upright RGB picture; transparency becomes white."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off
-        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("it has floating-point pixels; save it with 8 or 16 bits")
-    return image.convert("RGB")
-
-
-def has_mask(path: Path) -> bool:
-    """Whether open_mask will find one, by the picture's header."""
-    return path.with_suffix(".mask.png").exists() or Image.open(path).has_transparency_data
-
-
-def open_mask(path: Path) -> Image.Image | None:
-    """What --alpha_mask makes of a picture: NAME.mask.png, or else its alpha channel, if it has either."""
-    if not has_mask(path):
-        return None
-    if (mask_path := path.with_suffix(".mask.png")).exists():
-        return ImageOps.exif_transpose(Image.open(mask_path)).convert("L")
-    return ImageOps.exif_transpose(Image.open(path)).convert("RGBA").getchannel("A")
-
-
-def training_shapes(resolution: int, aspect_ratio_buckets: str | None) -> list[tuple[int, int]]:
-    """The shapes that pictures are trained in, (height, width) in pixels: the square, or --aspect_ratio_buckets."""
-    if aspect_ratio_buckets == "auto":
-        return generate_aspect_ratio_buckets(resolution)
-    if aspect_ratio_buckets is None:
-        return [(resolution, resolution)]
+def training_shapes(args: Namespace) -> list[tuple[int, int]]:
+    """The shapes that images are trained in, (height, width) in pixels: the square, or aspect-ratio buckets."""
+    if args.aspect_ratio_buckets is None:
+        return [(args.resolution, args.resolution)]
+    if args.aspect_ratio_buckets == "auto":
+        return diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution)
     with warnings.catch_warnings(action="ignore"):  # what it warns of is an error here
-        shapes = parse_buckets_string(aspect_ratio_buckets)
+        shapes = diffusers.training_utils.parse_buckets_string(args.aspect_ratio_buckets)
     if any(side % 16 for shape in shapes for side in shape):
         raise ValueError("not all sides are multiples of 16")
     return shapes
 
 
-def crop_boxes(
-    size: tuple[int, int], shape: tuple[int, int], center_crop: bool
-) -> list[tuple[float, float, float, float]]:
-    """What to cut out of a picture of this (width, height) for the shape (height, width), as (left, top, right,
-    bottom) in its pixels: the middle, or several places along the side that is too long."""
-    scale = min(size[0] / shape[1], size[1] / shape[0])
-    width, height = shape[1] * scale, shape[0] * scale
-    slack = (size[0] - width, size[1] - height)
-    varies = not center_crop and max(slack) / scale >= 8  # a latent pixel is 8 pixels wide
-    places = np.linspace(0, 1, CROPS_PER_IMAGE) if varies else [0.5]
-    corners = [(slack[0] * place, slack[1] * place) for place in places]
-    return [(left, top, left + width, top + height) for left, top in corners]
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training image: its prompt, its weight in the loss, its latents' file, and its shape in training."""
+
+    path: Path
+    prompt: str
+    loss_weight: float
+    latents: Path
+    shape: tuple[int, int]  # (height, width) in pixels
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The images directly in a folder, sorted by name; masks and hidden files are none."""
+    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
+    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(".mask")]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex: how a row of the Parquet file names an image."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image as the file has it, its pixels not yet read; one of UNREADABLE if it is none that can be used."""
+    path.name.encode()  # what is not UTF-8 is a ValueError
+    if not path.is_file():  # a pipe would be waited for forever
+        raise OSError("it is not a regular file")
+    image = Image.open(path, formats=IMAGE_FORMATS)
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a channel; save it with 8 or 16")
+    return image
+
+
+def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
+    """An upright RGB image, white where it is transparent, and its mask: NAME.mask.png, or else its alpha channel."""
+    image, mask_path = ImageOps.exif_transpose(open_image(path)), path.with_suffix(".mask.png")
+    if image.mode.startswith("I;16"):  # convert would cut values off
+        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGBA")
+    mask = ImageOps.exif_transpose(open_image(mask_path)).convert("L") if mask_path.exists() else image.getchannel("A")
+    if mask.size != image.size:
+        raise ValueError(f"its mask has {mask.size} pixels, not {image.size}")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"), mask
 
 
 class PromptEmbeddings:
-    """Prompt embeddings by prompt, read from the Parquet file one row at a time.
+    """Prompt embeddings by prompt, read from the Parquet file a row at a time: row number = row group."""
 
-    Files of the reference's script have no prompts but one row per picture; there the picture's hash is the name.
-    """
-
-    def __init__(self, path: Path, joint_attention_dim: int) -> None:
-        self.path, self.joint_attention_dim = path, joint_attention_dim
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():  # a pipe would be waited for forever
+            raise OSError("it is not a regular file")
         self.file = pq.ParquetFile(path, memory_map=True)
-        names = self.file.schema_arrow.names
-        self.has_prompts = "prompt" in names
-        self.about = json.loads((self.file.schema_arrow.metadata or {}).get(b"sd3_embeddings", "{}"))
-        row_counts = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
-        self.first_rows = [0, *itertools.accumulate(row_counts)]
-        index = self.file.read(["prompt", "image_hashes"] if self.has_prompts else ["image_hash"]).to_pydict()
-        prompts = index["prompt"] if self.has_prompts else index["image_hash"]
-        hashes = index["image_hashes"] if self.has_prompts else [[image_hash] for image_hash in prompts]
-        self.row_of_prompt = {prompt: row for row, prompt in enumerate(prompts)}
-        self.prompt_of_image = {one: prompt for prompt, many in zip(prompts, hashes, strict=True) for one in many}
+        self.about: dict = json.loads((self.file.schema_arrow.metadata or {}).get(b"sd3_embeddings", b"{}"))
+        rows = self.file.read(["prompt", "image_hashes"]).to_pylist()
+        if self.file.num_row_groups != len(rows) or not isinstance(self.about, dict):
+            raise ValueError("compute_embeddings.py has not written it")
+        self.row_of_prompt = {row["prompt"]: number for number, row in enumerate(rows)}
+        self.prompt_of_image = {sha256: row["prompt"] for row in rows for sha256 in row["image_hashes"]}
 
     def __reduce__(self) -> tuple:
-        return PromptEmbeddings, (self.path, self.joint_attention_dim)  # worker processes open the file themselves
+        return PromptEmbeddings, (self.path,)  # worker processes open the file themselves
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - the object lives as long as the program
-    def __getitem__(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """prompt_embeds (L, D) and pooled_prompt_embeds (P,), fp16 as stored, or fp32 of the reference's doubles."""
-        row = self.row_of_prompt[prompt]
-        group = bisect.bisect_right(self.first_rows, row) - 1
-        table = self.file.read_row_group(group, ["prompt_embeds", "pooled_prompt_embeds"], use_threads=False)
-        table = table.slice(row - self.first_rows[group], 1)
-        if self.has_prompts:
-            arrays = [column.combine_chunks().to_numpy_ndarray()[0].copy() for column in table.columns]
-        else:
-            arrays = [column[0].values.to_numpy().astype(np.float32) for column in table.columns]
-            arrays[0] = arrays[0].reshape(-1, self.joint_attention_dim)
-        if not all(np.isfinite(array).all() for array in arrays):
+    def __getitem__(self, prompt: str) -> dict[str, Tensor]:
+        """prompt_embeds (L, D) and pooled_prompt_embeds (P,), fp16."""
+        names = ["prompt_embeds", "pooled_prompt_embeds"]
+        row = self.file.read_row_group(self.row_of_prompt[prompt], names, use_threads=False)
+        embeds = {name: torch.from_numpy(row[name].chunk(0).to_numpy_ndarray()[0].copy()) for name in names}
+        if not all(tensor.isfinite().all() for tensor in embeds.values()):
             raise ValueError(f"the embeddings of {prompt!r} are not finite")
-        return tuple(map(torch.from_numpy, arrays))
+        return embeds
 
 
-LATENTS_SCHEMA = pa.schema([
-    ("height", pa.int32()), ("width", pa.int32()),
-    ("mean", pa.list_(pa.float16())), ("std", pa.list_(pa.float16())),  # the VAE's posterior, (16 · height · width,)
-    ("mask", pa.list_(pa.float16())),  # what each latent pixel counts, (height · width,), or null: all of them 1
-])  # fmt: skip
-
-
-def model_file(name: str, *, subfolder: str, filename: str, **source: str | None) -> Path:
-    """One file of the model: in its folder, or downloaded from the Hub."""
-    path = Path(name, subfolder, filename)
-    return path if path.exists() else Path(hf_hub_download(name, filename, subfolder=subfolder, **source))
-
-
-def latents_key(args: argparse.Namespace, hash_of_image: dict[Path, str]) -> str:
-    """Everything that the latents depend on; they are encoded anew when it changes."""
-    filename = f"diffusion_pytorch_model{f'.{args.variant}' if args.variant else ''}.safetensors"
-    vae_hash = hash_image(load_part(model_file, args, "vae", filename=filename, token=args.hub_token))
-    masks = [path.with_suffix(".mask.png") for path in hash_of_image] if args.alpha_mask else None
-    masks = masks and [hash_image(path) if path.exists() else None for path in masks]
-    how = [vae_hash, args.buckets, args.center_crop, args.random_flip, CROPS_PER_IMAGE]
-    return json.dumps([*how, list(hash_of_image.values()), masks])
-
-
-def latents_are_current(path: Path, key: str) -> bool:
-    """Whether an earlier run left these very latents; a file that was cut short has no footer and does not open."""
+@contextmanager
+def appearing(final: Path) -> Iterator[Path]:
+    """A path to write a file or folder to, which appears as `final`, whole and on disk, when the block ends well."""
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=final.parent))
+    partial = unfinished / final.name
     try:
-        with pa.memory_map(str(path)) as file:
-            return pa.ipc.open_file(file).schema.metadata[b"key"].decode() == key
-    except (OSError, pa.ArrowInvalid, TypeError, KeyError):
-        return False
+        yield partial
+        for path in [partial, *partial.rglob("*")]:
+            sync(path)
+        if final.is_dir():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load_part(load: Callable, args: argparse.Namespace, subfolder: str, **kwargs: object) -> object:
-    """What `load` (a from_pretrained or load_config) gives for one part of the pipeline; exits if it cannot be had."""
-    name, source = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+def sync(path: Path) -> None:
+    """Make a file or folder durable."""
+    if os.name != "nt" or path.is_file():  # Windows cannot open a folder
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def load_part(load: Callable[..., T], args: Namespace, subfolder: str, **kwargs: object) -> T:
+    """What `load`, a from_pretrained or load_config, gives for one part of the pipeline; exits if it cannot be had."""
+    name, token = args.pretrained_model_name_or_path, vars(args).get("hub_token")
     try:
-        return load(name, subfolder=subfolder, **source, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error)
-        try:  # most loaders say of a gated repository that there is none; the Hub says what is the matter
-            HfApi(token=kwargs.get("token")).auth_check(name)
-        except (OSError, ValueError) as refusal:
-            reason = str(refusal) if isinstance(refusal, HfHubHTTPError) else reason
-        if name.count("/") != 1 and not Path(name).is_dir():
-            reason = "it is not a folder, and not the name of a repository"
+        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, token=token, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the file system, safetensors, the Hub or the network: they share no class
+        reason = str(error).strip() or type(error).__name__
+        if not Path(name).is_dir():  # loaders say of a gated repository that there is none; the Hub knows better
+            reason = hub_refusal(name, token) or reason
         raise SystemExit(
-            f"Cannot load {subfolder} of {name}: {reason.strip().splitlines()[0]}\n"
-            "A folder needs diffusers' layout. For a gated repository, accept the licence on "
+            f"Cannot load {subfolder} of {name}: {reason.splitlines()[0]}\n"
+            "A folder needs diffusers' layout. For a gated repository, accept the license on "
             f"https://huggingface.co/{name} and run: hf auth login"
         ) from error
 
 
-def load_vae(args: argparse.Namespace, device: torch.device, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """The VAE, in fp32 for what is trained on, as `force_upcast` in its config asks."""
-    kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": dtype, "use_safetensors": True}
-    return load_part(AutoencoderKL.from_pretrained, args, "vae", **kwargs).to(device)
+def hub_refusal(name: str, token: str | None) -> str:
+    """Why a repository cannot be read, if the Hub or the network is the reason, else ''."""
+    if name.count("/") != 1:
+        return "it is not a folder, and not the name of a repository"
+    try:
+        HfApi(token=token).auth_check(name)
+    except HfHubHTTPError as refusal:
+        return str(refusal).strip()
+    except Exception as error:
+        return f"the Hub cannot be reached ({error}). HF_HUB_OFFLINE=1 makes do with what was downloaded before."
+    return ""
 
 
-def load_scheduler(args: argparse.Namespace) -> FlowMatchEulerDiscreteScheduler:
-    """The noise levels of the model, with its shift."""
-    return load_part(FlowMatchEulerDiscreteScheduler.from_pretrained, args, "scheduler", token=args.hub_token)
+def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKL:
+    load = diffusers.AutoencoderKL.from_pretrained
+    return load_part(load, args, "vae", variant=args.variant, dtype=dtype, use_safetensors=True)
 
 
 @torch.inference_mode()
-def encode_image(
-    vae: AutoencoderKL, image: Image.Image, mask: Image.Image | None, args: argparse.Namespace
-) -> pa.RecordBatch:
-    """The posterior of one picture's latents, normalised as SD3 wants them: a row per crop and mirror image."""
-    rows, shape = [], args.buckets[find_nearest_bucket(image.height, image.width, args.buckets)]
-    for box in crop_boxes(image.size, shape, args.center_crop):
-        for turn in [Image.Image.copy, ImageOps.mirror] if args.random_flip else [Image.Image.copy]:
-            picture = turn(image.resize(shape[::-1], Image.Resampling.LANCZOS, box))
-            pixel_values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W)
-            posterior = vae.encode(pixel_values.to(vae.device)).latent_dist  # of (1, 16, H/8, W/8)
-            mean = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
-            std = posterior.std * vae.config.scaling_factor
-            height, width = mean.shape[-2:]
-            flat = [moment.flatten().half().cpu().numpy() for moment in (mean, std)]
-            weights = mask and turn(mask.resize((width, height), Image.Resampling.BOX, box))
-            weights = weights and np.float16(weights).flatten() / 255
-            rows.append([height, width, *flat, weights])
-    columns = zip(zip(*rows, strict=True), LATENTS_SCHEMA, strict=True)
-    columns = [pa.array(values, field.type) for values, field in columns]
-    return pa.RecordBatch.from_arrays(columns, schema=LATENTS_SCHEMA)
+def encode_image(vae: AutoencoderKL, example: Example, args: Namespace) -> dict[str, Tensor]:
+    """The posterior of an image's latents, normalized for SD3: mean and std (V, 16, h, w); and its mask (V, 1, h, w).
+
+    V variants: crops, and their mirror images; h and w are an eighth of the shape in pixels; fp16.
+    """
+    image, mask = read_image(example.path)
+    if not args.alpha_mask:
+        mask = Image.new("L", image.size, "white")
+    height, width = example.shape
+    scale = min(image.width / width, image.height / height)
+    slack = max(image.width / scale - width, image.height / scale - height)  # of the side that is too long, in pixels
+    varied = not args.center_crop and slack >= 8  # a latent pixel is 8 wide
+    centers = np.linspace(0, 1, CROPS_PER_IMAGE) if varied else [0.5]
+    variants = []
+    for center, mirrored in itertools.product(centers, [False, True] if args.random_flip else [False]):
+        place = (center, center)
+        crops = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=place)]
+        crops += [ImageOps.fit(mask, (width // 8, height // 8), Image.Resampling.BOX, centering=place)]
+        pixels, weights = (torch.from_numpy(np.array(ImageOps.mirror(crop) if mirrored else crop)) for crop in crops)
+        pixel_values = pixels.permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W)
+        posterior = vae.encode(pixel_values.to(vae.device)).latent_dist  # of (1, 16, H/8, W/8)
+        mean = (posterior.mean[0] - vae.config.shift_factor) * vae.config.scaling_factor
+        std = posterior.std[0] * vae.config.scaling_factor
+        variants.append({"mean": mean, "std": std, "mask": weights[None] / 255})
+    return {name: tensor.half().cpu() for name, tensor in default_collate(variants).items()}
 
 
-def write_latents(path: Path, key: str, images: list[Path], args: argparse.Namespace, device: torch.device) -> None:
-    """Encode every picture, in fp32 and untiled, into an Arrow file with one record batch per picture."""
-    variants = (2 if args.random_flip else 1) * (1 if args.center_crop else CROPS_PER_IMAGE)
-    size = max(height * width for height, width in args.buckets)  # 64 bytes for 8 x 8 pixels: 16 means and deviations
-    check_disk(path.parent, size * variants * len(images), "Latents", "use --center_crop or a lower --resolution")
-    vae = load_vae(args, device)
-    del vae.decoder  # 0.2 GB that encoding does not need
-    partial, unreadable = path.with_name(f"{path.name}.partial"), []
-    with open(partial, "wb") as file, pa.ipc.new_file(file, LATENTS_SCHEMA.with_metadata({"key": key})) as writer:
-        for image_path in tqdm(images, desc="Encoding pictures", unit="picture"):
+def encode_latents(args: Namespace, accelerator: Accelerator, examples: list[Example]) -> None:
+    """Write the latents that are not there yet, a safetensors file an image; every process encodes its share.
+
+    In fp32, as `force_upcast` in the VAE's config asks, and untiled: tiles move latents by 11 to 34 % of their std.
+    """
+    missing = list({each.latents: each for each in examples if not each.latents.exists()}.values())
+    accelerator.wait_for_everyone()  # until all have looked
+    problems = []
+    if share := missing[accelerator.process_index :: accelerator.num_processes]:
+        vae = load_vae(args, torch.float32)
+        del vae.decoder  # 0.2 GB that encoding does not need
+        vae.to(accelerator.device)
+        for example in tqdm(share, "Encoding images", unit="image", disable=not accelerator.is_main_process):
             try:
-                image, mask = open_image(image_path), open_mask(image_path) if args.alpha_mask else None
-                if mask and mask.size != image.size:
-                    raise ValueError(f"its mask has {mask.size} pixels, not {image.size}")
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                unreadable.append(f"{image_path} ({error})")
+                latents = encode_image(vae, example, args)
+            except UNREADABLE as error:
+                problems.append(f"{example.path} is not a readable image ({error}). Repair it or take it out.")
             else:
-                writer.write_batch(encode_image(vae, image, mask, args))
-    if unreadable:
-        partial.unlink()
-        raise SystemExit(f"Repair these pictures, or take them out of the folder: {', '.join(unreadable)}")
-    sync_and_rename(partial, path)
-
-
-@functools.lru_cache(maxsize=1)
-def open_latents(path: Path) -> pa.ipc.RecordBatchFileReader:
-    """The pictures' latents, mapped into memory; once in every process."""
-    return pa.ipc.open_file(pa.memory_map(str(path)))
-
-
-def latent_shapes(path: Path) -> list[tuple[int, int]]:
-    """Height and width of every picture's latents."""
-    latents = open_latents(path)
-    first_rows = (latents.get_batch(i).slice(0, 1) for i in range(latents.num_record_batches))
-    return [(row["height"][0].as_py(), row["width"][0].as_py()) for row in first_rows]
+                with appearing(example.latents) as partial:
+                    save_file(latents, partial)
+        del vae
+        diffusers.training_utils.free_memory()
+    stop_at_problems(accelerator, problems)
+    if not all(example.latents.exists() for example in missing):
+        raise SystemExit(f"The latents are not visible here: share --output_dir {args.output_dir}.")
 
 
 def seeded_generator(*numbers: int) -> torch.Generator:
     """A generator that depends on these numbers and on nothing else."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(digest(numbers), 16) >> 1)
 
 
-@functools.lru_cache(maxsize=16)
-def permutation(count: int, *numbers: int) -> Tensor:
-    """The numbers below `count` in an order that depends on `numbers`; samples of the same epoch share it."""
-    return torch.randperm(count, generator=seeded_generator(*numbers))
+def sample_order(kinds: list[list[Example]], seed: int, micro_batch: int, length: int) -> list[Example]:
+    """Which image each sample of the run shows. Every image comes once an epoch, in an order drawn for each epoch.
 
-
-def picture_of_sample(buckets: list[list[int]], seed: int, group: int, place: int, group_size: int) -> int:
-    """Which picture is at a place of a group of samples that all have one shape; a bucket holds the pictures of one.
-
-    Every bucket has as many turns as pictures, in an order that is drawn for each round of turns. Its pictures follow
-    each other in epochs: every one once, in an order that is drawn for each epoch.
+    kinds: the subject's images and perhaps its class's, which take turns by the sample, or, where shapes differ, by
+    the micro-batch, which then holds one shape: as many turns for a shape as it has images.
     """
-    owners = torch.repeat_interleave(torch.tensor(list(map(len, buckets))))
-    turn_round, turn = divmod(group, len(owners))
-    turns = owners[permutation(len(owners), seed, 0, turn_round)[: turn + 1]]
-    bucket = int(turns[-1])
-    pictures = buckets[bucket]
-    groups_before = turn_round * len(pictures) + int((turns == bucket).sum()) - 1
-    epoch, position = divmod(groups_before * group_size + place, len(pictures))
-    return pictures[permutation(len(pictures), seed, 0, bucket, epoch)[position]]
+    numbers = random.Random(seed)
+
+    def endless(items: list[T]) -> Iterator[T]:
+        while True:
+            yield from numbers.sample(items, len(items))
+
+    group = micro_batch if len({example.shape for kind in kinds for example in kind}) > 1 else 1
+    turns = []
+    for kind in kinds:
+        of_shape = {
+            shape: endless([each for each in kind if each.shape == shape]) for shape in {e.shape: 0 for e in kind}
+        }
+        turns.append(endless([of_shape[example.shape] for example in kind]))
+    order: list[Example] = []
+    while len(order) < length:
+        for turn in turns:
+            order += itertools.islice(next(turn), group)
+    return order[:length]
 
 
+@dataclass
 class SampleDataset(Dataset):
-    """Training samples by number; every random choice about one is a function of (seed, sample number).
+    """Training samples by number; every random choice about one is a function of (seed, sample number)."""
 
-    The subject and its class take turns by the sample, or, if the pictures have several shapes, by the micro-batch.
-    """
-
-    def __init__(
-        self, args: argparse.Namespace, latents_path: Path, embeddings: PromptEmbeddings, prompts: list[str],
-        sigmas: Tensor, sample_numbers: range, class_images: int = 0, micro_batch: int = 1,
-    ) -> None:  # fmt: skip
-        self.seed, self.latents_path, self.embeddings = args.seed, latents_path, embeddings
-        self.sigmas, self.sample_numbers = sigmas, sample_numbers
-        shapes = latent_shapes(latents_path)
-        self.group_size = micro_batch if len(set(shapes)) > 1 else 1
-        self.captions = [*prompts, *[args.class_prompt] * class_images]  # by a picture's number in the latents' file
-        kinds = [(1.0, range(len(prompts))), (args.prior_loss_weight, range(len(prompts), len(self.captions)))]
-        self.kinds = []  # of pictures: their weight, and their numbers by shape
-        for loss_weight, pictures in kinds[: 2 if class_images else 1]:
-            buckets: dict[tuple[int, int], list[int]] = {}
-            for picture in pictures:
-                buckets.setdefault(shapes[picture], []).append(picture)
-            self.kinds.append((loss_weight, list(buckets.values())))
-        self.caption_dropout = args.caption_dropout
-        names = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
-        self.density = {name: getattr(args, name) for name in names}
+    order: list[Example]
+    embeddings: PromptEmbeddings
+    sigmas: Tensor  # of the noise schedule, from 1 down
+    args: Namespace
+    seed: int
 
     def __len__(self) -> int:
-        return len(self.sample_numbers)
+        return len(self.order)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        """Latents and noise (16, H/8, W/8), sigma (), the prompt's embeddings, the loss's weight () and mask."""
-        sample_number = self.sample_numbers[index]
-        group, place = divmod(sample_number, self.group_size)
-        group, kind = divmod(group, len(self.kinds))
-        loss_weight, buckets = self.kinds[kind]
-        image = picture_of_sample(buckets, self.seed, group, place, self.group_size)
-        generator = seeded_generator(self.seed, 1, sample_number)
-        variants = open_latents(self.latents_path).get_batch(image)
-        row = variants.slice(int(torch.randint(variants.num_rows, (), generator=generator)), 1)
-        height, width = row["height"][0].as_py(), row["width"][0].as_py()
-        mean, std = (torch.from_numpy(row[name].flatten().to_numpy().astype(np.float32)) for name in ("mean", "std"))
-        latents = (mean + std * torch.randn(mean.shape, generator=generator)).view(-1, height, width)
-        mask = torch.ones(1, height, width)
-        if row["mask"][0].is_valid:
-            mask = torch.from_numpy(row["mask"].flatten().to_numpy().astype(np.float32)).view(1, height, width)
-        density = compute_density_for_timestep_sampling(batch_size=1, generator=generator, **self.density)[0]
-        step = int(density * len(self.sigmas))
-        noise = torch.randn(latents.shape, generator=generator)
-        dropped = self.caption_dropout and torch.rand((), generator=generator) < self.caption_dropout
-        prompt_embeds, pooled_prompt_embeds = self.embeddings["" if dropped else self.captions[image]]
-        return {
-            "sample_number": sample_number, "latents": latents, "mask": mask, "prompt_embeds": prompt_embeds,
-            "noise": noise, "pooled_prompt_embeds": pooled_prompt_embeds,
-            "sigma": self.sigmas[min(max(step, 0), len(self.sigmas) - 1)],  # `mode` can reach one past the end
-            "loss_weight": torch.tensor(loss_weight),
-        }  # fmt: skip
+    def __getitem__(self, number: int) -> dict[str, Tensor | int]:
+        """Latents and noise (16, H/8, W/8), mask (1, H/8, W/8), sigma (), loss_weight (), the prompt's embeddings."""
+        args, example, generator = self.args, self.order[number], seeded_generator(self.seed, 1, number)
+        with safe_open(example.latents, "pt") as file:
+            variant = int(torch.randint(file.get_slice("mean").get_shape()[0], (), generator=generator))
+            mean, std, mask = (file.get_slice(name)[variant].float() for name in ("mean", "std", "mask"))
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator)
+        density = diffusers.training_utils.compute_density_for_timestep_sampling(
+            args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
+        )
+        sigma = self.sigmas[min(int(density * len(self.sigmas)), len(self.sigmas) - 1)]  # `mode` can reach the end
+        dropped = torch.rand((), generator=generator) < args.caption_dropout
+        sample = {"sample_number": number, "latents": latents, "noise": noise, "mask": mask, "sigma": sigma}
+        sample["loss_weight"] = torch.tensor(example.loss_weight)
+        return sample | self.embeddings["" if dropped else example.prompt]
 
 
-# ------------------------------------------------------------------------------------------------------- preflight
-
-
-def embeddings_command(args: argparse.Namespace, about: dict) -> str:
-    """The command line that writes the embeddings this run needs."""
-    command = ["python", "compute_embeddings.py", "--prompt", args.instance_prompt]
-    command += ["--local_data_dir", args.instance_data_dir, "--output_path", args.data_df_path.with_suffix(".parquet")]
-    command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
-    if args.with_prior_preservation:
-        command += ["--class_prompt", args.class_prompt]
-    if args.validation_prompt:
-        command += ["--validation_prompt", *args.validation_prompt]
-    for name in ("variant", "revision", "cache_dir"):
-        command += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-    if args.negative_prompt:
-        command += ["--negative_prompt", args.negative_prompt]
-    if length := args.max_sequence_length or about.get("max_sequence_length"):
-        command += ["--max_sequence_length", length]
-    command += {"exact": ["--t5_precision", "exact"], "none": ["--no_t5"]}.get(about.get("t5"), [])
-    return shlex.join(map(str, command))
-
-
-def check_images(args: argparse.Namespace, accelerator: Accelerator, problems: list[str]) -> list[Path]:
-    """The pictures to train on; only their headers are read here, their pixels when they are encoded."""
-    folder = args.instance_data_dir
-    try:
-        images, passed_over = find_images(folder) if folder.is_dir() else ([], [])
-    except OSError as error:
-        problems.append(f"--instance_data_dir {folder} cannot be read: {error.strerror}.")
-        return []
-    if passed_over:
-        accelerator.print(passed_over_note(passed_over))
-    if not images:
-        what = f"has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})" if folder.is_dir() else "is not a folder"
-        problems.append(f"--instance_data_dir {folder} {what}.")
-    unreadable = unreadable_images(images)
-    problems += unreadable.values()
-    images = [path for path in images if path not in unreadable]
-    if images and args.alpha_mask and not any(map(has_mask, images)):
-        problems.append(f"--alpha_mask: no picture in {folder} has an alpha channel or a NAME.mask.png.")
-    return images
-
-
-def check_weights(args: argparse.Namespace, problems: list[str]) -> None:
-    """Whether the weight files of a model in a folder are there and whole; the Hub's are checked by their download."""
-    model = Path(args.pretrained_model_name_or_path)
-    for part in ("transformer", "vae") if model.is_dir() else ():
-        files = sorted((model / part).glob(f"*.{args.variant}*.safetensors" if args.variant else "*.safetensors"))
-        try:
-            if not files:
-                raise FileNotFoundError("there are none")
-            for file in files:
-                with safe_open(file, "np"):  # a file that was cut short does not open
-                    pass
-        except (OSError, SafetensorError) as error:
-            problems.append(f"The weights in {model / part} cannot be read: {error}. Download them again.")
-
-
-def check_model(args: argparse.Namespace, problems: list[str]) -> dict:
-    """The transformer's config, or {} if it cannot be had."""
-    try:
-        config = load_part(SD3Transformer2DModel.load_config, args, "transformer", token=args.hub_token)
-    except SystemExit as message:
-        problems.append(str(message))
-        return {}
-    largest = config["pos_embed_max_size"] * config["patch_size"] * 8  # the VAE makes one latent of 8 x 8 pixels
-    side = max(map(max, args.buckets))
-    if side > largest:
-        problems.append(f"--resolution {args.resolution} has a side of {side} pixels, above the model's {largest}.")
-    check_weights(args, problems)
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(config)
-    for layer in args.lora_layers.split(","):
-        if not lora_targets(transformer, layer, None):
-            problems.append(f"--lora_layers: the transformer has no linear layer {layer}.")
-    if max(int(block) for block in (args.lora_blocks or "0").split(",")) >= config["num_layers"]:
-        problems.append(f"--lora_blocks {args.lora_blocks}: the last block is {config['num_layers'] - 1}.")
-    if args.pretrained_lora_path and lora_targets(transformer, args.lora_layers, args.lora_blocks):
-        add_lora(transformer, args)
-        try:
-            read_lora(transformer, args.pretrained_lora_path, args.hub_token)
-        except SystemExit as message:
-            problems.append(str(message))
-    return config
-
-
-def check_embeddings(
-    args: argparse.Namespace, hash_of_image: dict[Path, str], config: dict, problems: list[str]
-) -> PromptEmbeddings | None:
-    """The embeddings, if they can be read; what they lack is reported with the command that mends it."""
-    path = args.data_df_path
-    try:
-        embeddings = PromptEmbeddings(path, config.get("joint_attention_dim", 1))
-        prompt_embeds, pooled_prompt_embeds = embeddings[next(iter(embeddings.row_of_prompt))]
-        for prompt in [args.instance_prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt]:
-            _ = embeddings[prompt] if prompt in embeddings.row_of_prompt else None
-    except (OSError, pa.ArrowException, KeyError, StopIteration, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problems.append(f"--data_df_path {path} cannot be read ({reason}). Run: {embeddings_command(args, {})}")
-        return None
-    cure = f"Run: {embeddings_command(args, embeddings.about)}"
-    length = embeddings.about.get("max_sequence_length", 77)
-    widths = [prompt_embeds.shape[-1], len(pooled_prompt_embeds)]
-    if config and widths != [config["joint_attention_dim"], config["pooled_projection_dim"]]:
-        problems.append(f"{path} was computed with another kind of model. {cure}")
-    if args.max_sequence_length not in (None, length):
-        problems.append(f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {cure}")
-    lacking = [image.name for image, one in hash_of_image.items() if one not in embeddings.prompt_of_image]
-    if lacking:
-        what = f"{len(lacking)} of {len(hash_of_image)} pictures in {args.instance_data_dir}"
-        problems.append(f"{what} have no embeddings in {path} (first: {lacking[0]}). {cure}")
-    wanted = [args.instance_prompt] if embeddings.has_prompts else []
-    wanted += [args.class_prompt, ""] if args.with_prior_preservation else []
-    wanted += [""] if args.caption_dropout else []
-    wanted += [*args.validation_prompt, args.negative_prompt] if args.validation_prompt else []
-    unknown = [prompt for prompt in dict.fromkeys(wanted) if prompt not in embeddings.row_of_prompt]
-    if unknown:
-        quotes = " Prompts of several words need quotes." if len(unknown) > 2 and " " not in "".join(unknown) else ""
-        problems.append(f"{path} has no embeddings of {', '.join(map(repr, unknown))}.{quotes} {cure}")
-    captions = {embeddings.prompt_of_image.get(one) for one in hash_of_image.values()} | {*unknown}
-    captions |= {embeddings.about.get("prompt")}  # every picture may have a caption of its own
-    if embeddings.has_prompts and hash_of_image and not lacking and args.instance_prompt not in captions:
-        problems.append(f"In {path} --instance_prompt {args.instance_prompt!r} captions none of the pictures. {cure}")
-    return embeddings
-
-
-def seen_by_all(folder: Path, accelerator: Accelerator) -> bool:
-    """Whether a file of the main process is seen by this one, which may run on another machine."""
-    probe = folder / f".seen-{broadcast_object_list([os.getpid()])[0]}"
-    if accelerator.is_main_process:
-        with suppress(OSError):  # a folder that cannot be written is reported elsewhere
-            probe.touch()
-    accelerator.wait_for_everyone()
-    seen = probe.exists()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with suppress(OSError):
-            probe.unlink()
-    return seen
-
-
-def check_environment(args: argparse.Namespace, accelerator: Accelerator, problems: list[str]) -> None:
-    """Whether this machine can do it: the precision, the tracker, writing the output folder, reaching the Hub."""
-    if accelerator.mixed_precision not in WEIGHT_DTYPES:
-        problems.append(f"Precision {accelerator.mixed_precision} is not available: use fp16 or bf16.")
-    no_bf16 = accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if accelerator.mixed_precision == "bf16" and no_bf16:
-        problems.append(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
-    if args.quantize_base and accelerator.device.type != "cuda":
-        problems.append("--quantize_base needs a GPU.")
-    if args.report_to not in ("none", "all") and not accelerator.log_with:
-        problems.append(f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}")
-    folders = {"output_dir": args.output_dir}
-    folders |= {"class_data_dir": args.class_data_dir} if args.with_prior_preservation else {}
-    folders |= {"output_dir: its folder": args.output_dir / "samples"} if args.validation_prompt else {}
-    for name, folder in folders.items():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            problems.append(f"--{name} {folder} cannot be written: {error.strerror}.")
-    if not seen_by_all(args.output_dir, accelerator) and not problems:
-        problems.append(f"--output_dir {args.output_dir} is not the same folder on all machines: share it.")
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            api = HfApi(token=args.hub_token)
-            api.whoami()
-            if not problems and not args.dry_run:  # the repository is made when nothing else is in the way
-                name = args.hub_model_id or args.output_dir.resolve().name
-                args.hub_model_id = api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            problems.append(f"--push_to_hub: {reason}\n  With a token that may write, run: hf auth login")
-
-
-def find_checkpoint(
-    args: argparse.Namespace, accelerator: Accelerator, problems: list[str]
-) -> tuple[Path | None, dict]:
-    """The checkpoint to resume from, if any, and its trainer_state.json."""
-    wanted, there = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
-    if not wanted:
-        return None, {}
-    for checkpoint in reversed(there) if wanted == "latest" else [Path(wanted), args.output_dir / wanted]:
-        if state := read_checkpoint(checkpoint):
-            return checkpoint, state
-        if checkpoint.exists():
-            accelerator.print(f"passed over, not a whole checkpoint: {checkpoint}")
-    if wanted == "latest":
-        accelerator.print(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
-    else:
-        names = ", ".join(path.name for path in there) or "none"
-        problems.append(f"--resume_from_checkpoint {wanted} is not a checkpoint. {args.output_dir} has: {names}.")
-    return None, {}
-
-
-def hash_class_images(args: argparse.Namespace) -> dict[Path, str]:
-    """The pictures of prior preservation that are there, with their hashes."""
-    images = find_images(args.class_data_dir)[0] if args.class_data_dir.is_dir() else []
-    return {path: hash_image(path) for path in images[: args.num_class_images]}
-
-
-def digest(what: object) -> str:
-    """A short name for the contents of something."""
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
-
-
-def samples_per_epoch(args: argparse.Namespace, images: Collection) -> int:
-    """Training samples until every picture of the subject was seen once."""
-    return len(images) * (2 if args.with_prior_preservation else 1)
-
-
-def preflight(
-    args: argparse.Namespace, accelerator: Accelerator
-) -> tuple[dict[Path, str], PromptEmbeddings, Path | None, dict]:
-    """Pictures with their hashes, embeddings, checkpoint, settings; or exit with all that is wrong in one message."""
-    problems: list[str] = []
-    checkpoint, state = find_checkpoint(args, accelerator, problems)
-    if args.seed is None:
-        args.seed = state.get("settings", {}).get("seed", random.SystemRandom().randrange(2**31))
-        args.seed = broadcast_object_list([args.seed])[0]
-    hash_of_image = {path: hash_image(path) for path in check_images(args, accelerator, problems)}
-    embeddings = check_embeddings(args, hash_of_image, check_model(args, problems), problems)
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    if args.max_train_steps is None:
-        samples = args.num_train_epochs * samples_per_epoch(args, hash_of_image)
-        args.max_train_steps = math.ceil(samples / samples_per_step)
-    settings = {name: getattr(args, name) for name in SETTINGS_THAT_MATTER}
-    settings |= {"mixed_precision": accelerator.mixed_precision, "samples_per_step": samples_per_step}
-    captions = [(one, embeddings and embeddings.prompt_of_image.get(one)) for one in hash_of_image.values()]
-    settings["pictures and captions"] = digest(captions)
-    if args.with_prior_preservation:
-        settings["class pictures"] = digest(list(hash_class_images(args).values()))
-    if "constant" not in args.lr_scheduler:  # a longer run would have another course
-        settings["max_train_steps"] = args.max_train_steps
-    if args.aspect_ratio_buckets:  # decides which pictures meet in a micro-batch
-        settings["samples_per_micro_batch"] = args.train_batch_size * accelerator.num_processes
-    for name, saved in state.get("settings", {}).items():
-        if settings.get(name) != saved:
-            problems.append(f"{checkpoint} was trained with {name} {saved}, this run has {settings.get(name)}.")
-    check_environment(args, accelerator, problems)
-    if problems := list(dict.fromkeys(gather_object(problems))):  # another machine may see others
-        message = "".join(f"\n- {problem}" for problem in problems)
-        raise SystemExit(f"Cannot start:{message}" if accelerator.is_main_process else 1)
-    return hash_of_image, embeddings, checkpoint, settings
-
-
-def predicted_vram(args: argparse.Namespace, config: dict, text_tokens: int, itemsize: int) -> float:
-    """Peak bytes on the GPU of SD3 with this config and weights of so many bytes.
-
-    The formula is fitted to tests/predicted_memory.py, which counts what PyTorch allocates; CUDA itself takes about
-    half a gigabyte more. Values per token and unit of width: a block keeps 36 for the backward pass, 12 more with a
-    norm of Q and K, 35 more with a second attention; checkpointing keeps one in and out, and one block at a time.
-    """
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(config)
-    modules = dict(transformer.named_modules())
-    linear = sum(module.weight.numel() for module in modules.values() if isinstance(module, nn.Linear))
-    other = sum(tensor.numel() for tensor in [*transformer.parameters(), *transformer.buffers()]) - linear
-    weights = linear * {"nf4": 0.5625, "int8": 1}.get(args.quantize_base, itemsize) + other * itemsize
-    targets = [modules[name] for name in lora_targets(transformer, args.lora_layers, args.lora_blocks)]
-    lora = args.rank * sum(layer.in_features + layer.out_features for layer in targets)
-    lora *= 16 if args.optimizer == "adamw" else 10  # weight, gradient, two moments
-
-    area = max(height * width for height, width in args.buckets)
-    tokens = args.train_batch_size * (area / (8 * config["patch_size"]) ** 2 + text_tokens)
-    layers, norm, dual = config["num_layers"], 12 * bool(config.get("qk_norm")), len(config["dual_attention_layers"])
-    values = layers * (36 + norm) + 35 * dual
-    if args.gradient_checkpointing:
-        values = 2 * layers + 50 + norm + 16 * bool(dual)
-    activations = tokens * config["num_attention_heads"] * config["attention_head_dim"] * values * itemsize / 2
-    encoding = 0.13 * 2**30 + 2572 * area  # SD3's VAE in fp32
-    decoding = (0.31 * 2**30 + 3073 * args.resolution**2) / 2  # in fp16
-    decoding += lora + (weights if args.quantize_base else 0)
-    draws = args.validation_prompt or args.with_prior_preservation
-    return max(weights + lora + activations, encoding, decoding if draws else 0)
-
-
-def print_plan(
-    args: argparse.Namespace, accelerator: Accelerator, hash_of_image: dict[Path, str], embeddings: PromptEmbeddings,
-    settings: dict,
-) -> None:  # fmt: skip
-    """What --dry_run says: pictures with their shapes and captions, steps, and GPU memory."""
-    shown = list(hash_of_image.items())[:20]
-    for path, image_hash in shown:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            width, height = image.size[::-1] if turned else image.size
-        shape = args.buckets[find_nearest_bucket(height, width, args.buckets)]
-        caption = embeddings.prompt_of_image[image_hash] if embeddings.has_prompts else args.instance_prompt
-        print(f"{path.name}: {width} x {height}, trained as {shape[1]} x {shape[0]}, {caption!r}")
-    if len(hash_of_image) > len(shown):
-        print(f"and {len(hash_of_image) - len(shown)} more")
-    samples_per_step, steps = settings["samples_per_step"], args.max_train_steps
-    epochs = steps * samples_per_step / samples_per_epoch(args, hash_of_image)
-    print(f"{steps} steps of {samples_per_step} samples: each picture {epochs:.1f} times, seed {args.seed}")
-    config = load_part(SD3Transformer2DModel.load_config, args, "transformer", token=args.hub_token)
-    text_tokens = len(embeddings[next(iter(embeddings.row_of_prompt))][0])
-    itemsize = WEIGHT_DTYPES[accelerator.mixed_precision].itemsize
-    needed = predicted_vram(args, config, text_tokens, itemsize) / 2**30
-    print(f"predicted peak VRAM {needed:.1f} GiB", end="")
-    if accelerator.device.type == "cuda":
-        there = (torch.cuda.get_device_properties(accelerator.device).total_memory) / 2**30
-        verdict = "fits" if needed + 0.5 < there else "does not fit"
-        print(f"; {torch.cuda.get_device_name()} has {there:.1f} GiB: it {verdict}")
-    else:
-        print("; there is no GPU")
-
-
-# ----------------------------------------------------------------------------------------------- model and objective
+# ------------------------------------------------------------------------------------------------ model and objective
 
 
 def lora_targets(transformer: nn.Module, layers: str, blocks: str | None) -> list[str]:
     """Full names of the linear layers whose names end with one of `layers`, in the given transformer blocks."""
-    patterns = [f"*.{layer.strip()}" for layer in layers.split(",")]
-    starts = tuple(f"transformer_blocks.{int(block)}." for block in blocks.split(",")) if blocks else ("",)
+    starts = tuple(f"transformer_blocks.{int(block)}." for block in blocks.split(",")) if blocks else ""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    wanted = [name for name in linear if any(fnmatch.fnmatchcase(f".{name}", pattern) for pattern in patterns)]
+    patterns = [f"*.{layer.strip()}" for layer in layers.split(",")]
+    wanted = [name for pattern in patterns for name in fnmatch.filter(linear, pattern)]
     return [name for name in wanted if name.startswith(starts)]
 
 
-def load_transformer(args: argparse.Namespace, weight_dtype: torch.dtype) -> SD3Transformer2DModel:
-    """The frozen transformer, straight in the training dtype, with a LoRA that is always trained in fp32."""
-    kwargs = {"variant": args.variant, "token": args.hub_token, "dtype": weight_dtype, "use_safetensors": True}
-    if args.quantize_base == "nf4":  # what is not a linear layer stays in weight_dtype
+def load_transformer(args: Namespace, weight_dtype: torch.dtype) -> SD3Transformer2DModel:
+    """The frozen transformer, straight in the training dtype."""
+    kwargs = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True}
+    if args.quantize_base:  # what is not a linear layer stays in weight_dtype
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": weight_dtype}
-        kwargs["quantization_config"] = BitsAndBytesConfig(**nf4)
-    elif args.quantize_base == "int8":
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    transformer = load_part(SD3Transformer2DModel.from_pretrained, args, "transformer", **kwargs)
-    transformer.requires_grad_(False)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    add_lora(transformer, args)
-    if args.pretrained_lora_path:
-        load_lora(transformer, args.pretrained_lora_path, args.hub_token)
-    return transformer
+        kwargs["quantization_config"] = diffusers.BitsAndBytesConfig(**nf4)
+    transformer = load_part(diffusers.SD3Transformer2DModel.from_pretrained, args, "transformer", **kwargs)
+    return transformer.requires_grad_(False).train()
 
 
-def add_lora(transformer: SD3Transformer2DModel, args: argparse.Namespace) -> None:
-    """Give the transformer a new LoRA, which is trained in fp32."""
-    torch.manual_seed(args.seed)
-    transformer.add_adapter(LoraConfig(
-        r=args.rank, lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
-        lora_dropout=args.lora_dropout, init_lora_weights="gaussian",
-        target_modules=lora_targets(transformer, args.lora_layers, args.lora_blocks),
-    ))  # fmt: skip
-    cast_training_params(transformer, dtype=torch.float32)  # add_adapter gives it the base's dtype
+def add_lora(transformer: SD3Transformer2DModel, targets: list[str], args: Namespace, seed: int) -> None:
+    """Give the transformer a new LoRA in fp32, whatever its own dtype is."""
+    from peft import LoraConfig  # 2 s, not spent on a wrong command line
+    from peft.tuners.lora import LoraLayer
+
+    torch.manual_seed(seed)
+    scale = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "lora_dropout": args.lora_dropout}
+    transformer.add_adapter(LoraConfig(target_modules=targets, init_lora_weights="gaussian", **scale))
+    diffusers.training_utils.cast_training_params(transformer, dtype=torch.float32)
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer) and not args.lora_dropout:
+            layer.forward = fused_forward(layer, layer.forward)
 
 
-def read_lora(transformer: SD3Transformer2DModel, path: str | Path, token: str | None) -> dict[str, Tensor]:
-    """Saved LoRA weights for the transformer's LoRA, which must have the same layers and rank, at their strength."""
-    kwargs = {"token": token, "use_safetensors": True, "return_lora_metadata": True}
-    try:
-        state_dict, metadata = StableDiffusion3Pipeline.lora_state_dict(path, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise SystemExit(f"The LoRA {path} cannot be loaded: {str(error).splitlines()[0]}.") from error
-    state_dict = {name.removeprefix("transformer."): value for name, value in state_dict.items()}
-    config = transformer.peft_config["default"]
-    alpha = (metadata or {}).get("transformer.lora_alpha", config.r)  # without metadata, alpha is the rank
-    if alpha != config.lora_alpha:
-        state_dict = {n: v * alpha / config.lora_alpha if "lora_B" in n else v for n, v in state_dict.items()}
-    wanted = {name: value.shape for name, value in get_peft_model_state_dict(transformer).items()}
-    if {name: value.shape for name, value in state_dict.items()} != wanted:
-        raise SystemExit(f"The layers or rank of {path} are others than --lora_layers, --lora_blocks and --rank say.")
-    return state_dict
+def fused_forward(layer: LoraLayer, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A LoRA layer's forward in two products, base(x) + (x Aᵀ)(scale · Bᵀ), all in the dtype of x.
+
+    PEFT's own (`plain`) makes six passes over the activations and keeps an fp32 copy of x for the backward pass.
+    x is (..., in), the result (..., out).
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        if layer.disable_adapters:
+            return plain(x)
+        down = layer.lora_A["default"].weight.to(x.dtype)  # (rank, in)
+        up = (layer.lora_B["default"].weight * layer.scaling["default"]).to(x.dtype)  # (out, rank)
+        base = layer.base_layer(x)
+        return torch.addmm(base.flatten(0, -2), x.flatten(0, -2) @ down.T, up.T).view_as(base)
+
+    return forward
 
 
-def load_lora(transformer: SD3Transformer2DModel, path: str | Path, token: str | None = None) -> None:
-    """Put saved LoRA weights into the transformer's LoRA."""
-    set_peft_model_state_dict(transformer, read_lora(transformer, path, token))
+def recompute_blocks(transformer: SD3Transformer2DModel, count: int) -> None:
+    """Let the first `count` blocks recompute their activations in the backward pass instead of keeping them."""
+    recomputed = set(transformer.transformer_blocks[:count])
+
+    def call(block: nn.Module, *inputs: object) -> object:
+        return checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs)
+
+    transformer.enable_gradient_checkpointing(call)
 
 
-def make_optimizer(transformer: nn.Module, args: argparse.Namespace, samples_per_step: int) -> Optimizer:
-    """AdamW over the LoRA, fused, or with its states in 8 bit."""
-    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer, extra = {
-        "adamw": (torch.optim.AdamW, {"fused": True}),
-        "adamw_8bit": (bnb.optim.AdamW8bit, {}),
-        "paged_adamw_8bit": (bnb.optim.PagedAdamW8bit, {}),
-    }[args.optimizer]
+def make_optimizer(lora_params: list[nn.Parameter], args: Namespace, samples_per_step: int) -> Optimizer:
+    """AdamW, fused, or with its states in 8 bit."""
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
-    betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    return optimizer(lora_params, lr=learning_rate, betas=betas, weight_decay=decay, eps=args.adam_epsilon, **extra)
+    kwargs = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    kwargs["weight_decay"] = args.adam_weight_decay
+    if args.optimizer == "adamw" and not args.use_8bit_adam:
+        return torch.optim.AdamW(lora_params, fused=True, **kwargs)
+    from bitsandbytes import optim
+
+    kind = optim.PagedAdamW8bit if args.optimizer == "paged_adamw_8bit" else optim.AdamW8bit
+    return kind(lora_params, **kwargs)
 
 
 def flow_matching_loss(
-    velocity_pred: Tensor, latents: Tensor, noise: Tensor, sigmas: Tensor, mask: Tensor,
-    weighting_scheme: str, precondition_outputs: bool,
-) -> Tensor:  # fmt: skip
-    """Per-sample weighted velocity error, (B,). Rectified flow, arXiv 2403.03206 §3.1.
+    velocity_error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str, precondition: bool
+) -> Tensor:
+    """Per-sample weighted squared error of the velocity, (B,). Rectified flow, arXiv 2403.03206 §3.1.
 
-    velocity_pred, latents, noise (B, 16, H, W); sigmas (B, 1, 1, 1); mask (B, 1, H, W). With precondition_outputs it
-    is the reference's error of the latents that the velocity implies, noisy - sigma * velocity: sigma² times ours.
+    velocity_error (B, 16, H, W), sigmas (B, 1, 1, 1). mask (B, 1, H, W) multiplies the error; the mean is a plain one
+    over all pixels, so that a small subject counts less. With precondition it is the reference's error of the latents
+    that the velocity implies, noisy - sigma * velocity: sigma² times ours.
     """
-    velocity = noise - latents
-    weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
-    if precondition_outputs:
+    weighting = diffusers.training_utils.compute_loss_weighting_for_sd3(scheme, sigmas)
+    if precondition:
         weighting = weighting * sigmas**2
-    return (weighting * mask * (velocity_pred.float() - velocity) ** 2).mean(dim=(1, 2, 3))
+    return (weighting * mask * velocity_error**2).mean(dim=(1, 2, 3))
 
 
-def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: argparse.Namespace) -> Tensor:
+def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Namespace) -> Tensor:
     """The mean loss of one micro-batch, ()."""
     latents, noise = batch["latents"], batch["noise"]  # (B, 16, H/8, W/8)
     sigmas = batch["sigma"].view(-1, 1, 1, 1)
@@ -998,609 +695,946 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
         pooled_projections=batch["pooled_prompt_embeds"].to(dtype),  # (B, P)
         return_dict=False,
     )[0]
-    scheme, precondition = args.weighting_scheme, bool(args.precondition_outputs)
-    losses = flow_matching_loss(velocity_pred, latents, noise, sigmas, batch["mask"], scheme, precondition)
+    error, precondition = velocity_pred.float() - (noise - latents), bool(args.precondition_outputs)
+    losses = flow_matching_loss(error, sigmas, batch["mask"], args.weighting_scheme, precondition)
     return (batch["loss_weight"] * losses).mean()
 
 
-@dataclass
-class Run:
-    """What the loop, the checkpoints and the previews share; `transformer` is the model inside the prepared one."""
+@dataclass(frozen=True)
+class Model:
+    """What training needs to know of the base model before it is loaded."""
 
-    args: argparse.Namespace
-    accelerator: Accelerator
-    embeddings: PromptEmbeddings
+    config: Any  # of the transformer
     noise_scheduler: FlowMatchEulerDiscreteScheduler
-    transformer: SD3Transformer2DModel
-    optimizer: Optimizer
-    lr_scheduler: LRScheduler
-    settings: dict[str, object]
-    global_step: int = 0
+    transformer: str  # what identifies the weights of the two parts
+    vae: str
+    lora_targets: list[str]
+
+
+@dataclass
+class Plan:
+    """What follows from the command line, the folders and the base model, found out before anything big is loaded."""
+
+    args: Namespace
+    accelerator: Accelerator
+    model: Model
+    embeddings: PromptEmbeddings
+    examples: list[Example]  # of the subject
+    seed: int
+    max_train_steps: int
+    samples_per_step: int
+    samples_per_epoch: int  # in which every image of the subject comes once
+    settings: dict[str, object]  # what a run that resumes this one is compared with
+    state: dict  # of the checkpoint to resume from, or {}
+    lora: dict[str, Tensor]  # weights to start from, or {}
 
     @property
     def weight_dtype(self) -> torch.dtype:
         return WEIGHT_DTYPES[self.accelerator.mixed_precision]
 
 
-def training_steps(
-    run: Run, model: nn.Module, dataloader: DataLoader, signals: list[int]
-) -> Iterator[tuple[dict[str, float], bool]]:
-    """Train; yield the loss, a mean over all samples, and learning rate of every optimizer step, and whether any
-    process has noted a signal."""
-    args, accelerator = run.args, run.accelerator
-    lora_params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss_sum, skipped_in_a_row = torch.zeros((), device=accelerator.device), 0
-    model.train()
-    for batch in dataloader:
-        with accelerator.accumulate(model):
-            if args.lora_dropout:  # the one random thing that happens inside the model
-                torch.manual_seed(args.seed + int(batch["sample_number"][0]))
-            loss = training_loss(model, batch, run.weight_dtype, args)
-            accelerator.backward(loss)
-            loss_sum += loss.detach() / args.gradient_accumulation_steps
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
-                facts = torch.stack([norm.isfinite().float(), loss_sum, loss_sum.new_tensor(len(signals))])
-                finite, loss_mean, signalled = accelerator.reduce(facts, "mean").tolist()  # the step's only wait
-                skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-                if not finite and not accelerator.scaler:  # fp16's loss scaler skips such a step by itself
-                    run.optimizer.zero_grad()
-                if skipped_in_a_row == MAX_SKIPPED_STEPS:
-                    raise SystemExit(NON_FINITE.format(args.output_dir) if accelerator.is_main_process else 1)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            learning_rate = run.lr_scheduler.get_last_lr()[0]
-            run.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
-            run.global_step += 1
-            yield {"loss": loss_mean, "lr": learning_rate}, signalled > 0
-            loss_sum.zero_()
+@dataclass
+class Run(Plan):
+    """A plan at work: what the loop, the checkpoints and the previews share."""
+
+    transformer: SD3Transformer2DModel  # the model inside the prepared one
+    lora_params: list[nn.Parameter]
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+    global_step: int = 0
+    signals: list[int] = field(default_factory=list)  # that came in while training
 
 
-@torch.no_grad()
-def estimate_step_seconds(run: Run, model: nn.Module, dataset: SampleDataset) -> float:
-    """Seconds of an optimizer step, from those of a forward pass: counted in FLOP it is 2.5 of them, 3.5 with
-    recomputing, as frozen weights get no gradients."""
-    batch = torch.utils.data.default_collate([dataset[0]] * run.args.train_batch_size)
-    batch = {name: value.to(run.accelerator.device) for name, value in batch.items()}
-    for _ in range(2):  # the first pass loads kernels
-        started = time.monotonic()
-        training_loss(model, batch, run.weight_dtype, run.args).item()
-    passes = 3.5 if run.args.gradient_checkpointing else 2.5
-    return passes * run.args.gradient_accumulation_steps * (time.monotonic() - started)
+def make_run(plan: Plan, transformer: SD3Transformer2DModel) -> Run:
+    """The LoRA, the optimizer and the learning rate schedule, new or where a checkpoint left them."""
+    from peft import set_peft_model_state_dict
+
+    args, state, steps = plan.args, plan.state, {"num_warmup_steps": plan.args.lr_warmup_steps}
+    if lora := state.get("lora", plan.lora):
+        set_peft_model_state_dict(transformer, lora)
+    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(lora_params, args, plan.samples_per_step)
+    steps |= {"num_training_steps": plan.max_train_steps, "num_cycles": args.lr_num_cycles, "power": args.lr_power}
+    lr_scheduler = diffusers.optimization.get_scheduler(args.lr_scheduler, optimizer, **steps)
+    run = Run(
+        **vars(plan), transformer=transformer, lora_params=lora_params, optimizer=optimizer, lr_scheduler=lr_scheduler
+    )
+    if state:
+        run.global_step = state["global_step"]
+        groups = optimizer.state_dict()["param_groups"]  # those of this run: a lower learning rate is followed
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        lr_scheduler.last_epoch = run.global_step - 1  # every schedule is a function of the step
+        lr_scheduler.step()
+        if plan.accelerator.scaler and state["scaler"]:
+            plan.accelerator.scaler.load_state_dict(state["scaler"])
+    return run
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def sync_and_rename(partial: Path, final: Path) -> None:
-    """Make a written file or folder durable, then let it appear under its name."""
-
-    def sync(path: Path) -> None:
-        if os.name != "nt" or path.is_file():  # Windows cannot open a folder
-            descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-            os.fsync(descriptor)
-            os.close(descriptor)
-
-    for path in [partial, *partial.rglob("*")]:
-        sync(path)
-    if final.is_dir():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    sync(final.parent)
-
-
-def training_metadata(run: Run) -> dict[str, str]:
-    """What other programs show about a LoRA: the ss_* keys of kohya's scripts and Stability's ModelSpec."""
+def model_spec(run: Run) -> dict[str, str]:
+    """What other programs show about a LoRA: the keys of Stability's ModelSpec."""
     args, config = run.args, run.transformer.config
-    kind = "5-large" if config.num_layers > 30 else "5-medium" if config.dual_attention_layers else "m"
+    model = "3.5-large" if config.num_layers > 30 else "3.5-medium" if config.dual_attention_layers else "3-medium"
     spec = {
-        "sai_model_spec": "1.0.1", "architecture": f"stable-diffusion-3-{kind}/lora", "implementation": "diffusers",
-        "title": args.output_dir.resolve().name, "trigger_phrase": args.instance_prompt,
+        "sai_model_spec": "1.0.1",
+        "architecture": f"stable-diffusion-v{model}/lora",
+        "implementation": "diffusers",
+        "title": args.output_dir.resolve().name,
+        "trigger_phrase": args.instance_prompt,
         "resolution": f"{args.resolution}x{args.resolution}",
-    }  # fmt: skip
-    names = ["learning_rate", "lr_scheduler", "lr_warmup_steps", "optimizer", "max_grad_norm", "seed", "resolution"]
-    training = {name: getattr(args, name) for name in [*names, "gradient_accumulation_steps"]}
-    training |= {"base_model_version": f"sd3_{kind}", "sd_model_name": Path(args.pretrained_model_name_or_path).name}
-    training |= {"steps": run.global_step, "mixed_precision": run.accelerator.mixed_precision}
-    about = {f"modelspec.{name}": value for name, value in spec.items()}
-    return about | {f"ss_{name}": str(value) for name, value in training.items()}
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if args.pretrained_model_name_or_path.startswith("stabilityai/"):
+        spec["license"] = "Stability AI Community License"
+    return {f"modelspec.{name}": value for name, value in spec.items()}
 
 
-def save_lora(folder: Path, transformer: SD3Transformer2DModel, about: dict[str, str], fold_alpha: bool) -> None:
-    """Write the LoRA in diffusers' layout, with the adapter's metadata and `about`, complete or not at all.
+def write_lora(path: Path, run: Run) -> None:
+    """Write the LoRA in diffusers' layout, with alpha / rank folded into lora_B and alpha = rank.
 
-    Programs disagree about where alpha stands. With fold_alpha, alpha / rank goes into lora_B and alpha becomes the
-    rank, so that all of them apply the same strength.
+    Programs disagree about where alpha stands, ComfyUI knows none in this layout; so all apply the same strength. Of
+    PEFT's config only what every PEFT knows is written: a field that an older one lacks is a TypeError there.
     """
-    state_dict = get_peft_model_state_dict(transformer)
-    if not all(value.isfinite().all() for value in state_dict.values()):
-        raise SystemExit(f"The LoRA has weights that are not finite: not saved. Older files in {folder} are good.")
-    metadata = transformer.peft_config["default"].to_dict()
-    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set's order would change with every run
-    if fold_alpha:
-        scale, metadata["lora_alpha"] = metadata["lora_alpha"] / metadata["r"], metadata["r"]
-        state_dict = {name: value * scale if "lora_B" in name else value for name, value in state_dict.items()}
-    partial = folder / f"{LORA_NAME}.partial"
-    about = about | {"ss_network_dim": str(metadata["r"]), "ss_network_alpha": str(metadata["lora_alpha"])}
-    adapter = json.dumps({f"transformer.{name}": value for name, value in metadata.items()}, indent=2, sort_keys=True)
-    save = functools.partial(save_file, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: adapter} | about)
-    lora = {"transformer_lora_layers": state_dict, "save_function": save}
-    StableDiffusion3Pipeline.save_lora_weights(folder, weight_name=partial.name, **lora)
-    partial.chmod(0o644)  # safetensors makes files that only their owner can read
-    written = load_file(partial)
-    if not all(torch.equal(written[f"transformer.{name}"], value.cpu()) for name, value in state_dict.items()):
-        raise SystemExit(f"What was written to {partial} reads back differently: is the disk of {folder} failing?")
-    sync_and_rename(partial, folder / LORA_NAME)
+    from peft import get_peft_model_state_dict
+
+    config, lora = run.transformer.peft_config["default"], get_peft_model_state_dict(run.transformer)
+    if not all(value.isfinite().all() for value in lora.values()):
+        raise SystemExit(f"The LoRA has weights that are not finite: not saved. Older files beside {path} are good.")
+    scale = config.lora_alpha / config.r
+    adapter = {"r": config.r, "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
+    adapter |= {"rank_pattern": {}, "alpha_pattern": {}}
+    adapter_json = json.dumps({f"transformer.{name}": value for name, value in adapter.items()}, indent=2)
+    key = diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
+    save = functools.partial(save_file, metadata={"format": "pt", key: adapter_json} | model_spec(run))
+    lora = {name: value * scale if "lora_B" in name else value for name, value in lora.items()}
+    options = {"transformer_lora_layers": lora, "weight_name": path.name, "save_function": save}
+    diffusers.StableDiffusion3Pipeline.save_lora_weights(path.parent, **options)
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def read_checkpoint(checkpoint: Path) -> dict:
-    """trainer_state.json of a checkpoint, or {} if a file of it is missing or is not what was written."""
+def save_checkpoint(run: Run) -> None:
+    """checkpoint-N: a LoRA that can be used as it is, and training_state.pt with all that training needs to go on."""
+    from peft import get_peft_model_state_dict
+
+    final, scaler = run.args.output_dir / f"checkpoint-{run.global_step}", run.accelerator.scaler
+    state = {
+        "global_step": run.global_step,
+        "settings": run.settings,
+        "lora": get_peft_model_state_dict(run.transformer),  # exact: nothing is folded in
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": scaler and scaler.state_dict(),
+    }
+    buffer = io.BytesIO()  # torch.save to a file hides why it failed
+    torch.save(state, buffer)
+    with appearing(final) as partial:
+        partial.mkdir()
+        write_lora(partial / LORA_NAME, run)
+        (partial / STATE_NAME).write_bytes(buffer.getbuffer())
+    if run.args.checkpoints_total_limit:
+        for old in list_checkpoints(run.args.output_dir)[: -run.args.checkpoints_total_limit]:
+            if old != final:  # whatever a clock that was set back says
+                shutil.rmtree(old)
+
+
+def read_state(folder: Path) -> dict:
+    """training_state.pt of a checkpoint, or {} if it is not there, not whole, or not ours; it cannot run code."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        intact = all(hash_image(checkpoint / name) == sha256 for name, sha256 in state["files"].items())
-        return state if intact else {}
-    except (OSError, ValueError, KeyError):
+        state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True)
+        return state if {"global_step", "settings", "lora", "optimizer", "scaler"} <= state.keys() else {}
+    except Exception:  # a file that is cut short, or no pickle of tensors, fails in many ways
         return {}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder in the order in which they were saved; an earlier run may have left higher ones."""
-
-    def saved_at(path: Path) -> tuple[float, int]:
-        number = int(path.name.removeprefix("checkpoint-"))
-        try:
-            return json.loads((path / "trainer_state.json").read_text())["saved_at"], number
-        except (OSError, ValueError, KeyError):
-            return path.stat().st_mtime, number  # not whole; whoever wants to resume from it will find out
-
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=saved_at)
-
-
-def save_checkpoint(run: Run) -> None:
-    """checkpoint-N: a LoRA that can be used as it is, what the optimizer needs to go on, and the run's settings."""
-    final = run.args.output_dir / f"checkpoint-{run.global_step}"
-    partial = final.with_name(f"{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_lora(partial, run.transformer, training_metadata(run), fold_alpha=False)
-    state = {"optimizer": run.optimizer.state_dict(), "lr_scheduler": run.lr_scheduler.state_dict()}
-    if run.accelerator.scaler:
-        state["scaler"] = run.accelerator.scaler.state_dict()
-    buffer = io.BytesIO()  # torch.save to a file hides why it failed
-    torch.save(state, buffer)
-    (partial / "training_state.pt").write_bytes(buffer.getbuffer())
-    files = {path.name: hash_image(path) for path in sorted(partial.iterdir())}
-    about = {"global_step": run.global_step, "saved_at": time.time(), "settings": run.settings, "files": files}
-    (partial / "trainer_state.json").write_text(json.dumps(about, indent=2))
-    sync_and_rename(partial, final)
-    if limit := run.args.checkpoints_total_limit:
-        for old in list_checkpoints(run.args.output_dir)[:-limit]:
-            if old != final:  # whatever a clock that was set back says
-                shutil.rmtree(old)
-
-
-def load_checkpoint(run: Run, checkpoint: Path) -> None:
-    """Put the LoRA, optimizer, schedule and loss scale back to where they were; what is read cannot run code."""
-    load_lora(run.transformer, checkpoint)
-    try:
-        state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SystemExit(f"{checkpoint} is not a checkpoint of this script: {str(error).splitlines()[0]}") from error
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if run.accelerator.scaler:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.global_step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    found = [
+        path for path in folder.glob(f"checkpoint-*/{STATE_NAME}") if re.fullmatch(r"[0-9]+", path.parent.name[11:])
+    ]
+    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
 
 
 # ------------------------------------------------------------------------------------------ previews and publishing
 
 
-def preview_due(run: Run, epoch: int) -> bool:
-    """Whether previews are to be made after this step, and not by the end of training anyway; epoch: its samples."""
-    args, step, samples = run.args, run.global_step, run.settings["samples_per_step"]
-    if not args.validation_prompt or step >= args.max_train_steps:
-        return False
-    if args.validation_steps:
-        return step % args.validation_steps == 0
-    period = args.validation_epochs * epoch  # in samples
-    return step * samples // period > (step - 1) * samples // period
+def move_frozen(transformer: nn.Module, device: torch.device | str) -> None:
+    """Move what is not trained, to make room on a GPU or to come back.
+
+    The LoRA stays: autograd forgets the gradient accumulator of a parameter that changes its device, and with it DDP's
+    hook. bitsandbytes' 4-bit weights stay as well.
+    """
+    for module in transformer.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device))
 
 
 @torch.no_grad()
 def generate_latents(
-    transformer: SD3Transformer2DModel, noise_scheduler: FlowMatchEulerDiscreteScheduler, args: argparse.Namespace,
-    accelerator: Accelerator, embeddings: list[Tensor], generators: list[torch.Generator],
-) -> Tensor:  # fmt: skip
-    """Latents of a picture per generator, (B, 16, H/8, W/8), by the pipeline without text encoders and VAE.
+    plan: Plan, transformer: nn.Module, prompts: list[str], numbers: list[tuple], signals: list
+) -> Tensor:
+    """Latents of an image per tuple of numbers that seed it, (B, 16, H/8, W/8), without text encoders and VAE.
 
-    embeddings: (L, D) and (P,) of the prompt, then of the prompt to guide away from.
+    prompts: what to show and the negative prompt. A signal ends it early.
     """
+
+    def end_early(pipeline: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
+        pipeline._interrupt = bool(signals)
+        return tensors
+
+    args, device = plan.args, plan.accelerator.device
     missing = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config)
-    pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **dict.fromkeys(missing))
+    parts = dict.fromkeys(missing) | {"transformer": transformer}
+    parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(plan.model.noise_scheduler.config)
+    pipeline = diffusers.StableDiffusion3Pipeline(**parts)
     pipeline.set_progress_bar_config(desc="Generating", leave=False)
-    names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-    where = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
-    repeated = [torch.stack([tensor.to(*where)] * len(generators)) for tensor in embeddings]
-    options = dict(zip(names, repeated, strict=True))
-    options |= {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
-    options |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    with accelerator.autocast():
-        return pipeline(generator=generators, **options).images
+    inputs: dict[str, Any] = {
+        f"{role}{name}": torch.stack([embeds] * len(numbers)).to(device, plan.weight_dtype)
+        for role, prompt in zip(("", "negative_"), prompts, strict=True)
+        for name, embeds in plan.embeddings[prompt].items()
+    }
+    inputs |= {"height": args.resolution, "width": args.resolution, "guidance_scale": args.guidance_scale}
+    inputs |= {"num_inference_steps": args.num_inference_steps, "output_type": "latent"}
+    generators = [seeded_generator(plan.seed, *each) for each in numbers]
+    transformer.eval()
+    latents = pipeline(generator=generators, callback_on_step_end=end_early, **inputs).images
+    transformer.train()
+    return latents
 
 
 @torch.no_grad()
-def decode_latents(transformer: SD3Transformer2DModel, args: argparse.Namespace, latents: Tensor) -> list[Image.Image]:
-    """Pictures of latents, by a VAE that comes while the transformer makes room, and leaves.
+def decode_latents(plan: Plan, transformer: nn.Module, latents: Tensor) -> list[Image.Image]:
+    """Images of latents; the frozen transformer is offloaded to the CPU meanwhile.
 
-    On a GPU it decodes in fp16, as SD3's pipelines do: at 1024 x 1024 that takes 1.7 GiB instead of 3.3.
+    On a GPU the VAE decodes in fp16, as SD3's pipelines do: at 1024 x 1024 that takes 1.7 GiB instead of 3.3.
     """
-    device, dtype = transformer.device, torch.float16 if transformer.device.type == "cuda" else torch.float32
-    if not args.quantize_base:  # bitsandbytes' layers stay where they are
-        transformer.to("cpu")
-    free_memory()
-    vae, pictures = load_vae(args, device, dtype), []
-    for sample in tqdm(latents.split(1), desc="Decoding", unit="picture", leave=False):
+    device, images = plan.accelerator.device, []
+    if device.type != "cpu":
+        move_frozen(transformer, "cpu")
+        diffusers.training_utils.free_memory()
+    vae = load_vae(plan.args, torch.float16 if device.type == "cuda" else torch.float32).to(device)
+    for sample in tqdm(latents.split(1), desc="Decoding", unit="image", leave=False):
         sample = sample.float() / vae.config.scaling_factor + vae.config.shift_factor
-        pictures += VaeImageProcessor().postprocess(vae.decode(sample.to(dtype)).sample)
+        images += diffusers.image_processor.VaeImageProcessor().postprocess(vae.decode(sample.to(vae.dtype)).sample)
     del vae
-    free_memory()
-    transformer.to(device)
-    return pictures
+    diffusers.training_utils.free_memory()
+    move_frozen(transformer, device)
+    return images
 
 
-def make_class_images(args: argparse.Namespace, accelerator: Accelerator, embeddings: PromptEmbeddings) -> None:
-    """Generate the class pictures that prior preservation lacks; each is written as soon as it is there."""
-    folder = args.class_data_dir
-    lacking = max(0, args.num_class_images - len(find_images(folder)[0]))
-    numbered = [(number, folder / f"class-{number:05}.png") for number in range(args.num_class_images)]
-    missing = [(number, path) for number, path in numbered if not path.exists()][:lacking]
+def make_class_images(plan: Plan, transformer: SD3Transformer2DModel) -> None:
+    """Generate the class images that prior preservation lacks, by the transformer with its LoRA switched off."""
+    args, accelerator, folder = plan.args, plan.accelerator, class_folder(plan.args)
+    lacking = max(0, args.num_class_images - len(find_images(folder)))
+    paths = {folder / f"class-{number:05}.png": (3, number) for number in range(args.num_class_images)}
+    missing = [path for path in paths if not path.exists()][:lacking]
     batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
     accelerator.wait_for_everyone()  # until all have counted
-    if batches := batches[accelerator.process_index :: accelerator.num_processes]:
-        untrained = argparse.Namespace(**vars(args) | {"pretrained_lora_path": None})
-        transformer = load_transformer(untrained, WEIGHT_DTYPES[accelerator.mixed_precision]).to(accelerator.device)
-        tools = transformer, load_scheduler(args), args, accelerator
-        prompts = [*embeddings[args.class_prompt], *embeddings[""]]
-        for batch in tqdm(batches, desc="Class pictures", unit="batch", disable=not accelerator.is_main_process):
-            generators = [seeded_generator(args.seed, 3, number) for number, _ in batch]
-            latents = generate_latents(*tools, prompts, generators)
-            for (_, path), picture in zip(batch, decode_latents(transformer, args, latents), strict=True):
-                partial = path.with_suffix(".partial")
-                picture.save(partial, "png")
-                sync_and_rename(partial, path)
-        del transformer, tools
-        free_memory()
+    transformer.disable_adapters()
+    share = batches[accelerator.process_index :: accelerator.num_processes]
+    for batch in tqdm(share, "Class images", unit="batch", disable=not accelerator.is_main_process or not share):
+        latents = generate_latents(plan, transformer, [args.class_prompt, ""], [paths[path] for path in batch], [])
+        for path, image in zip(batch, decode_latents(plan, transformer, latents), strict=True):
+            with appearing(path) as partial:
+                image.save(partial)
+    transformer.enable_adapters()
     accelerator.wait_for_everyone()
 
 
 def make_previews(run: Run, count: int) -> list[tuple[str, Path]]:
-    """Write samples/*.png, `count` a prompt, and hand them to the trackers: (prompt, file) of each."""
-    args, accelerator, latents = run.args, run.accelerator, []
-    run.transformer.eval()
-    tools = run.transformer, run.noise_scheduler, args, accelerator
-    for prompt in args.validation_prompt:
-        prompts = [*run.embeddings[prompt], *run.embeddings[args.negative_prompt]]
-        for number in range(count):
-            latents.append(generate_latents(*tools, prompts, [seeded_generator(args.seed, 2, number)]))
-    pictures = decode_latents(run.transformer, args, torch.cat(latents))
-    run.transformer.train()
-    folder = args.output_dir / "samples"
-    written = []
+    """Write samples/*.png, `count` a prompt, and progress.png; (prompt, file) of each. A signal ends it early."""
+    args, folder, latents, written = run.args, run.args.output_dir / "samples", [], []
+    wanted = list(itertools.product(enumerate(args.validation_prompt), range(count)))
+    for (_, prompt), number in wanted:
+        both = [prompt, args.negative_prompt]
+        latents.append(generate_latents(run, run.transformer, both, [(2, number)], run.signals))
+        if run.signals:
+            return []
+    images = decode_latents(run, run.transformer, torch.cat(latents))
+    for ((row, prompt), number), image in zip(wanted, images, strict=True):
+        written.append((prompt, folder / f"step-{run.global_step:06d}-prompt-{row}-{number}.png"))
+        with appearing(written[-1][1]) as partial:
+            image.save(partial)
     for i, prompt in enumerate(args.validation_prompt):
-        group = pictures[i * count : (i + 1) * count]
-        for number, picture in enumerate(group):
-            path = folder / f"step-{run.global_step:06d}-prompt-{i}-{number}.png"
-            picture.save(path)
-            written.append((prompt, path))
-        log_images(run, prompt, group)
-    progress = draw_progress(run, folder)
-    progress.save(folder / "progress.png")
-    log_images(run, "progress", [progress])
+        log_images(run, prompt, images[i * count : (i + 1) * count])
+    with appearing(folder / "progress.png") as partial:
+        draw_progress(run, folder).save(partial)
     return written
 
 
-def log_images(run: Run, title: str, pictures: list[Image.Image]) -> None:
-    """Hand pictures to the trackers that show some."""
+def log_images(run: Run, title: str, images: list[Image.Image]) -> None:
+    """Hand images to the trackers that show some."""
     for tracker in run.accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({title: np.stack(pictures)}, step=run.global_step, **layout)
+            tracker.log_images({title: np.stack([*map(np.asarray, images)])}, step=run.global_step, **layout)
 
 
 def draw_progress(run: Run, folder: Path) -> Image.Image:
-    """A row per prompt and a column per preview so far, from step 0 on."""
-    prompts = range(len(run.args.validation_prompt))
-    steps = sorted({path.name.split("-")[1] for path in folder.glob("step-*-prompt-*-0.png")})
-    steps = [step for step in steps if int(step) <= run.global_step]  # later ones are left from an earlier run
-    columns = [[folder / f"step-{step}-prompt-{i}-0.png" for i in prompts] for step in steps]
-    columns = [column for column in columns if all(path.exists() for path in column)]
-    pictures = [Image.open(column[i]) for i in prompts for column in columns]
-    return make_image_grid(pictures, len(prompts), len(columns), resize=256)
+    """A row per prompt and a column per preview so far, up to 16 of them; unreadable ones are left out."""
+    rows, columns = len(run.args.validation_prompt), []
+    steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png"))
+    steps = [step for step in steps if step <= run.global_step]  # later ones are of an earlier run
+    for step in [*steps[: -1 : 1 + len(steps) // 16], run.global_step]:
+        with suppress(*UNREADABLE):
+            paths = [folder / f"step-{step:06d}-prompt-{row}-0.png" for row in range(rows)]
+            columns.append([read_image(path)[0].resize((256, 256)) for path in paths])
+    return diffusers.utils.make_image_grid([column[i] for i in range(rows) for column in columns], rows, len(columns))
 
 
-def write_model_card(run: Run, previews: list[tuple[str, Path]]) -> None:
-    """README.md for the Hub: base model, trigger, gallery, how to load it, licence and training settings."""
-    args, name = run.args, run.args.hub_model_id or run.args.output_dir.resolve().name
-    is_folder = Path(args.pretrained_model_name_or_path).is_dir()
-    base = Path(args.pretrained_model_name_or_path).name if is_folder else args.pretrained_model_name_or_path
-    licence = "stabilityai-ai-community" if base.startswith("stabilityai/") else "license-of-the-base-model"
-    link = {} if is_folder else {"base_model": base, "license_link": f"https://huggingface.co/{base}"}
-    data = ModelCardData(
-        license="other", license_name=licence, library_name="diffusers", instance_prompt=args.instance_prompt, **link,
-        tags=["text-to-image", "diffusers-training", "diffusers", "lora", "sd3", "sd3-diffusers", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": f"samples/{path.name}"}} for prompt, path in previews] or None,
-        pipeline_tag="text-to-image",
-    )  # fmt: skip
-    hidden = {"pictures and captions", "class pictures", "pretrained_model_name_or_path"}
-    shown = {name: value for name, value in run.settings.items() if name not in hidden and value is not None}
-    progress = "![from before the training to its end](samples/progress.png)\n\n" if previews else ""
-    text = f"""
-# {name}
+def write_model_card(run: Run, name: str, previews: list[tuple[str, Path]]) -> None:
+    """README.md for the Hub: base model, trigger words, gallery, how to load it, license and settings."""
+    args, path, base = run.args, run.args.output_dir / "README.md", run.args.pretrained_model_name_or_path
+    if path.exists() and CARD_MARK not in path.read_text("utf-8", errors="replace"):
+        print(f"note: {path} was written by somebody else and stays as it is")
+        return
+    local, known = Path(base).is_dir(), base.startswith("stabilityai/")
+    link = f"base_model: {base}\nlicense_link: https://huggingface.co/{base}/blob/main/LICENSE.md\n"
+    widget = [{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in previews]
+    hidden = {"images and captions", "base model", "pretrained_model_name_or_path"}
+    settings = {key: value for key, value in run.settings.items() if key not in hidden and value is not None}
+    text = CARD.format(
+        license_name="stabilityai-ai-community" if known else "license-of-the-base-model",
+        link="" if local else link,
+        family="sd3.5" if "v3.5" in model_spec(run)["modelspec.architecture"] else "sd3",
+        widget=json.dumps(widget),
+        name=name,
+        base=Path(base).name if local else base,
+        source="FOLDER OR REPOSITORY OF THE BASE MODEL" if local else base,
+        prompt=args.instance_prompt,
+        quoted=json.dumps(args.instance_prompt),
+        progress="![from before the training to its end](samples/progress.png)\n\n" * bool(previews),
+        steps=run.global_step,
+        settings=json.dumps(settings, indent=2),
+    )
+    with appearing(path) as partial:
+        partial.write_text(text, "utf-8")
+
+
+CARD = f"""---
+license: other
+license_name: {{license_name}}
+{{link}}library_name: diffusers
+pipeline_tag: text-to-image
+instance_prompt: {{quoted}}
+tags: [text-to-image, diffusers-training, diffusers, lora, {{family}}, {{family}}-diffusers, "template:sd-lora"]
+widget: {{widget}}
+---
+
+{CARD_MARK}
+# {{name}}
 
 <Gallery />
 
-A LoRA of {base} that knows what **{args.instance_prompt}** looks like, trained with DreamBooth.
+A LoRA of {{base}} that knows what **{{prompt}}** looks like, trained with DreamBooth.
+
+## Trigger words
+
+You should use `{{prompt}}` to trigger the image generation.
+
+## Use it
+
+With diffusers 0.33 or later and peft 0.17 or later:
 
 ```python
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained("{base}", dtype=torch.float16)
-pipeline.load_lora_weights("{name}")
+pipeline = StableDiffusion3Pipeline.from_pretrained("{{source}}", torch_dtype=torch.float16)
+pipeline.load_lora_weights("{{name}}")
 pipeline.enable_model_cpu_offload()
-image = pipeline({json.dumps(args.instance_prompt)}).images[0]
+image = pipeline({{quoted}}).images[0]
 ```
 
-{progress}The licence is that of the base model, {base}. Trained for {run.global_step} steps with:
+In ComfyUI: put `{LORA_NAME}` into `models/loras` and load it with "Load LoRA" at strength 1.
+
+{{progress}}The license is that of the base model, {{base}}. Trained for {{steps}} steps with:
 
 ```json
-{json.dumps(shown, indent=2)}
+{{settings}}
 ```
 """
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(args.output_dir / "README.md")
 
 
-def push_to_hub(args: argparse.Namespace, previews: list[tuple[str, Path]]) -> None:
-    """Upload the LoRA, its card and the card's samples, and nothing else."""
-    samples = [*(path.name for _, path in previews), "progress.png"] if previews else []
-    files = [LORA_NAME, "README.md", *(f"samples/{name}" for name in samples)]
-    upload = {"repo_id": args.hub_model_id, "folder_path": args.output_dir, "allow_patterns": files}
-    includes = [part for file in files for part in ("--include", file)]
-    command = shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *includes])
-    for wait in (2, 8, 32, 0):  # seconds
-        try:
-            HfApi(token=args.hub_token).upload_folder(**upload, commit_message="Add a DreamBooth LoRA")
-            print(f"pushed to {args.hub_model_id}")
-            return
-        except Exception as error:  # whatever it was, the LoRA is on disk
-            reason = str(error).strip().splitlines()[0]
-            status = getattr(getattr(error, "response", None), "status_code", 500)
-            if not wait or (status < 500 and status not in (408, 429)):
-                raise SystemExit(f"The upload failed: {reason}\nNothing is lost. To send it: {command}") from error
-            print(f"the upload failed ({reason}); trying again in {wait} s")
-            time.sleep(wait)
-
-
-# ------------------------------------------------------------------------------------------------------------- main
-
-
-def peak_memory() -> str:
-    """Peak VRAM and RAM of this process so far; RAM counts mapped files, such as weights, too."""
-    vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
-    if resource is None:
-        return f"{vram}peak RAM {psutil.Process().memory_info().peak_wset / 2**30:.2f} GiB"
-    return f"{vram}peak RAM {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
-
-
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """accelerate's engine, at the precision of --mixed_precision or else of the launcher."""
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)),
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
-            InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the others wait while one encodes pictures
-        ],
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate leaves fp16 to GPUs
-        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if args.prior_generation_precision:
-        accelerator.print("note: --prior_generation_precision does nothing; previews use the training's precision")
-    return accelerator
-
-
-def check_disk(folder: Path, needed: float, what: str, cure: str) -> None:
-    """Stop now rather than in the middle, if so many bytes will not fit."""
-    if (free := shutil.disk_usage(folder).free) < needed:
-        sizes = f"{what} need {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free"
-        raise SystemExit(f"{sizes}. Make room, or {cure}.")
-
-
-def size_of_checkpoints(run: Run, lora_size: int) -> float:
-    """Bytes that the checkpoints still to come take, of a LoRA of so many parameters."""
-    args = run.args
-    saves = max(0, args.max_train_steps - run.global_step) // args.checkpointing_steps
-    kept = min(saves, (args.checkpoints_total_limit or saves) + 1)
-    return (4 + kept * (12 if args.optimizer == "adamw" else 6)) * lora_size  # a weight, and AdamW's two states
-
-
-def load_run(args: argparse.Namespace, accelerator: Accelerator, embeddings: PromptEmbeddings, settings: dict) -> Run:
-    """The transformer with its LoRA, and what trains it."""
-    transformer = load_transformer(args, WEIGHT_DTYPES[accelerator.mixed_precision])
-    optimizer = make_optimizer(transformer, args, settings["samples_per_step"])
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles, power=args.lr_power, step_rules=args.step_rules,
-    )  # fmt: skip
-    return Run(args, accelerator, embeddings, load_scheduler(args), transformer, optimizer, lr_scheduler, settings)
-
-
-@contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are noted in, for the loop to end after its step; a second one ends at once."""
-    noted: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        noted.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-
-    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+def create_repository(args: Namespace) -> str:
+    """The repository to push to, made if it is new; its full name."""
+    name, private = args.hub_model_id or args.output_dir.resolve().name, args.hub_private_repo or None
     try:
-        yield noted
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        return HfApi(token=args.hub_token).create_repo(name, private=private, exist_ok=True).repo_id
+    except Exception as error:  # the Hub's, or the network's
+        raise SystemExit(
+            f"--push_to_hub: {first_line(error)}. With a token that may write, run: hf auth login"
+        ) from error
 
 
-def resume_command(args: argparse.Namespace, accelerator: Accelerator) -> str:
-    """This process's command line, to continue with; without the token."""
-    token, processes = args.hub_token or "--hub_token", accelerator.num_processes
-    launch = ["accelerate", "launch", "--quiet", f"--mixed_precision={accelerator.mixed_precision}"]
-    launch += ["--multi_gpu", f"--num_processes={processes}"] if processes > 1 else []
-    flags = [flag for flag in sys.argv[1:] if token not in flag and flag != "--hub_token"]
-    return shlex.join([*launch, sys.argv[0], *flags, "--resume_from_checkpoint=latest"])
+def push_to_hub(args: Namespace, name: str, previews: list[tuple[str, Path]]) -> None:
+    """Upload the LoRA, its card and the card's samples, and nothing else."""
+    files = [LORA_NAME, "README.md", *(f"samples/{path.name}" for _, path in previews)]
+    files += ["samples/progress.png"] if previews else []
+    options = {"repo_id": name, "folder_path": args.output_dir, "allow_patterns": files}
+    try:
+        HfApi(token=args.hub_token).upload_folder(commit_message="Add a DreamBooth LoRA", **options)
+    except Exception as error:  # whatever it was, the LoRA is on disk
+        includes = [part for file in files for part in ("--include", file)]
+        command = shlex.join(["hf", "upload", name, str(args.output_dir), ".", *includes])
+        raise SystemExit(f"The upload failed: {first_line(error)}\nNothing is lost. To send it: {command}") from error
+    print(f"pushed to {name}")
 
 
-def explain_errors(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """Let main end with one message when GPU memory or the disk runs out; what was saved before stays."""
+# ---------------------------------------------------------------------------------------------------------- checks
+# A check yields problems and notes, and returns what it found; it creates nothing, prints nothing, raises nothing.
 
-    @functools.wraps(main)
-    def explained(args: argparse.Namespace) -> None:
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def find_checkpoint(args: Namespace) -> Checks[dict]:
+    """The state of the checkpoint to resume from, or {}."""
+    wanted, found = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
+    if not wanted:
+        return {}
+    for path in reversed(found) if wanted == "latest" else [Path(wanted), args.output_dir / wanted]:
+        if state := read_state(path):
+            return state
+        if path.exists():
+            yield Note(f"skipped, not a complete checkpoint: {path}")
+    if wanted == "latest":
+        yield Note(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
+    else:
+        names = ", ".join(path.name for path in found) or "none"
+        yield f"--resume_from_checkpoint {wanted} is not a complete checkpoint. {args.output_dir} has: {names}."
+    return {}
+
+
+def compare_settings(saved: dict[str, object], now: dict[str, object]) -> Checks[None]:
+    """Refuse what a resumed run must share with the one that it continues, and note what else differs."""
+    names = [name for name in saved if saved[name] != now.get(name)]
+    differing = {name: f"{name} {saved[name]}, this run has {now.get(name)}" for name in names}
+    for name in differing.keys() & MUST_NOT_CHANGE:
+        yield f"The checkpoint was trained with {differing[name]}."
+    if followed := [differing[name] for name in differing if name not in MUST_NOT_CHANGE]:
+        yield Note(f"the checkpoint was trained with {'; '.join(followed)}, which is followed")
+
+
+def weights_identity(args: Namespace, part: str) -> str:
+    """A digest of the first MiB of a folder's weights, which tells when others take their place; '' without any."""
+    pattern = f"*.{glob.escape(args.variant)}*.safetensors" if args.variant else "*.safetensors"
+    for path in sorted(Path(args.pretrained_model_name_or_path, part).glob(pattern)):
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read(2**20)).hexdigest()
+    return ""
+
+
+def check_model(args: Namespace) -> Checks[Model | None]:
+    """What training needs to know of the base model before it is loaded."""
+    name = args.pretrained_model_name_or_path
+    try:
+        load = functools.partial(diffusers.SD3Transformer2DModel.load_config, return_commit_hash=True)
+        loaded, commit = load_part(load, args, "transformer")
+        with torch.device("meta"):
+            transformer = diffusers.SD3Transformer2DModel.from_config(loaded)
+        noise_scheduler = load_part(diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained, args, "scheduler")
+    except SystemExit as message:
+        yield str(message)
+        return None
+    except Exception as error:  # of a config that is another model's
+        yield f"Cannot load transformer of {name}: its config is not that of Stable Diffusion 3 ({first_line(error)})."
+        return None
+    config = transformer.config
+    weights = {part: commit or weights_identity(args, part) for part in ("transformer", "vae")}
+    if missing := [part for part in weights if not weights[part]]:
+        form = f"*.{args.variant}*.safetensors" if args.variant else "*.safetensors"
+        yield f"{name} has no weights {form} in {', '.join(missing)}. Download them again."
+    largest = config.pos_embed_max_size * config.patch_size * 8  # the VAE makes one latent of 8 x 8 pixels
+    if (side := max(map(max, training_shapes(args)))) > largest:
+        yield f"--resolution {args.resolution} has a side of {side} pixels, above the model's {largest}."
+    for layer in args.lora_layers.split(","):
+        if not lora_targets(transformer, layer, None):
+            yield f"--lora_layers: the transformer has no linear layer {layer}."
+    if max(int(block) for block in (args.lora_blocks or "0").split(",")) >= config.num_layers:
+        yield f"--lora_blocks {args.lora_blocks}: the last block is {config.num_layers - 1}."
+    targets = lora_targets(transformer, args.lora_layers, args.lora_blocks)
+    return Model(config, noise_scheduler, weights["transformer"], weights["vae"], targets)
+
+
+def check_lora(args: Namespace, targets: list[str]) -> Checks[dict[str, Tensor]]:
+    """The weights of --pretrained_lora_path for a LoRA of these layers, at their strength, or {}."""
+    path, rank = args.pretrained_lora_path, args.rank
+    if not path:
+        return {}
+    try:
+        file, metadata = diffusers.StableDiffusion3Pipeline.lora_state_dict(
+            path, token=args.hub_token, use_safetensors=True, return_lora_metadata=True
+        )
+    except Exception as error:  # of the file system, safetensors or the Hub
+        yield f"The LoRA {path} cannot be loaded: {first_line(error)}."
+        return {}
+    lora = {name.removeprefix("transformer."): file[name] for name in file if name.startswith("transformer.")}
+    if others := sorted(name for name in file if not name.startswith("transformer.")):
+        message = f"{path} has weights named {others[0]}; only transformer.*, as diffusers writes them, are read"
+        yield Note(message) if lora else message
+    shapes = {(name.rsplit(".", 3)[-2], tensor.shape["lora_B" in name]) for name, tensor in lora.items()}
+    wanted = {f"{target}.{side}.weight" for target in targets for side in ("lora_A", "lora_B")}
+    if lora and (lora.keys() != wanted or shapes != {("lora_A", rank), ("lora_B", rank)}):
+        yield f"The layers or rank of {path} are others than --lora_layers, --lora_blocks and --rank say."
+    alpha = (metadata or {}).get("transformer.lora_alpha", rank)  # without metadata, alpha is the rank
+    factor = alpha / (args.lora_alpha or rank)
+    return {name: tensor.float() * (factor if "lora_B" in name else 1) for name, tensor in lora.items()}
+
+
+def check_images(
+    args: Namespace, accelerator: Accelerator, folder: Path, vae: str
+) -> Checks[list[tuple[str, Example]]]:
+    """The images of a folder, without their prompts, each with its SHA-256; every process reads its share.
+
+    The latents' file is named by a digest of everything that the latents depend on.
+    """
+    images = find_images(folder) if folder.is_dir() else []
+    found, masked, shapes = [], False, training_shapes(args)
+    for path in images[accelerator.process_index :: accelerator.num_processes]:
+        mask_path = path.with_suffix(".mask.png")
         try:
-            main(args)
-        except KeyboardInterrupt:  # while training, Ctrl-C saves a checkpoint first
-            raise SystemExit("Interrupted. What was saved is whole: run the same command again.") from None
-        except torch.OutOfMemoryError as error:
-            cures = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
-            raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {cures}.") from error
-        except (OSError, SafetensorError) as error:
-            if not any(cause in str(error) for cause in ("No space left", "File too large", "quota exceeded")):
+            with open_image(path) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                size = image.size if turned else image.size[::-1]  # (height, width)
+                masked |= mask_path.exists() or image.has_transparency_data
+            mask = sha256_of(mask_path) if args.alpha_mask and mask_path.exists() else args.alpha_mask
+            sha256 = sha256_of(path)
+        except UNREADABLE as error:
+            yield f"{path} is not a readable image ({error}). Repair it or take it out of the folder."
+            continue
+        shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
+        name = digest([sha256, mask, vae, shape, args.center_crop or CROPS_PER_IMAGE, args.random_flip])
+        latents = args.output_dir / "latents" / f"{name}.safetensors"
+        found.append((sha256, Example(path, "", 1.0, latents, shape)))
+    if args.alpha_mask and folder == args.instance_data_dir and not any(gather_object([masked])):
+        yield f"--alpha_mask: no image in {folder} has an alpha channel or a NAME.mask.png."
+    return sorted(gather_object(found), key=lambda pair: pair[1].path)
+
+
+def embeddings_command(args: Namespace, about: dict) -> str:
+    """The command line that writes the embeddings this run needs."""
+    flags = vars(args) | {"prompt": args.instance_prompt, "local_data_dir": args.instance_data_dir}
+    flags["output_path"] = args.data_df_path.with_suffix(".parquet")
+    flags["max_sequence_length"] = args.max_sequence_length or about.get("max_sequence_length")
+    flags["t5_precision"] = "exact" if about.get("t5") == "exact" else None
+    names = "prompt local_data_dir output_path pretrained_model_name_or_path variant revision cache_dir t5_precision "
+    names += "max_sequence_length class_prompt validation_prompt negative_prompt"
+    given = [[f"--{name}", *map(str, np.ravel(flags[name]))] for name in names.split() if flags[name]]
+    no_t5 = ["--no_t5"] if about.get("t5") == "none" else []
+    return shlex.join(["python", "compute_embeddings.py", *itertools.chain(*given), *no_t5])
+
+
+def check_embeddings(
+    args: Namespace, model: Model | None, images: list[tuple[str, Example]]
+) -> Checks[PromptEmbeddings | None]:
+    """The embeddings, if they can be read; what they lack is said with the command that mends it."""
+    path = args.data_df_path
+    wanted = [args.instance_prompt, *([args.class_prompt, ""] if args.with_prior_preservation else [])]
+    wanted += [*args.validation_prompt, args.negative_prompt] if args.validation_prompt else []
+    wanted += [""] if args.caption_dropout else []
+    try:
+        embeddings = PromptEmbeddings(path)
+        unknown = [prompt for prompt in dict.fromkeys(wanted) if prompt not in embeddings.row_of_prompt]
+        embeds = [embeddings[prompt] for prompt in ["", *wanted] if prompt not in unknown]
+    except Exception as error:  # of the file system, of Arrow, or of another form than ours
+        yield f"--data_df_path {path} cannot be read ({first_line(error)}). Run: {embeddings_command(args, {})}"
+        return None
+    cure = f"Run: {embeddings_command(args, embeddings.about)}"
+    length, widths = embeddings.about.get("max_sequence_length"), [tensor.shape[-1] for tensor in embeds[0].values()]
+    if model and widths != [model.config.joint_attention_dim, model.config.pooled_projection_dim]:
+        yield f"{path} was computed with another kind of model. {cure}"
+    if args.max_sequence_length not in (None, length):
+        yield f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {cure}"
+    if missing := [example for sha256, example in images if sha256 not in embeddings.prompt_of_image]:
+        count = f"{len(missing)} of {len(images)} images in {args.instance_data_dir}"
+        yield f"{count} have no embeddings in {path} (first: {missing[0].path.name}). {cure}"
+    captions = {embeddings.prompt_of_image.get(sha256) for sha256, _ in images} | {embeddings.about.get("prompt")}
+    if args.instance_prompt not in {*captions, *unknown}:  # every image may have a caption of its own
+        yield f"In {path} --instance_prompt {args.instance_prompt!r} captions none of the images. {cure}"
+    if unknown:
+        yield f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}"
+    return embeddings
+
+
+def check_machine(args: Namespace, accelerator: Accelerator) -> Iterator[str]:
+    """Whether this machine can do it: the precision, the tracker, writing the folders, reaching the Hub."""
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    if precision not in WEIGHT_DTYPES:
+        yield f"Precision {precision} is not available: use fp16 or bf16."
+    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16."
+    if args.quantize_base and device != "cuda":
+        yield "--quantize_base needs a GPU."
+    if device == "mps" and (args.use_8bit_adam or args.optimizer != "adamw"):
+        yield "8-bit optimizers do not run on a Mac's GPU; use --optimizer adamw, without --use_8bit_adam."
+    if args.report_to not in ("none", "all") and not accelerator.log_with:
+        yield f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}"
+    folders = [args.output_dir / "samples", *([class_folder(args)] if args.with_prior_preservation else [])]
+    for folder in {next(path for path in [each, *each.absolute().parents] if path.exists()) for each in folders}:
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            yield f"--output_dir {args.output_dir} cannot be written: {folder} is not a folder, or may not be changed."
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            HfApi(token=args.hub_token).whoami()
+        except Exception as error:  # the Hub's, or the network's
+            yield f"--push_to_hub: {first_line(error)}. With a token that may write, run: hf auth login"
+
+
+def check_everything(args: Namespace, accelerator: Accelerator) -> Checks[tuple]:
+    """All that is found out before anything big is loaded, as make_plan takes it."""
+    state = yield from find_checkpoint(args)
+    model = yield from check_model(args)
+    lora = yield from check_lora(args, model.lora_targets if model else [])
+    images = yield from check_images(args, accelerator, args.instance_data_dir, model.vae if model else "")
+    if not images:
+        yield f"--instance_data_dir {args.instance_data_dir} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})."
+    embeddings = yield from check_embeddings(args, model, images)
+    yield from check_machine(args, accelerator)
+    return state, model, lora, images, embeddings
+
+
+def make_plan(args: Namespace, accelerator: Accelerator) -> Plan:
+    """The plan; or the run ends with everything that is wrong in one message."""
+    state, model, lora, images, embeddings = collect(check_everything(args, accelerator), accelerator)
+    examples = [replace(example, prompt=embeddings.prompt_of_image[sha256]) for sha256, example in images]
+    seed = args.seed if args.seed is not None else state.get("settings", {}).get("seed", secrets.randbelow(2**31))
+    seed = broadcast_object_list([seed])[0]
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    per_epoch = len(examples) * (2 if args.with_prior_preservation else 1)
+    steps = args.max_train_steps or math.ceil(args.num_train_epochs * per_epoch / per_step)
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
+        "seed": seed,
+        "max_train_steps": steps,
+        "mixed_precision": accelerator.mixed_precision,
+        "samples per step": per_step,
+        "images and captions": digest([(example.latents.name, example.prompt) for example in examples]),
+        "embeddings": f"T5 {embeddings.about.get('t5')}, {embeddings.about.get('max_sequence_length')} tokens",
+        "base model": model.transformer,
+    }
+    if args.aspect_ratio_buckets:  # decides which images meet in a micro-batch
+        settings["samples per micro-batch"] = args.train_batch_size * accelerator.num_processes
+    collect(compare_settings(state.get("settings", {}), settings), accelerator)
+    return Plan(
+        args, accelerator, model, embeddings, examples, seed, steps, per_step, per_epoch, settings, state, lora
+    )
+
+
+def collect(checks: Checks[T], accelerator: Accelerator) -> T:
+    """What checks return; their notes are printed, and with a problem in any process the run ends in one message."""
+    problems: list[str] = []
+    while True:
+        try:
+            found = next(checks)
+        except StopIteration as end:
+            stop_at_problems(accelerator, problems)
+            return end.value
+        except OSError as error:  # a path that the file system refuses
+            stop_at_problems(accelerator, [*problems, str(error)])
+        if isinstance(found, Note):
+            accelerator.print(f"note: {found}")
+        else:
+            problems.append(found)
+
+
+def stop_at_problems(accelerator: Accelerator, problems: list[str]) -> None:
+    """End the run in one message if any process has a problem."""
+    if problems := list(dict.fromkeys(gather_object(problems))):
+        message = "".join(f"\n- {problem}" for problem in problems)
+        raise SystemExit(f"Cannot start:{message}" if accelerator.is_main_process else 1)
+
+
+def print_plan(plan: Plan) -> None:
+    """What --dry_run says: images with their shapes and captions, and steps."""
+    for example in plan.examples[:20]:
+        height, width = example.shape
+        print(f"{example.path.name}: trained as {width} x {height}, {example.prompt!r}")
+    if len(plan.examples) > 20:
+        print(f"and {len(plan.examples) - 20} more")
+    epochs = plan.max_train_steps * plan.samples_per_step / plan.samples_per_epoch
+    print(f"{plan.max_train_steps} steps of {plan.samples_per_step} samples: {epochs:.1f} epochs, seed {plan.seed}")
+
+
+# ----------------------------------------------------------------------------------------------------- training loop
+
+
+def seconds_of_micro_batch(run: Run, batch: dict[str, Tensor]) -> float:
+    """Forward and backward of one micro-batch, its gradients dropped, beside room for the optimizer's states."""
+    states = torch.empty(2, sum(map(Tensor.numel, run.lora_params)), device=run.accelerator.device)
+    for _ in range(2):  # the first pass loads kernels
+        started = time.monotonic()
+        training_loss(run.transformer, batch, run.weight_dtype, run.args).backward()
+        float(run.lora_params[0].grad.sum())  # type: ignore[union-attr]  # waits for the GPU
+        seconds = time.monotonic() - started
+    del states
+    return seconds
+
+
+def choose_recomputation(run: Run, dataset: SampleDataset) -> float:
+    """Recompute the activations of as few blocks as the memory demands: none, half, all; seconds of a micro-batch.
+
+    Tried on a micro-batch of the largest shape. Which blocks recompute changes no bit of the result, so every process
+    decides for itself.
+    """
+    largest = max(range(len(dataset)), key=lambda number: math.prod(dataset.order[number].shape))
+    batch = default_collate([dataset[largest]] * run.args.train_batch_size)
+    batch = {name: value.to(run.accelerator.device) for name, value in batch.items()}
+    blocks, seconds = len(run.transformer.transformer_blocks), None
+    for count in [blocks] if run.args.gradient_checkpointing else [0, blocks // 2, blocks]:
+        recompute_blocks(run.transformer, count)
+        try:
+            seconds = seconds_of_micro_batch(run, batch)
+        except torch.OutOfMemoryError:
+            if count == blocks:
                 raise
-            for partial in args.output_dir.rglob("*.partial"):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
-            message = f"The disk is full ({error}). What was saved before is whole: make room and resume."
-            raise SystemExit(message) from error
-
-    return explained
-
-
-def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, hash_of_image: dict[Path, str]) -> Path:
-    """The file of the pictures' latents, which the main process writes if it is not there already."""
-    path, key = args.output_dir / "latents.arrow", latents_key(args, hash_of_image)
-    if accelerator.is_main_process and not latents_are_current(path, key):
-        write_latents(path, key, list(hash_of_image), args, accelerator.device)
-        free_memory()
-    accelerator.wait_for_everyone()
-    return path
+        run.transformer.zero_grad()
+        diffusers.training_utils.free_memory()
+        if seconds is not None:
+            run.accelerator.print(f"{count} of {blocks} blocks recompute their activations, {peak_memory()}")
+            break
+    return seconds or 0.0
 
 
-def announce(run: Run, model: nn.Module, dataset: SampleDataset, pictures: str) -> None:
+def announce(run: Run, dataset: SampleDataset) -> None:
     """Say what is about to be done and how long it may take; to the trackers too."""
-    args, accelerator, samples_per_step = run.args, run.accelerator, run.settings["samples_per_step"]
-    lora_size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    check_disk(args.output_dir, size_of_checkpoints(run, lora_size), "Checkpoints", "use --checkpoints_total_limit")
-    accelerator.print(f"{pictures}, {lora_size:,} parameters to train, seed {args.seed}")
-    steps = len(dataset) // samples_per_step
-    accelerator.print(f"{steps} steps of {samples_per_step} samples, from step {run.global_step}", end="")
+    accelerator, steps = run.accelerator, max(0, run.max_train_steps - run.global_step)
+    lora_size = sum(map(Tensor.numel, run.lora_params))
+    accelerator.print(f"{len(run.examples)} images, {lora_size:,} parameters to train, seed {run.seed}")
+    accelerator.print(f"{steps} steps of {run.samples_per_step} samples, from step {run.global_step}")
     if steps:
-        seconds = estimate_step_seconds(run, model, dataset)
-        accelerator.print(f"; about {seconds:.2g} s a step, {steps * seconds / 60:.0f} minutes in all")
+        seconds = choose_recomputation(run, dataset) * run.args.gradient_accumulation_steps
+        accelerator.print(f"about {seconds:.2g} s a step, {steps * seconds / 60:.0f} minutes in all")
     if accelerator.log_with:
         shown = {name: value if isinstance(value, int | float) else str(value) for name, value in run.settings.items()}
         accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=shown)
 
 
-def train_and_save(run: Run, model: nn.Module, dataloader: DataLoader, epoch: int) -> None:
-    """The loop, with its progress bar, checkpoints, previews and signals; an epoch is so many samples."""
+def note_signals(noted: list[int]) -> None:
+    """Note signals for the loop, which ends after its step; a second one ends at once. nohup's choice is respected."""
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in END_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
+
+
+def preview_due(run: Run) -> bool:
+    """Whether previews are to be made after this step, and not by the end of training anyway."""
+    if not run.args.validation_prompt or run.global_step >= run.max_train_steps:
+        return False
+    if run.args.validation_steps:
+        return run.global_step % run.args.validation_steps == 0
+    period = run.args.validation_epochs * run.samples_per_epoch  # in samples
+    return run.global_step * run.samples_per_step % period < run.samples_per_step
+
+
+def train(run: Run, model: nn.Module, dataloader: DataLoader) -> None:
+    """Every micro-batch of `dataloader` once, with checkpoints and previews; after a signal it saves and ends."""
     args, accelerator = run.args, run.accelerator
-    bar = {"total": args.max_train_steps, "initial": run.global_step, "disable": not accelerator.is_main_process}
-    if accelerator.is_main_process and args.validation_prompt and len(dataloader) and not run.global_step:
+    loss_sum, skipped, is_main = torch.zeros((), device=accelerator.device), 0, accelerator.is_main_process
+    progress = tqdm(None, "Training", run.max_train_steps, initial=run.global_step, unit="step", disable=not is_main)
+    for batch in dataloader:
+        with accelerator.accumulate(model):
+            if args.lora_dropout:  # the one random thing that happens inside the model
+                torch.manual_seed(run.seed + int(batch["sample_number"][0]))
+            loss = training_loss(model, batch, run.weight_dtype, args)
+            accelerator.backward(loss)
+            loss_sum += loss.detach() / args.gradient_accumulation_steps
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(run.lora_params, args.max_grad_norm)
+                values = torch.stack([norm.isfinite().float(), loss_sum, loss_sum.new_tensor(len(run.signals))])
+                finite, loss_mean, signaled = accelerator.reduce(values, "mean").tolist()  # the step's only wait
+                loss_sum.zero_()
+                skipped = 0 if finite else skipped + 1
+                if not finite and not accelerator.scaler:  # fp16's loss scaler skips such a step by itself
+                    run.optimizer.zero_grad()
+                if skipped == MAX_SKIPPED_STEPS:
+                    raise SystemExit(NON_FINITE.format(args.output_dir) if is_main else 1)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        run.global_step += 1
+        accelerator.log({"loss": loss_mean, "lr": run.lr_scheduler.get_last_lr()[0]}, step=run.global_step)
+        run.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
+        progress.set_postfix_str(f"loss {loss_mean:.4f}, {peak_memory()}")
+        progress.update()
+        if is_main and (signaled or run.global_step % args.checkpointing_steps == 0):
+            save_checkpoint(run)
+        if signaled:
+            accelerator.wait_for_everyone()  # until the checkpoint is saved
+            raise SystemExit(STOPPED.format(run.global_step) if is_main else 1)
+        if is_main and preview_due(run):
+            make_previews(run, args.num_validation_images)
+    progress.close()
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def peak_memory() -> str:
+    """Peak VRAM and RAM of this process so far; RAM counts mapped files, such as weights, too."""
+    vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
+    if os.name == "nt":
+        return f"{vram}peak RAM {psutil.Process().memory_info().peak_wset / 2**30:.2f} GiB"
+    import resource  # Windows has none
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return f"{vram}peak RAM {kilobytes / 2**20:.2f} GiB"
+
+
+def quiet_libraries() -> None:
+    """Silence what users cannot act on at start-up; errors and other warnings still come through."""
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for message in (".*broadcast_buffers.*", r"Detected call of `lr_scheduler.step\(\)` before"):  # fp16 skips steps
+        warnings.filterwarnings("ignore", message=message)
+
+
+def make_accelerator(args: Namespace) -> Accelerator:
+    """accelerate's engine, at the precision of --mixed_precision or else of the launcher."""
+    handlers = [
+        AutocastKwargs(enabled=False),  # weights and activations have the training dtype, the LoRA casts for itself
+        DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
+        InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the others wait for previews and the upload
+    ]
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+            dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),  # on a Mac: wrong data
+            kwargs_handlers=handlers,
+        )
+    except ValueError as error:  # a precision that this device or this torch cannot do
+        raise SystemExit(f"Cannot start: {error}") from error
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # with one thread, unless the launcher is told otherwise
+    if launched and accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(cores or 1)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+@contextmanager
+def explained_errors() -> Iterator[None]:
+    """End with one message on what no check can foresee; what was saved before stays."""
+    try:
+        yield
+    except KeyboardInterrupt:  # while training, a signal saves a checkpoint first
+        raise SystemExit("Interrupted. What was saved is whole: run the same command again.") from None
+    except torch.OutOfMemoryError as error:
+        cures = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
+        raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {cures}.") from error
+    except Exception as error:
+        if any(cause in str(error) for cause in DISK_FULL):
+            raise SystemExit(f"The disk is full ({error}). What was saved is whole: make room and resume.") from error
+        if isinstance(error, OSError):
+            raise SystemExit(f"{error}. What was saved is whole: run the same command again.") from error
+        if "DataLoader worker" in str(error):
+            raise SystemExit(f"{error} Usually RAM is short: use --dataloader_num_workers 0.") from error
+        raise
+
+
+@contextmanager
+def owned_folder(args: Namespace, accelerator: Accelerator) -> Iterator[None]:
+    """Make the output folder for this run alone; the system frees the lock when a process dies."""
+    folder, problems = args.output_dir, []
+    for each in [folder / "latents", folder / "samples", class_folder(args)][: 2 + args.with_prior_preservation]:
+        each.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        if accelerator.is_main_process:
+            lock.acquire(timeout=0)
+            for unfinished in folder.rglob(".unfinished-*"):  # of a run that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except Timeout:
+        problems.append(f"Another training is writing to {folder}: wait for it, or use another --output_dir.")
+    stop_at_problems(accelerator, problems)
+    try:
+        yield
+    finally:
+        lock.release()  # which only the main process has
+
+
+def train_and_publish(plan: Plan, started: float) -> None:
+    """Everything that costs time, on what the checks have found to be good."""
+    args, accelerator, model = plan.args, plan.accelerator, plan.model
+    repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else ""
+    encode_latents(args, accelerator, plan.examples)
+    transformer = load_transformer(args, plan.weight_dtype).to(accelerator.device)
+    add_lora(transformer, model.lora_targets, args, plan.seed)
+    kinds = [plan.examples]
+    if args.with_prior_preservation:
+        make_class_images(plan, transformer)
+        found = collect(check_images(args, accelerator, class_folder(args), model.vae), accelerator)
+        prior = {"prompt": args.class_prompt, "loss_weight": args.prior_loss_weight}
+        kinds.append([replace(example, **prior) for _, example in found[: args.num_class_images]])
+        move_frozen(transformer, "cpu")
+        encode_latents(args, accelerator, kinds[1])
+        move_frozen(transformer, accelerator.device)
+    run = make_run(plan, transformer)
+    micro_batch, length = args.train_batch_size * accelerator.num_processes, run.max_train_steps * run.samples_per_step
+    order = sample_order(kinds, run.seed, micro_batch, length)
+    dataset = SampleDataset(order, run.embeddings, model.noise_scheduler.sigmas, args, run.seed)
+    left = Subset(dataset, range(min(run.global_step * run.samples_per_step, length), length))
+    loading = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
+    announce(run, dataset)
+    dataloader = DataLoader(left, args.train_batch_size, **loading)
+    prepared, run.optimizer, dataloader = accelerator.prepare(run.transformer, run.optimizer, dataloader)
+    run.transformer = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # previews go on in weight_dtype
+    if accelerator.is_main_process and args.validation_prompt and not run.global_step:
         for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):  # of another run
             earlier.unlink()
         make_previews(run, count=1)  # what the model makes of the prompts before it is trained
-    with tqdm(desc="Training", unit="step", **bar) as progress_bar, noted_signals() as noted:
-        for logs, interrupted in training_steps(run, model, dataloader, noted):
-            progress_bar.set_postfix_str(f"loss {logs['loss']:.4f}, {peak_memory()}")
-            progress_bar.update()
-            accelerator.log(logs, step=run.global_step)
-            if accelerator.is_main_process and (interrupted or run.global_step % args.checkpointing_steps == 0):
-                save_checkpoint(run)
-            if interrupted:
-                message = f"Stopped after step {run.global_step}. To go on: {resume_command(args, accelerator)}"
-                raise SystemExit(message if accelerator.is_main_process else 1)
-            if accelerator.is_main_process and preview_due(run, epoch):
-                make_previews(run, args.num_validation_images)
-
-
-def publish(run: Run, started: float) -> None:
-    """Write the LoRA, its samples and its card, say so, and upload them if that is wanted."""
-    args = run.args
-    save_lora(args.output_dir, run.transformer, training_metadata(run), fold_alpha=True)
-    previews = make_previews(run, args.num_validation_images) if args.validation_prompt else []
-    write_model_card(run, previews)
-    size = (args.output_dir / LORA_NAME).stat().st_size / 1e6
-    print(f"wrote {args.output_dir / LORA_NAME}: {size:.1f} MB; README.md and {len(previews)} samples beside it")
-    print(f"{peak_memory()}, {time.monotonic() - started:.0f} s")
-    if args.push_to_hub:
-        push_to_hub(args, previews)
-
-
-def train(
-    args: argparse.Namespace, accelerator: Accelerator, hash_of_image: dict[Path, str], embeddings: PromptEmbeddings,
-    checkpoint: Path | None, settings: dict, started: float,
-) -> None:  # fmt: skip
-    """Everything that costs time, on what the preflight has found to be good."""
-    prompts = [embeddings.prompt_of_image[image_hash] for image_hash in hash_of_image.values()]
-    if args.with_prior_preservation:
-        make_class_images(args, accelerator, embeddings)
-        hash_of_class_image = hash_class_images(args)
-        settings["class pictures"] = digest(list(hash_of_class_image.values()))
-        hash_of_image |= hash_of_class_image
-    latents_path = prepare_latents(args, accelerator, hash_of_image)
-
-    run = load_run(args, accelerator, embeddings, settings)
-    if checkpoint:
-        load_checkpoint(run, checkpoint)
-    samples_per_step, steps_left = settings["samples_per_step"], max(0, args.max_train_steps - run.global_step)
-    sample_numbers = range(run.global_step * samples_per_step, (run.global_step + steps_left) * samples_per_step)
-    sigmas, class_images = run.noise_scheduler.sigmas, len(hash_of_image) - len(prompts)
-    what = args, latents_path, embeddings, prompts, sigmas, sample_numbers, class_images
-    dataset = SampleDataset(*what, micro_batch=args.train_batch_size * accelerator.num_processes)
-    loading = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
-    dataloader = DataLoader(dataset, args.train_batch_size, **loading)
-    model, run.optimizer, dataloader = accelerator.prepare(run.transformer, run.optimizer, dataloader)
-
-    of_class = f" and {class_images} of the class" if class_images else ""
-    announce(run, model, dataset, f"{len(prompts)} pictures{of_class}")
-    train_and_save(run, model, dataloader, samples_per_epoch(args, prompts))
-    accelerator.wait_for_everyone()
+    note_signals(run.signals)
+    train(run, prepared, dataloader)
     if accelerator.is_main_process:
-        publish(run, started)
+        publish(run, repository, started)
+    accelerator.wait_for_everyone()  # a process that left would end the others' group
 
 
-@explain_errors
-def main(args: argparse.Namespace) -> None:
+def publish(run: Run, repository: str, started: float) -> None:
+    """Write the LoRA, its samples and its card, say so, and upload them if that is wanted."""
+    args, path = run.args, run.args.output_dir / LORA_NAME
+    with appearing(path) as partial:
+        write_lora(partial, run)
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
+    previews = make_previews(run, args.num_validation_images) if args.validation_prompt else []
+    if run.signals:
+        raise SystemExit(f"Interrupted. The LoRA is written: {path}")
+    if previews:
+        with Image.open(args.output_dir / "samples" / "progress.png") as progress:
+            log_images(run, "progress", [progress])
+    write_model_card(run, repository or args.output_dir.resolve().name, previews)
+    print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - started:.0f} s")
+    if repository:
+        push_to_hub(args, repository, previews)
+
+
+def main(args: Namespace) -> None:
     started = time.monotonic()
+    quiet_libraries()
     accelerator = make_accelerator(args)
-    hash_of_image, embeddings, checkpoint, settings = preflight(args, accelerator)
-    if not args.dry_run:
-        train(args, accelerator, hash_of_image, embeddings, checkpoint, settings, started)
-    elif accelerator.is_main_process:
-        print_plan(args, accelerator, hash_of_image, embeddings, settings)
+    stdout: Any = Tolerant(sys.stdout)
+    stderr: Any = Tolerant(sys.stderr)
+    with explained_errors(), redirect_stdout(stdout), redirect_stderr(stderr):
+        plan = make_plan(args, accelerator)
+        if args.dry_run and accelerator.is_main_process:
+            print_plan(plan)
+        if not args.dry_run:
+            with owned_folder(args, accelerator):
+                train_and_publish(plan, started)
     accelerator.end_training()
-    if accelerator.num_processes > 1:  # gloo's threads may crash a Python that ends in the usual way
-        sys.stdout.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":
