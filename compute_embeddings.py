@@ -130,6 +130,12 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line: the Hub's own words, where there are some."""
+    said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+    return said.splitlines()[0]
+
+
 def load_part(load: Callable[..., T], args: Namespace, subfolder: str, **kwargs: object) -> T:
     """What `load`, a from_pretrained or load_config, gives for one part of the pipeline; exits if it cannot be had."""
     name, token = args.pretrained_model_name_or_path, vars(args).get("hub_token")
@@ -138,11 +144,11 @@ def load_part(load: Callable[..., T], args: Namespace, subfolder: str, **kwargs:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the file system, safetensors, the Hub or the network: they share no class
-        reason = str(error).strip() or type(error).__name__
+        reason = first_line(error)
         if not Path(name).is_dir():  # loaders say of a gated repository that there is none; the Hub knows better
             reason = hub_refusal(name, token) or reason
         raise SystemExit(
-            f"Cannot load {subfolder} of {name}: {reason.splitlines()[0]}\n"
+            f"Cannot load {subfolder} of {name}: {reason}\n"
             "A folder needs diffusers' layout. For a gated repository, accept the license on "
             f"https://huggingface.co/{name} and run: hf auth login"
         ) from error
@@ -155,9 +161,9 @@ def hub_refusal(name: str, token: str | None) -> str:
     try:
         HfApi(token=token).auth_check(name)
     except HfHubHTTPError as refusal:
-        return str(refusal).strip()
+        return first_line(refusal)
     except Exception as error:
-        return f"the Hub cannot be reached ({error}). HF_HUB_OFFLINE=1 makes do with what was downloaded before."
+        return f"the Hub cannot be reached ({first_line(error)}). HF_HUB_OFFLINE=1 takes what is downloaded already."
     return ""
 
 
