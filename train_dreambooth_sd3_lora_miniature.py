@@ -126,17 +126,17 @@ class Tolerant:
     """A stream whose reader, a pipe or a terminal, may go away: that costs the output, not the LoRA."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             self.stream.write(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             self.stream.flush()
 
 
@@ -175,8 +175,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
     # fmt: off
     group = parser.add_argument_group("model")
-    flag("--pretrained_model_name_or_path", str,
-         "SD3 or SD3.5: Hub repository, or folder in diffusers' layout", required=True)
+    flag("--pretrained_model_name_or_path", str, "SD3 or SD3.5: Hub repository, or diffusers' folder", required=True)
     flag("--revision", str, "branch, tag or commit of the repository; unset: its main branch")
     flag("--variant", str, "variant of the weight files, such as fp16; unset: the plain files")
     flag("--cache_dir", str, "where downloads are kept; unset: the Hugging Face cache")
@@ -190,13 +189,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flag("--center_crop", False, "crop the middle of an image instead of a random part")
     flag("--random_flip", False, "mirror images at random")
     flag("--caption_dropout", 0.0, "probability of training a sample with the empty prompt")
-    flag("--alpha_mask", False,
-         "weight the loss by alpha channels or NAME.mask.png, so that backgrounds are not learned")
+    flag("--alpha_mask", False, "weight the loss by alpha channels or NAME.mask.png: backgrounds are not learned")
     flag("--max_sequence_length", int, "T5 tokens that the embeddings must have; unset: what they have")
     flag("--dataloader_num_workers", 0, "worker processes; 0: read in the main process")
     group = parser.add_argument_group("prior preservation")
-    flag("--with_prior_preservation", False,
-         "let every second sample be an image of the subject's class, so that the class stays as it is")
+    flag("--with_prior_preservation", False, "make every second sample an image of the class, which stays as it is")
     flag("--class_prompt", str, "prompt of the class, such as 'a photo of a dog'")
     flag("--class_data_dir", Path, "folder of class images; unset: one under --output_dir")
     flag("--num_class_images", 100, "class images; those that are missing are generated")
@@ -209,8 +206,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flag("--rank", 4, "rank of the update matrices")
     flag("--lora_alpha", float, "LoRA scale times rank: updates are scaled by alpha / rank; unset: the rank")
     flag("--lora_dropout", 0.0, "dropout probability of the LoRA's input; above 0 a step is slower")
-    flag("--lora_layers", "to_k,to_q,to_v,to_out.0",
-         "linear layers to train, by the ends of their names; patterns such as attn2.* or ff.* too")
+    flag("--lora_layers", "to_k,to_q,to_v,to_out.0", "linear layers to train, by the ends of their names, or patterns")
     flag("--lora_blocks", str, "transformer blocks to train, such as 12,13,14; unset: all")
     group = parser.add_argument_group("training")
     flag("--output_dir", Path("sd3-dreambooth-lora"), "folder for everything that is written")
@@ -227,15 +223,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flag("--lr_warmup_steps", 500, "optimizer steps of warm-up, where the schedule has one")
     flag("--lr_num_cycles", 1, "restarts of cosine_with_restarts")
     flag("--lr_power", 1.0, "power of polynomial")
-    flag("--weighting_scheme", "logit_normal",
-         "which noise levels count how much", choices=["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"])
+    flag("--weighting_scheme", "logit_normal", "which noise levels count how much",
+         choices=["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"])
     flag("--logit_mean", 0.0, "mean of logit_normal; below 0: more of the high noise levels")
     flag("--logit_std", 1.0, "standard deviation of logit_normal")
     flag("--mode_scale", 1.29, "scale of mode")
     flag("--precondition_outputs", 0, "1: the reference's loss on the clean latents, sigma² times the velocity loss",
          nargs="?", const=1, choices=[0, 1])
-    flag("--optimizer", "adamw",
-         "AdamW; with states in 8 bit, from bitsandbytes; or with 8-bit states that a full GPU moves to RAM",
+    flag("--optimizer", "adamw", "8-bit states are bitsandbytes'; paged ones move to RAM when the GPU is full",
          type=str.lower, choices=["adamw", "adamw_8bit", "paged_adamw_8bit"])
     flag("--use_8bit_adam", False, "the same as --optimizer adamw_8bit")
     flag("--adam_beta1", 0.9, "decay of the first moment")
@@ -247,8 +242,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flag("--mixed_precision", str, "precision; unset: what accelerate is set to", choices=["no", "fp16", "bf16"])
     flag("--quantize_base", str, "4 bit for the frozen weights; needs a GPU", choices=["nf4"])
     flag("--gradient_checkpointing", False,
-         "recompute the activations of all blocks: less memory, 1.4 times the FLOP; unset: of as few as the GPU's "
-         "memory demands")
+         "recompute the activations of all blocks: 1.4 times the FLOP; unset: of as few as the memory demands")
     flag("--allow_tf32", False, "TF32 matrix products on Ampere GPUs and later")
     flag("--prior_generation_precision", str, argparse.SUPPRESS, choices=["no", "fp32", "fp16", "bf16"])
     flag("--local_rank", -1, argparse.SUPPRESS)
@@ -264,8 +258,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flag("--checkpointing_steps", 100, "save a checkpoint every so many optimizer steps")
     flag("--checkpoints_total_limit", int, "how many checkpoints to keep; unset: all")
     flag("--resume_from_checkpoint", str, "continue from the newest or from this one", metavar="latest|PATH")
-    flag("--report_to", "tensorboard",
-         "where losses and previews are logged", choices=["none", *(str(tracker.value) for tracker in LoggerType)])
+    flag("--report_to", "tensorboard", "where losses and previews are logged",
+         choices=["none", *(str(tracker.value) for tracker in LoggerType)])
     flag("--logging_dir", "logs", "folder of TensorBoard's files, under --output_dir")
     group = parser.add_argument_group("Hub")
     flag("--push_to_hub", False, "upload the LoRA, its card and its samples at the end")
