@@ -133,7 +133,7 @@ def open_image(path: Path) -> Image.Image:
 def first_line(error: Exception) -> str:
     """What an error says, in one line: the Hub's own words, where there are some."""
     said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
-    return said.splitlines()[0]
+    return said.splitlines()[0].rstrip(".")
 
 
 def load_part(load: Callable[..., T], args: Namespace, subfolder: str, **kwargs: object) -> T:
@@ -163,7 +163,7 @@ def hub_refusal(name: str, token: str | None) -> str:
     except HfHubHTTPError as refusal:
         return first_line(refusal)
     except Exception as error:
-        return f"the Hub cannot be reached ({first_line(error)}). HF_HUB_OFFLINE=1 takes what is downloaded already."
+        return f"no network, or HF_HUB_OFFLINE=1, which takes what is downloaded already ({first_line(error)})"
     return ""
 
 
@@ -430,8 +430,9 @@ def main(args: Namespace) -> None:
     except torch.OutOfMemoryError as error:
         cure = "T5 in 8 bit takes 7.4 GiB; --t5_precision exact takes 1.7."
         raise SystemExit(f"Out of GPU memory, {peak_memory()}. {cure}") from error
-    except OSError as error:  # a full disk, a folder that may not be written
-        raise SystemExit(f"--output_path {args.output_path} cannot be written: {error}.") from error
+    except OSError as error:  # a full disk, a folder that may not be read or written
+        places = f"--local_data_dir {args.local_data_dir} or --output_path {args.output_path}"
+        raise SystemExit(f"{places} cannot be read or written: {error}.") from error
 
 
 if __name__ == "__main__":

@@ -435,7 +435,7 @@ def sync(path: Path) -> None:
 def first_line(error: Exception) -> str:
     """What an error says, in one line: the Hub's own words, where there are some."""
     said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
-    return said.splitlines()[0]
+    return said.splitlines()[0].rstrip(".")
 
 
 def load_part(load: Callable[..., T], args: Namespace, subfolder: str, **kwargs: object) -> T:
@@ -465,7 +465,7 @@ def hub_refusal(name: str, token: str | None) -> str:
     except HfHubHTTPError as refusal:
         return first_line(refusal)
     except Exception as error:
-        return f"the Hub cannot be reached ({first_line(error)}). HF_HUB_OFFLINE=1 takes what is downloaded already."
+        return f"no network, or HF_HUB_OFFLINE=1, which takes what is downloaded already ({first_line(error)})"
     return ""
 
 
@@ -1037,14 +1037,14 @@ You should use `{{prompt}}` to trigger the image generation.
 
 ## Use it
 
-With diffusers 0.33 or later and peft 0.17 or later:
+With diffusers 0.33 or later and peft 0.17 or later (0.18 with transformers 5):
 
 ```python
 import torch
 from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained("{{source}}", torch_dtype=torch.float16)
-pipeline.load_lora_weights("{{name}}")
+pipeline.load_lora_weights("{{name}}", weight_name="{LORA_NAME}")
 pipeline.enable_model_cpu_offload()
 image = pipeline({{quoted}}).images[0]
 ```
@@ -1551,8 +1551,9 @@ def owned_folder(args: Namespace, accelerator: Accelerator) -> Iterator[None]:
     try:
         if accelerator.is_main_process:
             lock.acquire(timeout=0)
-            for unfinished in folder.rglob(".unfinished-*"):  # of a run that was killed
-                shutil.rmtree(unfinished, ignore_errors=True)
+            for place in (folder, folder / "latents", folder / "samples"):
+                for unfinished in place.glob(".unfinished-*"):  # of a run that was killed
+                    shutil.rmtree(unfinished, ignore_errors=True)
     except Timeout:
         problems.append(f"Another training is writing to {folder}: wait for it, or use another --output_dir.")
     stop_at_problems(accelerator, problems)
