@@ -410,7 +410,7 @@ def compute(args: Namespace) -> None:
         "t5": "none" if args.no_t5 else args.t5_precision,
         "versions": {library: version(library) for library in libraries},
     }
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent) as scratch:
         embeds = encode_prompts(args, list(captions), Path(scratch))
         write_embeddings(Path(scratch, path.name), captions, embeds, about)
         os.replace(Path(scratch, path.name), path)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import functools
-import glob
 import hashlib
 import importlib.util
 import io
@@ -1118,10 +1117,10 @@ def compare_settings(saved: dict[str, object], now: dict[str, object]) -> Checks
 
 def weights_identity(args: Namespace, part: str) -> str:
     """A digest of the first MiB of a folder's weights, which tells when others take their place; '' without any."""
-    pattern = f"*.{glob.escape(args.variant)}*.safetensors" if args.variant else "*.safetensors"
-    for path in sorted(Path(args.pretrained_model_name_or_path, part).glob(pattern)):
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read(2**20)).hexdigest()
+    for path in sorted(Path(args.pretrained_model_name_or_path, part).glob("*.safetensors")):
+        if path.stem.partition(".")[2].startswith(args.variant or "") and ("." in path.stem) == bool(args.variant):
+            with open(path, "rb") as file:
+                return hashlib.sha256(file.read(2**20)).hexdigest()
     return ""
 
 
@@ -1551,7 +1550,7 @@ def owned_folder(args: Namespace, accelerator: Accelerator) -> Iterator[None]:
     try:
         if accelerator.is_main_process:
             lock.acquire(timeout=0)
-            for place in (folder, folder / "latents", folder / "samples"):
+            for place in (folder, folder / "latents", folder / "samples", *folder.glob("class_images-*")):
                 for unfinished in place.glob(".unfinished-*"):  # of a run that was killed
                     shutil.rmtree(unfinished, ignore_errors=True)
     except Timeout:
