@@ -1,22 +1,32 @@
-"""Tiny pipelines, pictures and embeddings that the tests share, and a way to run the real trainer in this process."""
+"""Tiny pipelines, images and embeddings that the tests share, and a way to run the real trainer in this process."""
+# ruff: noqa: E402 - torch reads the environment when it is imported
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # threads only slow tiny models
+# A GPU is for test_gpu.py alone: what the others assert to the bit holds on a CPU. xdist's workers see no arguments.
+os.environ |= {"SD3_TEST_GPU": "1"} if any("test_gpu" in argument for argument in sys.argv) else {}
+os.environ |= {} if "SD3_TEST_GPU" in os.environ else {"CUDA_VISIBLE_DEVICES": ""}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import compute_embeddings as embed
 import numpy as np
 import pytest
-import tiny_pipeline
-import train_dreambooth_sd3_lora_miniature as trainer
+import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import compute_embeddings as embed
+import tiny_pipeline
+import train_dreambooth_sd3_lora_miniature as trainer
 
 PROMPT, PREVIEW_PROMPT = "a photo of sks dog", "sks dog in a bucket"
 RANK = 64  # the smallest at which bitsandbytes keeps the tiny transformer's states in 8 bit
@@ -36,7 +46,7 @@ def tiny35(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five pictures: upright, wide, square, in different formats."""
+    """Five images: upright, wide, square, in different formats."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     shapes = [("a.jpg", 96, 128), ("b.JPEG", 128, 96), ("c.png", 80, 80), ("d.webp", 100, 75), ("e.bmp", 64, 64)]
@@ -44,6 +54,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / name)
     return folder
+
+
+@contextmanager
+def restored_signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in trainer.END_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def compute(model: Path, photos: Path, output: Path, *flags: str) -> Path:
@@ -55,9 +73,10 @@ def compute(model: Path, photos: Path, output: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="session")
 def embeddings(tiny: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline's embeddings of the pictures' prompt and a preview prompt."""
+    """The tiny pipeline's embeddings of the images' prompt and a preview prompt."""
     path = tmp_path_factory.mktemp("embeddings") / "embeddings.parquet"
-    return compute(tiny, photos, path, "--t5_precision", "exact", "--validation_prompt", PREVIEW_PROMPT)
+    with restored_signals():
+        return compute(tiny, photos, path, "--t5_precision", "exact", "--validation_prompt", PREVIEW_PROMPT)
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +90,29 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def earlier_signal_handlers() -> Iterator[None]:
+    """Both scripts leave their handlers in place, since their process ends with them."""
+    with restored_signals():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def loss_scaler_on_a_cpu() -> Iterator[None]:
+    """accelerate scales the loss of fp16 on GPUs alone; here it does on the CPU, as it would there."""
+    make_accelerator = trainer.make_accelerator
+
+    def with_scaler(*args: object) -> Accelerator:
+        accelerator = make_accelerator(*args)
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+        return accelerator
+
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo its monkeypatch
+        patch.setattr(trainer, "make_accelerator", with_scaler)
+        yield
 
 
 @pytest.fixture
@@ -90,6 +132,22 @@ def train(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> Callabl
         return tmp_path / output
 
     return run
+
+
+def lora(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the LoRA in a folder."""
+    return load_file(folder / trainer.LORA_NAME)
+
+
+def equal(one: object, other: object) -> bool:
+    """Whether two nested states are the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
 
 
 def logged(folder: Path, name: str = "loss") -> list[float]:

@@ -2,23 +2,34 @@
 
 import gc
 import json
+import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes as bnb
-import compute_embeddings as embed
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny_pipeline
 import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+import compute_embeddings as embed
+import tiny_pipeline
 import train_dreambooth_sd3_lora_miniature as trainer
 from benchmark import t5_error
-from conftest import PREVIEW_PROMPT, PROMPT, compute
-from diffusers import StableDiffusion3Pipeline
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
+from conftest import PREVIEW_PROMPT, PROMPT, ROOT, compute
+from hub_server import serve
 
 PROMPTS = ["a photo of sks dog", "sks dog in a bucket", "a dog", ""]
 
@@ -27,21 +38,20 @@ def read(path: Path, name: str) -> np.ndarray:
     return pq.read_table(path)[name].combine_chunks().to_numpy_ndarray()
 
 
-def pipeline_embeds(model: Path, prompts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+def pipeline_embeds(model: Path, prompts: list[str], length: int, **parts: None) -> tuple[np.ndarray, np.ndarray]:
     """What StableDiffusion3Pipeline.encode_prompt gives in fp32, cast to fp16."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(model, dtype=torch.float32, **parts)
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": length}
     with torch.no_grad():
-        embeds = pipeline.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
-        )
+        embeds = pipeline.encode_prompt(prompts, None, None, **options)
     return embeds[0].half().numpy(), embeds[2].half().numpy()
 
 
 def test_one_row_and_row_group_per_distinct_prompt(embeddings: Path, photos: Path) -> None:
-    """Three prompts, '' among them; the five pictures belong to the instance prompt."""
+    """Three prompts, '' among them; the five images belong to the instance prompt."""
     file = pq.ParquetFile(embeddings)
     rows = file.read(["prompt", "image_hashes"]).to_pydict()
-    hashes = [embed.hash_image(path) for path in sorted(photos.iterdir())]
+    hashes = [embed.sha256_of(path) for path in sorted(photos.iterdir())]
     assert dict(zip(*rows.values(), strict=True)) == {PROMPT: hashes, PREVIEW_PROMPT: [], "": []}
     assert file.num_row_groups == 3
 
@@ -54,6 +64,14 @@ def test_the_schema_is_the_contract(embeddings: Path, tiny: Path) -> None:
     about = json.loads(schema.metadata[b"sd3_embeddings"])
     assert (about["model"], about["max_sequence_length"], about["t5"]) == (str(tiny), 77, "exact")
     assert about["format_version"] == 1 and about["versions"]["torch"] == torch.__version__
+
+
+def test_the_trainer_reads_what_was_written(embeddings: Path) -> None:
+    """Every prompt's row, by its text."""
+    table = trainer.PromptEmbeddings(embeddings)
+    for row, prompt in enumerate([PROMPT, PREVIEW_PROMPT, ""]):
+        for name in ("prompt_embeds", "pooled_prompt_embeds"):
+            assert np.array_equal(table[prompt][name], read(embeddings, name)[row])
 
 
 @pytest.mark.parametrize("length", [77, 256])
@@ -70,6 +88,16 @@ def test_exact_equals_the_pipelines_encode_prompt(
     prompt_embeds, pooled_prompt_embeds = pipeline_embeds(model, order, length)
     assert np.array_equal(read(path, "prompt_embeds"), prompt_embeds)
     assert np.array_equal(read(path, "pooled_prompt_embeds"), pooled_prompt_embeds)
+
+
+def test_without_t5_its_part_is_zero(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """--no_t5 gives what a pipeline without T5 gives, bit for bit."""
+    path = compute(tiny, photos, tmp_path / "e.parquet", "--no_t5", "--validation_prompt", PREVIEW_PROMPT)
+    without = {"text_encoder_3": None, "tokenizer_3": None}
+    prompt_embeds, pooled = pipeline_embeds(tiny, [PROMPT, PREVIEW_PROMPT, ""], 77, **without)
+    assert not prompt_embeds[:, 77:].any()
+    assert np.array_equal(read(path, "prompt_embeds"), prompt_embeds)
+    assert np.array_equal(read(path, "pooled_prompt_embeds"), pooled)
 
 
 def test_int8_is_real_and_close_to_exact(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
@@ -99,11 +127,11 @@ def test_what_overflows_fp16_inside_t5_is_right(tiny: Path, photos: Path, tmp_pa
     assert t5_error(int8, exact) < 0.05
 
 
-def test_without_t5_its_part_is_zero(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
-    """--no_t5 leaves CLIP's part as it is."""
-    path = compute(tiny, photos, tmp_path / "e.parquet", "--no_t5", "--validation_prompt", PREVIEW_PROMPT)
-    assert not read(path, "prompt_embeds")[:, 77:].any()
-    assert np.array_equal(read(path, "prompt_embeds")[:, :77], read(embeddings, "prompt_embeds")[:, :77])
+@pytest.mark.parametrize("value", [float("nan"), 1e5])
+def test_what_fp16_cannot_hold_is_an_error(value: float) -> None:
+    """Not finite, or above fp16's range: an error that names the encoder."""
+    with pytest.raises(SystemExit, match="T5 gave values that fp16 cannot hold"):
+        embed.to_float16(torch.tensor([0.0, value]), "T5")
 
 
 def test_both_clips_are_gone_before_t5_is_loaded(
@@ -114,75 +142,12 @@ def test_both_clips_are_gone_before_t5_is_loaded(
 
     def count_and_load(*args: object) -> torch.nn.Module:
         gc.collect()
-        alive.append(sum(isinstance(thing, CLIPTextModelWithProjection) for thing in gc.get_objects()))
+        alive.append(sum(type(thing) is CLIPTextModelWithProjection for thing in gc.get_objects()))
         return load_t5(*args)
 
     monkeypatch.setattr(embed, "load_t5", count_and_load)
     compute(tiny, photos, tmp_path / "e.parquet")
     assert alive == [0]
-
-
-@pytest.mark.parametrize("value", [float("nan"), 1e5])
-def test_what_fp16_cannot_hold_is_an_error(value: float) -> None:
-    """Not finite, or above fp16's range: an error that names the encoder."""
-    with pytest.raises(SystemExit, match="T5 gave values that fp16 cannot hold"):
-        embed.to_float16(torch.tensor([0.0, value]), "T5")
-
-
-def test_a_failing_run_leaves_the_old_file(
-    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The new file takes the old one's place only when it is complete."""
-    path = compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")
-    before = path.read_bytes()
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", fail)
-    with pytest.raises(OSError, match="No space"):
-        compute(tiny, photos, path, "--no_t5", "--prompt", "another")
-    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["e.parquet"]
-
-
-def test_suffixes_in_any_case_sorted_hidden_ones_passed_over(tmp_path: Path) -> None:
-    """The reference took *.jpeg alone."""
-    names = ["b.JPG", "a.jpeg", "c.Png", "d.webp", "e.bmp", "f.TIFF", "g.tif", ".hidden.jpg", "notes.txt"]
-    for name in names:
-        (tmp_path / name).touch()
-    (tmp_path / "folder.jpg").mkdir()
-    images, passed_over = embed.find_images(tmp_path)
-    assert [path.name for path in images] == ["a.jpeg", "b.JPG", "c.Png", "d.webp", "e.bmp", "f.TIFF", "g.tif"]
-    assert [path.name for path in passed_over] == ["notes.txt"]
-
-
-@pytest.mark.parametrize("content", ["missing", "empty", "text"])
-def test_no_pictures_is_an_error(content: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The reference wrote an empty file for a folder without pictures; files that are passed over are named."""
-    folder = tmp_path / "photos"
-    if content != "missing":
-        folder.mkdir()
-    if content == "text":
-        (folder / "notes.txt").touch()
-    with pytest.raises(SystemExit, match="is not a folder" if content == "missing" else "has no pictures"):
-        compute(tiny, folder, tmp_path / "e.parquet")
-    assert ("notes.txt" in capsys.readouterr().out) == (content == "text")
-    assert not (tmp_path / "e.parquet").exists()
-
-
-def test_a_file_that_cannot_be_written_is_told_before_encoding(
-    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A folder in its place costs no encoding."""
-    monkeypatch.setattr(embed, "encode_prompts", lambda *_: pytest.fail("encoded"))
-    with pytest.raises(SystemExit, match="cannot be written: Is a directory"):
-        compute(tiny, photos, tmp_path)
-
-
-def test_a_missing_model_is_one_message(photos: Path, tmp_path: Path) -> None:
-    """What could not be loaded, and how to get at a gated repository."""
-    with pytest.raises(SystemExit, match="Cannot load transformer of .*nowhere(.|\n)*hf auth login"):
-        compute(tmp_path / "nowhere", photos, tmp_path / "e.parquet")
 
 
 def test_what_an_encoder_does_not_see_is_said(
@@ -191,79 +156,306 @@ def test_what_an_encoder_does_not_see_is_said(
     """A prompt longer than an encoder's tokens is cut; the cut end is printed."""
     compute(tiny, photos, tmp_path / "e.parquet", "--no_t5", "--prompt", "x" * 72 + "farend")
     output = capsys.readouterr().out
-    assert "CLIP-L reads 77 tokens" in output and "does not see 'end" in output
+    assert "CLIP reads 77 tokens" in output and "does not see 'end" in output
 
 
-def reference_file(path: Path, photos: Path, embeddings: Path) -> Path:
-    """The same embeddings as the reference's script writes them: a row per picture, flat lists of doubles."""
-    prompt_embeds, pooled = read(embeddings, "prompt_embeds")[0], read(embeddings, "pooled_prompt_embeds")[0]
-    lists = [prompt_embeds.flatten().astype(float).tolist(), pooled.astype(float).tolist()]
-    rows = [(embed.hash_image(image), *lists) for image in sorted(photos.iterdir())]
-    pd.DataFrame(rows, columns=["image_hash", "prompt_embeds", "pooled_prompt_embeds"]).to_parquet(path)
-    return path
+# Nothing is lost: the older file stays until the new one is whole
 
 
-def test_files_of_the_reference_are_read(photos: Path, embeddings: Path, tmp_path: Path) -> None:
-    """A row per picture, and no fixed 154 x 4096."""
-    path = reference_file(tmp_path / "old.parquet", photos, embeddings)
-    old = trainer.PromptEmbeddings(path, tiny_pipeline.T5_WIDTH)
-    new = trainer.PromptEmbeddings(embeddings, tiny_pipeline.T5_WIDTH)
-    assert old.prompt_of_image.keys() == new.prompt_of_image.keys()
-    for image_hash in old.prompt_of_image:
-        for mine, theirs in zip(old[old.prompt_of_image[image_hash]], new[PROMPT], strict=True):
-            assert torch.equal(mine, theirs.float())
+def at_the_first_row(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Do something when the first row is about to be written, after all the encoding."""
+    write_table = pq.ParquetWriter.write_table
+
+    def act_and_write(*args: object) -> None:
+        monkeypatch.setattr(pq.ParquetWriter, "write_table", write_table)
+        action()
+        write_table(*args)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", act_and_write)
 
 
-def test_the_trainer_reads_what_was_written(embeddings: Path) -> None:
-    """Every prompt's row, by its text."""
-    table = trainer.PromptEmbeddings(embeddings, tiny_pipeline.T5_WIDTH)
-    stored, pooled = read(embeddings, "prompt_embeds"), read(embeddings, "pooled_prompt_embeds")
-    for row, prompt in enumerate([PROMPT, PREVIEW_PROMPT, ""]):
-        prompt_embeds, pooled_prompt_embeds = table[prompt]
-        assert np.array_equal(prompt_embeds, stored[row]) and np.array_equal(pooled_prompt_embeds, pooled[row])
+def prompts_of(path: Path) -> list[str]:
+    return pq.read_table(path)["prompt"].to_pylist()
+
+
+def test_two_runs_to_one_output_leave_a_readable_file(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One ends while the other writes: each file is whole, the last to end stays, and no scratch is left."""
+    path = tmp_path / "e.parquet"
+
+    def other_run() -> None:
+        compute(tiny, photos, path, "--no_t5", "--prompt=theirs")
+        assert prompts_of(path) == ["theirs", ""]
+
+    at_the_first_row(monkeypatch, other_run)
+    compute(tiny, photos, path, "--no_t5", "--prompt=ours")
+    assert prompts_of(path) == ["ours", ""] and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_the_older_file_and_no_scratch(
+    number: int, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scratch, as large as the embeddings, lies beside the output, since /tmp is often small; then it is gone."""
+    path = compute(tiny, photos, tmp_path / "results" / "e.parquet", "--no_t5")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    before, scratch = path.read_bytes(), []
+
+    def send_signal() -> None:
+        scratch.extend(file.stat().st_size for file in path.parent.rglob("*") if file.is_file() and file != path)
+        os.kill(os.getpid(), number)
+
+    at_the_first_row(monkeypatch, send_signal)
+    with pytest.raises(SystemExit, match="Interrupted; nothing was written."):
+        compute(tiny, photos, path, "--no_t5", "--prompt=another")
+    assert max(scratch) == 2 * 2 * 154 * tiny_pipeline.T5_WIDTH  # bytes a number, prompts, tokens, width
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path] and not list((tmp_path / "tmp").iterdir())
+
+
+def test_nohup_is_respected(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost terminal ends no run that was told to ignore it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_the_first_row(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    assert prompts_of(compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")) == [PROMPT, ""]
+
+
+@pytest.mark.parametrize("room", [10_000, 79_000])
+def test_a_full_disk_is_one_message(room: int, tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """Whether scratch (78,848 bytes) or the Parquet file does not fit; the older file stays."""
+    path = compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+    try:
+        with pytest.raises(SystemExit, match=f"--output_path {path} cannot be read or written: .*File too large"):
+            compute(tiny, photos, path, "--t5_precision=exact", "--prompt=another")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_room_is_claimed_before_encoding(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of a mapped file that finds no room kills the process without a message."""
+
+    def no_room(descriptor: int, offset: int, size: int) -> None:
+        assert (offset, size) == (0, 2 * 2 * 154 * tiny_pipeline.T5_WIDTH)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", lambda *_, **__: pytest.fail("encoded"))
+    with pytest.raises(SystemExit, match="No space left on device"):
+        compute(tiny, photos, tmp_path / "e.parquet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_output_costs_no_encoding(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in its place, or a file that is not ours, is told before."""
+    monkeypatch.setattr(embed, "encode_prompts", lambda *_: pytest.fail("encoded"))
+    (tmp_path / "notes.txt").write_text("mine")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(SystemExit, match=f"--output_path {path}"):
+            compute(tiny, photos, path)
+
+
+# Without a network
+
+RUN_SCRIPTS = """
+import json, runpy, sys, time
+time.sleep = lambda _: None  # huggingface_hub's, before it tries again
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        print(json.dumps(end.code))
+"""
+
+
+def messages_of(commands: list[list[str]], endpoint: str, home: Path) -> list[str]:
+    """How the scripts end with a Hub at this address, in a process that reads the address when it starts."""
+    code = [sys.executable, "-c", RUN_SCRIPTS, json.dumps(commands)]
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
+    result = subprocess.run(code, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith('"')]
+
+
+def training(model: Path | str, photos: Path, embeddings: Path, output: Path, *flags: str) -> list[str]:
+    values = {"pretrained_model_name_or_path": model, "instance_data_dir": photos, "data_df_path": embeddings}
+    values |= {"instance_prompt": PROMPT, "output_dir": output, "resolution": 64, "max_train_steps": 1}
+    return [trainer.__file__, *(f"--{name}={value}" for name, value in values.items()), *flags]
+
+
+def test_no_network_is_one_message(photos: Path, embeddings: Path, tmp_path: Path) -> None:
+    """Both scripts name the way to go on with what was downloaded before."""
+    computing = [embed.__file__, f"--local_data_dir={photos}", f"--output_path={tmp_path / 'e.parquet'}"]
+    commands = [computing, training("owner/sd3", photos, embeddings, tmp_path / "out")]
+    messages = messages_of(commands, "http://127.0.0.1:9", tmp_path / "home")  # a port that nobody listens to
+    assert len(messages) == 2
+    for message in messages:
+        assert "no network, or HF_HUB_OFFLINE=1" in message
+    assert not (tmp_path / "e.parquet").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_cut_connection_before_a_push_is_one_message(
+    tiny: Path, photos: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    """While asking for the user, and while making the repository; nothing was encoded."""
+    command = training(tiny, photos, embeddings, tmp_path / "out", "--push_to_hub", "--hub_token=hf_write")
+    with serve() as hub:
+        hub.faults = {"whoami": [0], "create": [0] * 99}
+        messages = messages_of([command] * 2, hub.url, tmp_path / "home")
+        assert hub.faults["whoami"] == [] and 0 < len(hub.faults["create"]) < 99
+    assert len(messages) == 2 and all("--push_to_hub: " in message for message in messages)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# Images and captions
+
+
+def test_suffixes_in_any_case_sorted_hidden_ones_skipped(tmp_path: Path) -> None:
+    """The reference took *.jpeg alone; masks are no images."""
+    names = [
+        "b.JPG",
+        "a.jpeg",
+        "c.Png",
+        "d.webp",
+        "e.bmp",
+        "f.TIFF",
+        "g.tif",
+        ".hidden.jpg",
+        "notes.txt",
+        "a.mask.png",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    names = [path.name for path in embed.find_images(tmp_path)]
+    assert names == ["a.jpeg", "b.JPG", "c.Png", "d.webp", "e.bmp", "f.TIFF", "g.tif"]
 
 
 @pytest.fixture
-def captioned(photos: Path, tmp_path: Path) -> Path:
-    """Pictures with captions of their own, in a sidecar and in a metadata file."""
-    shutil.copytree(photos, tmp_path / "photos")
-    (tmp_path / "photos" / "a.txt").write_text("sks dog\n asleep\n", "utf-8-sig")
-    (tmp_path / "photos" / "metadata.csv").write_text("file_name,text\nb.JPEG,a dog in the snow\na.jpg,overruled\n")
-    return tmp_path / "photos"
+def folder(photos: Path, tmp_path: Path) -> Path:
+    """The five images, to be given captions."""
+    return Path(shutil.copytree(photos, tmp_path / "photos"))
 
 
-def captions_of(folder: Path) -> dict[str, list[str]]:
-    return embed.caption_images(embed.parse_args(["--local_data_dir", str(folder), "--prompt", PROMPT]))
+def captions_of(folder: Path) -> dict[str, str]:
+    """The caption of each image by its name, as compute_embeddings.py finds it."""
+    captions = embed.caption_images(embed.parse_args(["--local_data_dir", str(folder), "--prompt", PROMPT]))
+    of_hash = {sha256: caption for caption, hashes in captions.items() for sha256 in hashes}
+    return {path.name: of_hash[embed.sha256_of(path)] for path in embed.find_images(folder)}
 
 
-def test_pictures_have_their_own_captions(captioned: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """NAME.txt wins over a metadata file, which wins over --prompt; neither is passed over as no picture."""
-    captions = captions_of(captioned)
-    hashes = {name: [embed.hash_image(captioned / name)] for name in ("a.jpg", "b.JPEG")}
-    assert captions["sks dog asleep"] == hashes["a.jpg"] and captions["a dog in the snow"] == hashes["b.JPEG"]
-    assert len(captions[PROMPT]) == 3 and captions[""] == []
-    assert capsys.readouterr().out == f"5 pictures in {captioned}, 2 with their own captions; 4 distinct prompts\n"
+def test_images_have_their_own_captions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NAME.txt wins over a metadata file, which wins over --prompt; white space is one blank; neither is skipped."""
+    (folder / "a.txt").write_text("sks dog\n asleep\n", "utf-8-sig")
+    (folder / "metadata.csv").write_text("file_name,text\nb.JPEG,a dog in the snow\na.jpg,overruled\n")
+    rest = dict.fromkeys(["c.png", "d.webp", "e.bmp"], PROMPT)
+    assert captions_of(folder) == {"a.jpg": "sks dog asleep", "b.JPEG": "a dog in the snow"} | rest
+    assert capsys.readouterr().out == f"5 images in {folder}, 2 with their own captions; 4 distinct prompts\n"
 
 
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.parquet"])
-def test_metadata_in_other_formats(photos: Path, tmp_path: Path, name: str) -> None:
-    """As datasets' ImageFolder takes it."""
-    shutil.copytree(photos, tmp_path / "photos")
-    table = pd.DataFrame({"file_name": ["a.jpg", "c.png"], "text": ["one", "2"], "other": [1, 2]})
-    path = tmp_path / "photos" / name
-    table.to_parquet(path) if "parquet" in name else table.to_json(path, orient="records", lines=True)
-    assert {"one", "2", PROMPT, ""} == set(captions_of(tmp_path / "photos"))
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "a.Caption"])
+def test_sidecars(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NAME.caption, as kohya writes them, is read like NAME.txt; suffixes in any case."""
+    (folder / name).write_text("sks dog")
+    assert captions_of(folder)["a.jpg"] == "sks dog"
+    assert "skipped" not in capsys.readouterr().out
 
 
-def test_all_that_is_wrong_with_captions_in_one_message(captioned: Path) -> None:
-    """Empty, not UTF-8, of no picture, of two equal pictures, in a broken file: each is named."""
-    (captioned / "c.txt").write_text(" \n")
-    (captioned / "d.txt").write_bytes("ä".encode("latin-1"))
-    shutil.copy(captioned / "a.jpg", captioned / "f.jpg")
-    (captioned / "metadata.csv").write_text("file_name,text\nzebra.jpg,a zebra\n")
-    (captioned / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n')
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_metadata(name: str, folder: Path) -> None:
+    """As datasets' ImageFolder takes it; ./ is normalized; a byte order mark, as Windows writes it, is no text."""
+    table, path = (
+        pd.DataFrame({"file_name": ["a.jpg", "./c.png"], "text": ["one", "2"], "other": [1, 2]}),
+        folder / name,
+    )
+    if name == "metadata.parquet":
+        table.to_parquet(path)
+    else:
+        text = table.to_csv(index=False) if name == "metadata.csv" else table.to_json(orient="records", lines=True)
+        path.write_text(text, "utf-8-sig")
+    rest = dict.fromkeys(["b.JPEG", "d.webp", "e.bmp"], PROMPT)
+    assert captions_of(folder) == {"a.jpg": "one", "c.png": "2"} | rest
+
+
+def test_words_that_pandas_takes_for_nothing_are_text(folder: Path) -> None:
+    """None, NA, null and numbers as captions."""
+    (folder / "metadata.csv").write_text("file_name,text\na.jpg,None\nb.JPEG,NA\nc.png,null\nd.webp,007\ne.bmp,nan\n")
+    expected = ["None", "NA", "null", "007", "nan"]
+    assert list(captions_of(folder).values()) == expected
+    (folder / "metadata.csv").unlink()
+    rows = [
+        {"file_name": "a.jpg", "text": 7},
+        {"file_name": "b.JPEG", "text": 0.5},
+        {"file_name": "c.png", "text": "NA"},
+    ]
+    (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    assert list(captions_of(folder).values()) == ["7", "0.5", "NA", PROMPT, PROMPT]
+
+
+@pytest.mark.parametrize("name", ["a.jpg.txt", "a.jpg.caption", "a.json", "b.txt.bak", "z.txt", "notes.pdf", "d.heic"])
+def test_what_is_not_used_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that looks like a caption or an image, with what is read instead."""
+    (folder / name).write_text("sks dog")
+    assert set(captions_of(folder).values()) == {PROMPT}
+    [note] = [line for line in capsys.readouterr().out.splitlines() if name in line]
+    assert note.startswith("note: skipped")
+    assert "pillow-heif" in note if name == "d.heic" else "NAME.txt" in note and "NAME.caption" in note
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_metadata_one_folder_up_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """datasets reads it there, we do not."""
+    (folder.parent / name).write_text("file_name,text\nphotos/a.jpg,sks dog\n")
+    assert set(captions_of(folder).values()) == {PROMPT}
+    assert f"note: skipped {folder.parent / name}" in capsys.readouterr().out
+
+
+def test_all_that_is_wrong_with_a_folder_in_one_message(folder: Path) -> None:
+    """Captions that are empty, not UTF-8, of no image, of two equal images, in a broken file; a truncated image."""
+    (folder / "a.txt").write_text("sks dog")
+    shutil.copy(folder / "a.jpg", folder / "f.jpg")
+    (folder / "b.JPEG").write_bytes((folder / "b.JPEG").read_bytes()[:-200])
+    (folder / "c.txt").write_text(" \n")
+    (folder / "d.txt").write_bytes("ä".encode("latin-1"))
+    (folder / "metadata.csv").write_text("file_name,text\nzebra.jpg,a zebra\n")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n')
     with pytest.raises(SystemExit) as stop:
-        captions_of(captioned)
-    expected = ["zebra.jpg, but no such", "c.png are empty", "d.txt cannot be read", "f.jpg are the same picture"]
-    expected += ["metadata.jsonl cannot be read: it has no column 'text'"]
-    assert all(part in str(stop.value) for part in expected)
+        captions_of(folder)
+    expected = ["zebra.jpg", "b.JPEG is not a readable image", "c.txt", "d.txt cannot be read", "f.jpg are the same"]
+    expected += ["metadata.jsonl cannot be read"]
+    lines = str(stop.value).splitlines()
+    assert len(lines) == len(expected) and all(any(part in line for line in lines) for part in expected), lines
+
+
+def test_a_truncated_photo_is_found_before_any_encoding(
+    tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its header is good. Found later, mending it would change its hash and cost the embeddings again."""
+    Image.effect_noise((300, 300), 90).save(folder / "noise.jpg")
+    (folder / "noise.jpg").write_bytes((folder / "noise.jpg").read_bytes()[:-200])
+    monkeypatch.setattr(embed, "load_part", lambda *_, **__: pytest.fail("a part of the model was loaded"))
+    with pytest.raises(SystemExit, match="noise.jpg is not a readable image .*truncated"):
+        compute(tiny, folder, tmp_path / "e.parquet")
+
+
+def test_many_captions_take_no_time(tmp_path: Path) -> None:
+    """4,000 images with a sidecar and a row each; comparing each with each would take half a minute."""
+    rows = ["file_name,text"]
+    for number in range(4000):
+        (tmp_path / f"{number}.jpg").touch()
+        (tmp_path / f"{number}.txt").write_text("dog")
+        rows.append(f"{number}.jpg,cat")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    started, problems = time.process_time(), []
+    captions = embed.read_captions(tmp_path, embed.find_images(tmp_path), problems)
+    assert time.process_time() - started < 10
+    assert len(captions) == 4000 and set(captions.values()) == {"dog"} and not problems
