@@ -205,7 +205,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flag("--rank", 4, "rank of the update matrices")
     flag("--lora_alpha", float, "LoRA scale times rank: updates are scaled by alpha / rank; unset: the rank")
     flag("--lora_dropout", 0.0, "dropout probability of the LoRA's input; above 0 a step is slower")
-    flag("--lora_layers", "to_k,to_q,to_v,to_out.0", "linear layers to train, by the ends of their names, or patterns")
+    flag("--lora_layers", "to_k,to_q,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj,to_add_out",
+         "linear layers to train, by the ends of their names, or patterns; the reference has the first four")
     flag("--lora_blocks", str, "transformer blocks to train, such as 12,13,14; unset: all")
     group = parser.add_argument_group("training")
     flag("--output_dir", Path("sd3-dreambooth-lora"), "folder for everything that is written")
@@ -999,15 +1000,15 @@ def write_model_card(run: Run, name: str, previews: list[tuple[str, Path]]) -> N
         license_name="stabilityai-ai-community" if known else "license-of-the-base-model",
         link="" if local else link,
         family="sd3.5" if "v3.5" in model_spec(run)["modelspec.architecture"] else "sd3",
-        widget=json.dumps(widget),
+        widget=json.dumps(widget, ensure_ascii=False),
         name=name,
         base=Path(base).name if local else base,
         source="FOLDER OR REPOSITORY OF THE BASE MODEL" if local else base,
         prompt=args.instance_prompt,
-        quoted=json.dumps(args.instance_prompt),
+        quoted=json.dumps(args.instance_prompt, ensure_ascii=False),
         progress="![from before the training to its end](samples/progress.png)\n\n" * bool(previews),
         steps=run.global_step,
-        settings=json.dumps(settings, indent=2),
+        settings=json.dumps(settings, indent=2, ensure_ascii=False),
     )
     with appearing(path) as partial:
         partial.write_text(text, "utf-8")

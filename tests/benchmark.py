@@ -3,17 +3,20 @@
     python tests/benchmark.py --pipeline_dir /tmp/sd3 --output_dir /tmp/benchmark
     python tests/benchmark.py --pipeline_dir /tmp/sd3 --output_dir /tmp/benchmark --vram_limit_gb 15 \
         --training_flags "--quantize_base nf4 --use_8bit_adam"
-    python tests/benchmark.py --pipeline_dir tiny --output_dir /tmp/growth --resolution 64 --pictures 5 50 500 5000
+    python tests/benchmark.py --pipeline_dir tiny --output_dir /tmp/growth --resolution 64 --images 5 50 500 5000
 
 Writes a pipeline of the model's shapes into --pipeline_dir unless there is one (16 GB for SD3-medium), runs both
-scripts as processes of their own, and prints a Markdown table; benchmark.json has the same, with versions and commit.
+scripts as processes of their own, those of another checkout with --scripts_dir, and prints a Markdown table;
+benchmark.json has the same, with versions and commit.
 RAM is that of the largest process, sampled 20 times a second from /proc; VRAM is PyTorch's own account.
 """
 
 import argparse
 import atexit
 import json
+import os
 import platform
+import re
 import runpy
 import shlex
 import subprocess
@@ -35,7 +38,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", 
 
 def run_script(vram_limit_gb: str, *command: str) -> None:
     """What the measured processes do: the script, with a part of the GPU, and at the end PyTorch's peaks."""
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(command[0]).parent))
     if torch.cuda.is_available():
         if float(vram_limit_gb):
             whole = torch.cuda.get_device_properties(0).total_memory
@@ -52,11 +55,11 @@ def run_script(vram_limit_gb: str, *command: str) -> None:
 
 def write_pipeline(folder: Path, model: str) -> None:
     """A Stable Diffusion 3 of real shapes with random fp16 weights, without ever holding more than one part of it."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import tiny_pipeline
     from diffusers import AutoencoderKL, SD3Transformer2DModel
-    from predicted_memory import MODELS, VAE
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    import tiny_pipeline
+    from step_cost import MODELS, VAE
 
     pipeline = tiny_pipeline.build()
     index = folder / "model_index.json"
@@ -110,7 +113,7 @@ def measure(command: list[str], log: Path) -> dict[str, float]:
     """Run a command; its seconds, and the peaks of the largest process below it in GiB."""
     started, peaks = time.time(), {"RssAnon": 0, "VmRSS": 0}
     with open(log, "w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
             for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
                 try:
@@ -128,40 +131,41 @@ def measure(command: list[str], log: Path) -> dict[str, float]:
     return numbers | ram | {"started": started, "seconds": time.time() - started}
 
 
-def embeddings_row(args: argparse.Namespace, precision: str, pictures: Path) -> dict[str, object]:
+def embeddings_row(args: argparse.Namespace, precision: str, images: Path) -> dict[str, object]:
     """compute_embeddings.py, two prompts."""
     path = args.output_dir / f"{precision}.parquet"
-    flags = {"pretrained_model_name_or_path": args.pipeline_dir, "local_data_dir": pictures, "prompt": PROMPT}
+    flags = {"pretrained_model_name_or_path": args.pipeline_dir, "local_data_dir": images, "prompt": PROMPT}
     flags |= {"output_path": path, "t5_precision": precision}
-    script = [ROOT / "compute_embeddings.py", *(f"--{name}={value}" for name, value in flags.items())]
+    script = [args.scripts_dir / "compute_embeddings.py", *(f"--{name}={value}" for name, value in flags.items())]
     command = [sys.executable, __file__, "--run", args.vram_limit_gb, *script]
     row = measure([str(part) for part in command], args.output_dir / f"{precision}.log")
     return {"what": f"embeddings, {precision}"} | row | {"Parquet MB": path.stat().st_size / 1e6}
 
 
-def training_row(args: argparse.Namespace, pictures: Path, name: str) -> dict[str, object]:
+def training_row(args: argparse.Namespace, images: Path, name: str) -> dict[str, object]:
     """The trainer through accelerate launch; seconds come from the wall times of TensorBoard's events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = args.output_dir / f"run-{name}"
     flags = {
-        "pretrained_model_name_or_path": args.pipeline_dir, "instance_data_dir": pictures, "instance_prompt": PROMPT,
+        "pretrained_model_name_or_path": args.pipeline_dir, "instance_data_dir": images, "instance_prompt": PROMPT,
         "data_df_path": args.output_dir / f"{args.t5_precision[0]}.parquet", "output_dir": folder, "seed": 0,
         "resolution": args.resolution, "train_batch_size": 1, "max_train_steps": args.max_train_steps,
         "lr_warmup_steps": 0, "mixed_precision": args.mixed_precision, "logging_dir": f"logs-{time.time():.0f}",
     }  # fmt: skip
     script = [f"--{flag}={value}" for flag, value in flags.items()]
-    script += ["--gradient_checkpointing", "--center_crop", *shlex.split(args.training_flags)]
+    script += ["--center_crop", *shlex.split(args.training_flags)]
     launch = ["-m", "accelerate.commands.launch", "--quiet", f"--num_cpu_threads_per_process={args.threads}"]
     command = [sys.executable, *launch, __file__, "--run", args.vram_limit_gb]
-    command += [ROOT / "train_dreambooth_sd3_lora_miniature.py", *script]
+    command += [args.scripts_dir / "train_dreambooth_sd3_lora_miniature.py", *script]
     row = measure([str(part) for part in command], args.output_dir / f"run-{name}.log")
     logs = folder / flags["logging_dir"]
     logs = [EventAccumulator(str(file)).Reload() for file in logs.rglob("events.out*")]
     [losses] = [log.Scalars("loss") for log in logs if "loss" in log.Tags()["scalars"]]
     times = [event.wall_time for event in losses]
     row |= {"to first step": times[0] - row["started"], "s/step": (times[-1] - times[0]) / max(1, len(times) - 1)}
-    return {"what": f"training, {name}"} | row
+    recomputed = re.findall(r"(\d+ of \d+) blocks", (args.output_dir / f"run-{name}.log").read_text())
+    return {"what": f"training, {name}"} | row | {"recomputed": "".join(recomputed[:1])}
 
 
 def t5_error(some: Path, exact: Path) -> float:
@@ -173,8 +177,8 @@ def t5_error(some: Path, exact: Path) -> float:
     return float(np.linalg.norm(some - exact) / np.linalg.norm(exact))
 
 
-def draw_pictures(folder: Path, count: int) -> Path:
-    """Pictures of 64 x 64 pixels, each another."""
+def draw_images(folder: Path, count: int) -> Path:
+    """Images of 64 x 64 pixels, each another."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -184,7 +188,7 @@ def draw_pictures(folder: Path, count: int) -> Path:
 
 def print_table(rows: list[dict[str, object]]) -> None:
     names = ["what", "VRAM allocated", "VRAM reserved", "anonymous RAM", "RAM", "seconds", "to first step", "s/step",
-             "Parquet MB", "T5 error"]  # fmt: skip
+             "recomputed", "Parquet MB", "T5 error"]  # fmt: skip
     names = [name for name in names if any(name in row for row in rows)]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for row in rows:
@@ -199,34 +203,37 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="sd3-medium", choices=["sd3-medium", "sd3.5-medium", "sd3.5-large"])
     parser.add_argument("--pipeline_dir", type=Path, required=True, help="pipeline; written if it is not there")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for results and logs")
+    parser.add_argument("--scripts_dir", type=Path, default=ROOT, help="folder of the two scripts to measure")
     parser.add_argument("--t5_precision", nargs="+", default=["int8", "exact"], choices=["int8", "exact"])
     parser.add_argument("--resolution", type=int, default=1024 if on_gpu else 256)
     parser.add_argument("--max_train_steps", type=int, default=20 if on_gpu else 3)
     parser.add_argument("--mixed_precision", default="fp16" if on_gpu else "bf16")
     parser.add_argument("--training_flags", default="--use_8bit_adam", help="more flags of the trainer")
     parser.add_argument("--vram_limit_gb", type=float, default=0, help="imitate a small GPU; 0: the whole one")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False), help="CPU threads")
-    parser.add_argument("--pictures", type=int, nargs="+", default=[5], help="numbers of pictures; each trains twice")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads, each pinned")
+    parser.add_argument("--images", type=int, nargs="+", default=[5], help="numbers of images; each trains twice")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # alone on a CPU, the trainer takes all
     if not (args.pipeline_dir / "model_index.json").exists():
         write_pipeline(args.pipeline_dir, args.model)
-    everything = draw_pictures(args.output_dir / "pictures", max(args.pictures))
+    everything = draw_images(args.output_dir / "images", max(args.images))
     rows = [embeddings_row(args, precision, everything) for precision in args.t5_precision]
     if {"int8", "exact"} <= {*args.t5_precision}:
         int8, exact = args.output_dir / "int8.parquet", args.output_dir / "exact.parquet"
         rows[args.t5_precision.index("int8")]["T5 error"] = t5_error(int8, exact)
-    for count in args.pictures:
-        pictures = everything if count == max(args.pictures) else draw_pictures(args.output_dir / f"{count}", count)
-        rows += [training_row(args, pictures, f"{count} pictures{again}") for again in ("", " again")]
+    for count in args.images:
+        images = everything if count == max(args.images) else draw_images(args.output_dir / f"{count}", count)
+        rows += [training_row(args, images, f"{count} images{again}") for again in ("", " again")]
     print_table(rows)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    commit = ["git", "-C", args.scripts_dir, "rev-parse", "--short", "HEAD"]
     about = {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "commit": commit.strip(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, 
+        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
         "cpu": platform.processor() or platform.machine(), "threads": args.threads,
         "versions": {name: version(name) for name in PACKAGES},
         "settings": {name: str(value) for name, value in vars(args).items() if not name.endswith("_dir")},

@@ -1,6 +1,7 @@
 """Tiny pipelines, images and embeddings that the tests share, and a way to run the real trainer in this process."""
 # ruff: noqa: E402 - torch reads the environment when it is imported
 
+import gc
 import os
 import signal
 import sys
@@ -76,7 +77,10 @@ def embeddings(tiny: Path, photos: Path, tmp_path_factory: pytest.TempPathFactor
     """The tiny pipeline's embeddings of the images' prompt and a preview prompt."""
     path = tmp_path_factory.mktemp("embeddings") / "embeddings.parquet"
     with restored_signals():
-        return compute(tiny, photos, path, "--t5_precision", "exact", "--validation_prompt", PREVIEW_PROMPT)
+        compute(tiny, photos, path, "--t5_precision", "exact", "--validation_prompt", PREVIEW_PROMPT)
+    gc.collect()
+    gc.freeze()  # the libraries are loaded by now; looking through them cost 0.4 s whenever the trainer frees memory
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +94,7 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    torch.set_num_threads(1)  # the trainer takes all cores where a launcher started it
 
 
 @pytest.fixture(autouse=True)

@@ -1,55 +1,91 @@
-"""Kill the trainer with SIGKILL at random moments, resume it each time, and compare the end with an undisturbed run.
+"""Kill the trainer with SIGKILL, resume it each time, and compare what it leaves with that of an undisturbed run.
 
-    python tests/kill_test.py --kills 50
+    python tests/kill_test.py --kills 50 --rounds 5
 
-Each attempt is a process forked from this one, which has the libraries loaded, so that it starts at once.
+At random moments, and while each kind of file is being written. Each attempt is a process forked from this one, which
+has the libraries loaded, so that it starts at once.
 """
+# ruff: noqa: E402 - the libraries read the environment when they are imported
 
 import argparse
+import gc
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # with threads no process forks
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import compute_embeddings as embed
 import numpy as np
-import tiny_pipeline
-import train_dreambooth_sd3_lora_miniature as trainer
 from PIL import Image
 from safetensors import safe_open
 
+import compute_embeddings as embed
+import tiny_pipeline
+import train_dreambooth_sd3_lora_miniature as trainer
+
+CLASS_PROMPT, PREVIEW_PROMPT = "a photo of a dog", "sks dog in a bucket"
+AIMS = {  # what is to be seen in the output folder when the kill comes
+    "latents": "latents/.unfinished-*/*.safetensors",
+    "class image": "class_images-*/.unfinished-*/*.png",
+    "preview": "samples/.unfinished-*/step-*.png",
+    "sheet of previews": "samples/.unfinished-*/progress.png",
+    "checkpoint": f".unfinished-*/checkpoint-*/{trainer.STATE_NAME}",
+    "LoRA": f".unfinished-*/{trainer.LORA_NAME}",
+    "card": ".unfinished-*/README.md",
+}
+SLOW_SYNC = 0.02  # seconds that a disk takes, so that what is being written is seen
+
 
 def make_inputs(folder: Path) -> list[str]:
-    """A tiny pipeline, three pictures and their embeddings; the trainer's flags for them."""
+    """A tiny pipeline, three images and their embeddings; the trainer's flags for them."""
     model, photos = tiny_pipeline.save(folder / "model"), folder / "photos"
     photos.mkdir()
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(photos / f"{i}.png")
-    shared = [f"--pretrained_model_name_or_path={model}"]
+    shared = [f"--pretrained_model_name_or_path={model}", f"--class_prompt={CLASS_PROMPT}"]
+    shared += [f"--validation_prompt={PREVIEW_PROMPT}"]
     table = folder / "embeddings.parquet"
     embed.main(embed.parse_args([*shared, f"--local_data_dir={photos}", f"--output_path={table}", "--no_t5"]))
     flags = ["--instance_prompt=a photo of sks dog", f"--instance_data_dir={photos}", f"--data_df_path={table}"]
-    flags += ["--resolution=64", "--train_batch_size=1", "--max_train_steps=12", "--rank=64", "--use_8bit_adam"]
-    return [*shared, *flags, "--seed=0", "--report_to=none", "--checkpointing_steps=1", "--checkpoints_total_limit=2"]
+    flags += ["--resolution=64", "--train_batch_size=1", "--max_train_steps=8", "--rank=64", "--use_8bit_adam"]
+    flags += ["--seed=0", "--report_to=none", "--checkpointing_steps=2", "--checkpoints_total_limit=2"]
+    flags += ["--with_prior_preservation", "--num_class_images=2", "--sample_batch_size=1"]
+    flags += ["--validation_steps=4", "--num_validation_images=1", "--num_inference_steps=1"]
+    return [*shared, *flags, "--resume_from_checkpoint=latest"]
 
 
-def attempt(flags: list[str], output: Path, kill_after: float | None) -> bool:
-    """Train in a process of its own, killed after so many seconds; whether it came to the end."""
+def train(flags: list[str], output: Path, sync: Callable[[int], None]) -> None:
+    """Be a process that trains, on a disk that syncs so."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.fsync = sync
+    try:
+        trainer.main(trainer.parse_args([*flags, f"--output_dir={output}"]))
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def attempt(flags: list[str], output: Path, kill_after: float | None = None, aim: str = "") -> bool:
+    """Train, killed after so many seconds, or so many after a file like `aim` is seen; whether it came to the end."""
+    fsync = os.fsync
+
+    def slow_sync(descriptor: int) -> None:
+        time.sleep(SLOW_SYNC)
+        fsync(descriptor)
+
     child = os.fork()
     if child == 0:
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        trainer.main(trainer.parse_args([*flags, f"--output_dir={output}", "--resume_from_checkpoint=latest"]))
-        os._exit(0)
-    if kill_after is not None:
+        train(flags, output, slow_sync if aim else fsync)
+    if kill_after is not None and (not aim or seen(output, aim, child)):
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -58,35 +94,64 @@ def attempt(flags: list[str], output: Path, kill_after: float | None) -> bool:
     raise SystemExit(f"an attempt failed with exit code {os.waitstatus_to_exitcode(status)}")
 
 
+def seen(output: Path, aim: str, child: int) -> bool:
+    """Wait for a file; False if the process ends without it."""
+    while not any(output.glob(aim)):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+    return True
+
+
 def read_lora(folder: Path) -> tuple[dict, dict]:
-    """Tensors, and metadata but for the title, the folder's name; bytes differ, as safetensors shuffles metadata."""
+    """Tensors, and metadata but for the title, the folder's name, and the date; safetensors shuffles metadata."""
     with safe_open(folder / trainer.LORA_NAME, "np") as file:
-        metadata = {key: value for key, value in file.metadata().items() if key != "modelspec.title"}
+        varying = ("modelspec.title", "modelspec.date")
+        metadata = {key: value for key, value in file.metadata().items() if key not in varying}
         return metadata, {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 
-def survive(kills: int, seed: int = 0) -> tuple[int, int]:
-    """Kill until so many attempts were cut short; (attempts cut short, runs completed), all with the same LoRA."""
+def check(output: Path, whole: Path, complete: bool) -> None:
+    """Every file but checkpoints and unfinished ones is that of the undisturbed run, byte for byte."""
+    if complete:
+        assert (output / "README.md").exists() and not list(output.rglob(".unfinished-*"))
+    for path in output.rglob("*.*"):
+        name = path.relative_to(output)
+        if path.is_dir() or "checkpoint-" in str(name) or "/." in f"/{name}":
+            continue
+        if name.name == trainer.LORA_NAME:
+            assert read_lora(output) == read_lora(whole), "another LoRA"
+        elif name.name == "README.md":
+            assert path.read_text().replace(output.name, whole.name) == (whole / name).read_text(), "another card"
+        elif name.name == "progress.png":
+            Image.open(path).load()  # it lacks a preview that a kill has cost
+        else:
+            assert path.read_bytes() == (whole / name).read_bytes(), f"another {name}"
+
+
+def survive(kills: int, rounds: int, seed: int = 0) -> tuple[int, int]:
+    """Kill so often at random, and so often while each kind of file is written; (attempts cut short, runs ended)."""
     rng, cut, completed = random.Random(seed), 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        flags = make_inputs(Path(folder))
+        flags, whole = make_inputs(Path(folder)), Path(folder, "whole")
+        gc.freeze()  # what is loaded is not looked through in each attempt
         started = time.monotonic()
-        attempt(flags, Path(folder, "whole"), None)
+        attempt(flags, whole)
         length = time.monotonic() - started
-        expected = read_lora(Path(folder, "whole"))
-        while cut < kills:
-            output = Path(folder, f"run-{completed}")
-            while not attempt(flags, output, rng.uniform(0, length) if cut < kills else None):
-                cut += 1
-                there = (output / trainer.LORA_NAME).exists()
-                assert not there or read_lora(output) == expected, "a torn LoRA was taken for good"
-            assert read_lora(output) == expected, "the resumed run ended elsewhere"
-            completed += 1
-    return cut, completed
+        for aim in [""] * kills + [*AIMS.values()] * rounds:
+            while attempt(flags, Path(folder, f"run-{completed}"), rng.uniform(0, SLOW_SYNC if aim else length), aim):
+                check(Path(folder, f"run-{completed}"), whole, complete=True)
+                completed += 1  # before the kill came: again, in another folder
+            check(Path(folder, f"run-{completed}"), whole, complete=False)
+            cut += 1
+        attempt(flags, Path(folder, f"run-{completed}"))
+        check(Path(folder, f"run-{completed}"), whole, complete=True)
+    return cut, completed + 1
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50, help="how often to kill")
-    cut, completed = survive(parser.parse_args().kills)
-    print(f"{cut} kills survived in {completed} runs: every LoRA is bit-identical to that of an undisturbed run")
+    parser.add_argument("--kills", type=int, default=50, help="how often to kill at random")
+    parser.add_argument("--rounds", type=int, default=5, help="how often to kill while each kind of file is written")
+    args = parser.parse_args()
+    cut, completed = survive(args.kills, args.rounds)
+    print(f"{cut} kills survived in {completed} runs: what they leave is that of an undisturbed run, to the byte")

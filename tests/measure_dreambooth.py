@@ -1,20 +1,22 @@
 """Measure on the toy that DreamBooth works: teach it the robot with the two real scripts, then look at samples.
 
-    python tests/measure_dreambooth.py --output_dir /tmp/robot
+    python tests/measure_dreambooth.py --output_dir /tmp/robot --seeds 0 1 2
     python tests/measure_dreambooth.py --output_dir /tmp/robot --variant="--precondition_outputs 1" --variant=...
 
-Each --variant is a run of README's first command with these flags added; without any it is run as it is. Prints a
-Markdown table, a row before any training and a row per variant, and writes results.json and a before_after.png per
-variant. The columns, all with fixed seeds:
+Each --variant is a run of README's first command (toy/embeddings.txt, toy/train.txt) with these flags added, for each
+seed; without any it is run as it is. Prints a Markdown table, a row before any training and a row per run, and writes
+results.json and a before_after.png per run. The columns, all with fixed seeds of their own:
 
 - fidelity: how much 32 samples of "a photo of sks robot" are like unseen renderings of it, a real one being 1
-- new backgrounds: the same on three backgrounds that no picture of the robot has, and how often they are right
-- shapes: how often shape, color and background are right in samples of the world that the toy knew before
+- fidelity on new backgrounds: the same on three backgrounds that no image of the robot has
+- background correct: how often these samples have the background that was asked for
+- shapes correct: how often shape, color and background are right in samples of the world that the toy knew before
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -31,59 +33,40 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "tests" / "toy"
 sys.path.insert(0, str(TOY))
-from measure_toy import generate, random_captions, shape_prompts, what_is_right
-from score import background_correct, subject_fidelity
-from world import NEW_BACKGROUNDS, contact_sheet
+from measure_toy import generate, random_captions, shape_prompts, what_is_right  # noqa: E402
+from score import background_correct, subject_fidelity  # noqa: E402
+from world import NEW_BACKGROUNDS, contact_sheet  # noqa: E402
 
-PROMPT, CLASS_PROMPT = "a photo of sks robot", "a photo of a shape"
+PROMPT = "a photo of sks robot"
 PLACED = [f"{PROMPT} on a {background} background" for background in NEW_BACKGROUNDS]
 SAMPLES = 32
-EMBEDDING_FLAGS = {
-    "pretrained_model_name_or_path": TOY / "model", "local_data_dir": TOY / "robot", "prompt": PROMPT,
-    "class_prompt": CLASS_PROMPT, "max_sequence_length": 16,
-}  # fmt: skip
-LAYERS = "to_k,to_q,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj,to_add_out,net.0.proj,net.2"
-TRAINING_FLAGS = {  # README's first command, as a test asserts
-    "pretrained_model_name_or_path": "tests/toy/model", "instance_data_dir": "tests/toy/robot", "seed": 0,
-    "instance_prompt": PROMPT, "class_prompt": CLASS_PROMPT, "num_class_images": 64, "sample_batch_size": 32,
-    "resolution": 64, "rank": 16, "lora_layers": LAYERS, "learning_rate": 3e-3, "lr_scheduler": "cosine",
-    "lr_warmup_steps": 0, "train_batch_size": 8, "max_train_steps": 1800, "logit_mean": -0.5,
-    "guidance_scale": 1.25, "num_inference_steps": 20,
-}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, required=True, help="where everything goes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the training")
     parser.add_argument("--variant", action="append", default=[], help="flags to add to the trainer's; several times")
-    parser.add_argument("--without_prior_preservation", action="store_true", help="all variants without it")
-    guidance_scale = TRAINING_FLAGS["guidance_scale"]
-    parser.add_argument("--guidance_scale", type=float, default=guidance_scale, help="of class pictures and samples")
+    parser.add_argument("--guidance_scale", type=float, default=1.25, help="of the samples that are measured")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the training")
     args = parser.parse_args()
     args.variant = args.variant or [""]
     return args
 
 
-def command_line(flags: dict[str, object]) -> list[str]:
-    return [f"--{name}={value}" for name, value in flags.items()]
-
-
-def train(args: argparse.Namespace, output_dir: Path, embeddings: Path, variant: str) -> float:
+def train(args: argparse.Namespace, output_dir: Path, embeddings: Path, flags: list[str]) -> float:
     """Run the trainer as a user does; the seconds it took."""
     started = time.monotonic()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    script = [f"--num_cpu_threads_per_process={args.threads}", "train_dreambooth_sd3_lora_miniature.py"]
-    flags = TRAINING_FLAGS | {"data_df_path": embeddings.resolve(), "output_dir": output_dir.resolve()}
-    flags |= {"guidance_scale": args.guidance_scale}
-    prior = [] if args.without_prior_preservation else ["--with_prior_preservation"]
-    command = [*launch, *script, *prior, *command_line(flags), *shlex.split(variant)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    script = ["train_dreambooth_sd3_lora_miniature.py", "@tests/toy/train.txt"]
+    where = [f"--data_df_path={embeddings.resolve()}", f"--output_dir={output_dir.resolve()}"]
+    pinned = ["taskset", "-c", ",".join(map(str, range(args.threads)))] if args.threads < os.cpu_count() else []
+    subprocess.run([*pinned, *launch, *script, *where, *flags], cwd=ROOT, check=True)
     return time.monotonic() - started
 
 
 def measure(pipe: StableDiffusion3Pipeline, guidance_scale: float) -> tuple[dict[str, float], list[list[Image.Image]]]:
-    """The table's columns, and two rows of samples: the prompt, and on new backgrounds."""
+    """The table's columns, and three rows of samples: the prompt, on new backgrounds, and the world's shapes."""
     plain = generate(pipe, [PROMPT] * SAMPLES, guidance_scale=guidance_scale)
     prompts = [PLACED[i % len(PLACED)] for i in range(SAMPLES)]
     placed = generate(pipe, prompts, guidance_scale=guidance_scale)
@@ -93,41 +76,49 @@ def measure(pipe: StableDiffusion3Pipeline, guidance_scale: float) -> tuple[dict
     columns = {
         "fidelity": subject_fidelity(plain),
         "fidelity on new backgrounds": subject_fidelity(placed),
-        "new backgrounds right": float(np.mean(right)),
-        "shapes right": float(what_is_right(shapes, asked).all(axis=1).mean()),
+        "background correct": float(np.mean(right)),
+        "shapes correct": float(what_is_right(shapes, asked).all(axis=1).mean()),
     }
     return columns, [plain[:9], placed[:9], shapes[:9]]
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    names = list(dict.fromkeys(name for values in results.values() for name in values))
+    print("\n| run | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
+    for run, values in results.items():
+        print(f"| {run} | " + " | ".join(f"{values[name]:.2f}" if name in values else "" for name in names) + " |")
 
 
 def main() -> None:
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     embeddings = args.output_dir / "embeddings.parquet"
-    started = time.monotonic()
-    flags = [*command_line(EMBEDDING_FLAGS | {"output_path": embeddings}), "--validation_prompt", *PLACED]
-    subprocess.run([sys.executable, ROOT / "compute_embeddings.py", *flags], check=True)
-    print(f"embeddings: {time.monotonic() - started:.0f} s")
+    flags = [
+        "@tests/toy/embeddings.txt",
+        f"--output_path={embeddings.resolve()}",
+        "--validation_prompt",
+        PROMPT,
+        *PLACED,
+    ]
+    subprocess.run([sys.executable, "compute_embeddings.py", *flags], cwd=ROOT, check=True)
 
     pipe = StableDiffusion3Pipeline.from_pretrained(TOY / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     columns, before = measure(pipe, args.guidance_scale)
     results = {"before": columns}
-    for number, variant in enumerate(args.variant):
-        folder = args.output_dir / f"variant-{number}"
-        seconds = train(args, folder, embeddings, variant)
+    for variant, seed in itertools.product(args.variant, args.seeds):
+        name = f"{variant or 'the first command'}, seed {seed}"
+        folder = args.output_dir / f"run-{len(results)}"
+        seconds = train(args, folder, embeddings, [f"--seed={seed}", *shlex.split(variant)])
         pipe.load_lora_weights(folder)
         columns, after = measure(pipe, args.guidance_scale)
-        results[variant or "README's first command"] = columns | {"seconds": seconds}
+        results[name] = columns | {"seconds": seconds}
         rows = [row for pair in zip(before, after, strict=True) for row in pair]
         contact_sheet(rows, zoom=2).save(folder / "before_after.png")
         pipe.unload_lora_weights()
         (args.output_dir / "results.json").write_text(json.dumps(results, indent=2))
-
-    names = [*columns, "seconds"]
-    print("\n| run | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
-    for run, values in results.items():
-        print(f"| {run} | " + " | ".join(f"{values[name]:.2f}" if name in values else "" for name in names) + " |")
-    print(f"\nwrote {args.output_dir}/results.json and variant-*/before_after.png: before, after; three prompts")
+    print_table(results)
+    print(f"\nwrote {args.output_dir}/results.json and run-*/before_after.png: before, after; three prompts")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run the trainer as it is, and write down which samples this process trained on.
+"""Run the trainer as it is, and write down which images this process encoded and which samples it trained on.
 
 Started by accelerate from test_distributed.py: the first argument is the folder for rank-N.json, the rest are flags.
 """
@@ -9,35 +9,44 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import quantised_on_cpu
 import torch
+
+import quantized_on_cpu
 import train_dreambooth_sd3_lora_miniature as trainer
 
 if any(flag.startswith("--quantize_base") for flag in sys.argv):
-    quantised_on_cpu.allow()
+    quantized_on_cpu.allow()
 
-folder = Path(sys.argv.pop(1))
-folder.mkdir(parents=True, exist_ok=True)
+path = Path(sys.argv.pop(1)) / f"rank-{os.environ.get('RANK', 0)}.json"
+path.parent.mkdir(parents=True, exist_ok=True)
+encoded: list[str] = []
 sample_numbers: list[int] = []
-loss_of_batch, estimate = trainer.training_loss, trainer.estimate_step_seconds
+encode_image, training_loss, choose = trainer.encode_image, trainer.training_loss, trainer.choose_recomputation
 
 
-def recorded(model, batch, *rest):
+def encode_and_record(vae, example, args):
+    encoded.append(example.path.name)
+    return encode_image(vae, example, args)
+
+
+def record_and_compute(model, batch, *rest):
     sample_numbers.extend(batch["sample_number"].tolist())
-    about = {"world_size": int(os.environ.get("WORLD_SIZE", 1)), "sample_numbers": sample_numbers}
+    about = {"world_size": int(os.environ.get("WORLD_SIZE", 1)), "encoded": encoded, "sample_numbers": sample_numbers}
     if torch.distributed.is_initialized():
         group = torch.distributed.group.WORLD
         about["patience_hours"] = group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 3600
-    (folder / f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(about))
-    return loss_of_batch(model, batch, *rest)
+    path.write_text(json.dumps(about))
+    return training_loss(model, batch, *rest)
 
 
-def not_recorded(*args):
-    """The estimate's own forward passes are no training."""
-    seconds = estimate(*args)
+def choose_unrecorded(*args):
+    """Its own micro-batches are no training."""
+    seconds = choose(*args)
     sample_numbers.clear()
     return seconds
 
 
-trainer.training_loss, trainer.estimate_step_seconds = recorded, not_recorded
-trainer.main(trainer.parse_args())
+trainer.encode_image, trainer.training_loss = encode_and_record, record_and_compute
+trainer.choose_recomputation = choose_unrecorded
+if __name__ == "__main__":
+    trainer.main(trainer.parse_args())

@@ -1,274 +1,393 @@
-"""Pictures, latents, and training samples as a function of (seed, sample number)."""
+"""Images, their latents, the order of samples, and training samples as a function of (seed, sample number)."""
 
-import argparse
+import itertools
 import shutil
+from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
-import tiny_pipeline
 import torch
-import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, PROMPT, compute
 from diffusers import AutoencoderKL
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import PREVIEW_PROMPT, PROMPT, compute
+
+ENTIRE = (64, 64)
+Load = Callable[..., DataLoader]
 
 
-def make_args(model: Path, photos: Path, *flags: str) -> argparse.Namespace:
-    values = {
-        "pretrained_model_name_or_path": model, "instance_data_dir": photos, "data_df_path": "e",
-        "instance_prompt": PROMPT, "resolution": 64, "seed": 0,
-    }  # fmt: skip
-    return trainer.parse_args([*(f"--{name}={value}" for name, value in values.items()), *flags])
+def make_args(*flags: str, model: Path = Path("m")) -> Namespace:
+    required = ["--instance_data_dir=d", "--data_df_path=e", f"--instance_prompt={PROMPT}", "--resolution=64"]
+    return trainer.parse_args([f"--pretrained_model_name_or_path={model}", *required, *flags])
 
 
-def encode(args: argparse.Namespace, path: Path) -> list[str]:
-    """Write the latents of a folder; the pictures' hashes."""
-    images, _ = trainer.find_images(args.instance_data_dir)
-    hashes = [trainer.hash_image(image) for image in images]
-    key = trainer.latents_key(args, dict(zip(images, hashes, strict=True)))
-    trainer.write_latents(path, key, images, args, torch.device("cpu"))
-    return hashes
+def make_example(path: Path | str, shape: tuple[int, int] = ENTIRE) -> trainer.Example:
+    return trainer.Example(Path(path), PROMPT, 1.0, Path(f"{path}.latents"), shape)
 
 
 @pytest.fixture
-def samples(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> Callable[..., trainer.SampleDataset]:
-    """Training samples of the five pictures, by a range of numbers and flags."""
+def load(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Run the trainer as far as the training, and return what it would have trained on."""
 
-    def make(sample_numbers: range, *flags: str, micro_batch: int = 1) -> trainer.SampleDataset:
-        args = make_args(tiny, photos, *flags)
-        path = tmp_path / f"{abs(hash(flags))}.arrow"
-        hashes = encode(args, path)
-        table = trainer.PromptEmbeddings(embeddings, tiny_pipeline.T5_WIDTH)
-        sigmas = torch.linspace(1, 0.001, 1000)
-        prompts = [table.prompt_of_image[image_hash] for image_hash in hashes]
-        what = args, path, table, prompts, sigmas, sample_numbers
-        return trainer.SampleDataset(*what, micro_batch=micro_batch)
+    def run(*flags: str, **changes: object) -> DataLoader:
+        loaded: list[DataLoader] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "train", lambda run, model, dataloader: loaded.append(dataloader))
+            train(*flags, **changes)
+        return loaded[0]
 
-    return make
+    return run
+
+
+@pytest.fixture
+def samples(load: Load) -> Callable[..., trainer.SampleDataset]:
+    """All samples of a run."""
+    return lambda *flags, **changes: load(*flags, **changes).dataset.dataset
+
+
+# --------------------------------------------------------------------------------------------------------- latents
+
+
+class Mirror:
+    """Stands where the VAE does; its latents are the pixels themselves."""
+
+    device, config = torch.device("cpu"), Namespace(shift_factor=0, scaling_factor=1)
+
+    def encode(self, pixel_values: Tensor) -> Namespace:
+        return Namespace(latent_dist=Namespace(mean=pixel_values, std=pixel_values))
+
+
+def variants(path: Path, shape: tuple[int, int], *flags: str) -> Tensor:
+    """The variants of an image as the VAE is given them, (V, 3, H, W), in 0 to 255."""
+    encoded = trainer.encode_image(Mirror(), make_example(path, shape), make_args(*flags))["mean"]
+    return ((encoded.float() + 1) * 127.5).round()
+
+
+def save_noise(path: Path, width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return Image.fromarray(pixels)
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
 def test_latents_have_shift_and_scale(tiny: Path, tmp_path: Path) -> None:
     """(z - shift) * scale, as the pipeline decodes them; the reference forgot the shift."""
-    (tmp_path / "photos").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photos" / "a.png")
-    encode(make_args(tiny, tmp_path / "photos"), tmp_path / "latents.arrow")
-    row = trainer.open_latents(tmp_path / "latents.arrow").get_batch(0)
+    image = save_noise(tmp_path / "a.png", 64, 64)
+    args = make_args(model=tiny)
+    latents = trainer.encode_image(trainer.load_vae(args, torch.float32), make_example(tmp_path / "a.png"), args)
     vae = AutoencoderKL.from_pretrained(tiny, subfolder="vae")
     with torch.no_grad():
-        posterior = vae.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
-    expected = ((posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor).flatten().half().numpy()
-    assert np.array_equal(row["mean"].flatten().to_numpy(), expected)
-    expected = (posterior.std * vae.config.scaling_factor).flatten().half().numpy()
-    assert np.array_equal(row["std"].flatten().to_numpy(), expected)
+        posterior = vae.encode(as_tensor(image)[None] / 127.5 - 1).latent_dist
+    assert torch.equal(latents["mean"], ((posterior.mean - 0.0609) * 1.5305).half())
+    assert torch.equal(latents["std"], (posterior.std * 1.5305).half())
+    assert torch.equal(latents["mask"], torch.ones(1, 1, 8, 8, dtype=torch.half))
+
+
+@pytest.mark.parametrize(("width", "height"), [(300, 100), (100, 400)])
+def test_crops_go_from_edge_to_edge(tmp_path: Path, width: int, height: int) -> None:
+    """Four squares along the longer side, to the pixel; with --center_crop the one in the middle."""
+    image = save_noise(tmp_path / "a.png", width, height)
+
+    def crop(share: float) -> Tensor:
+        left, top = share * (width - 100), share * (height - 100)
+        box = (left, top, left + 100, top + 100)
+        return as_tensor(image.resize(ENTIRE, Image.Resampling.LANCZOS, box=box))
+
+    crops = variants(tmp_path / "a.png", ENTIRE)
+    assert torch.equal(crops, torch.stack([crop(number / 3) for number in range(4)]))
+    assert torch.equal(variants(tmp_path / "a.png", ENTIRE, "--center_crop"), crop(0.5)[None])
+
+
+@pytest.mark.parametrize(("size", "shape", "crops"), [
+    ((100, 105), ENTIRE, 1), ((100, 112), ENTIRE, 1), ((100, 113), ENTIRE, 4), ((400, 300), (96, 128), 1),
+])  # fmt: skip
+def test_a_crop_that_could_hardly_move_is_one(tmp_path: Path, size: tuple, shape: tuple, crops: int) -> None:
+    """Where the longer side exceeds the shape by less than a latent pixel, which is 8 wide."""
+    save_noise(tmp_path / "a.png", *size)
+    assert len(variants(tmp_path / "a.png", shape)) == crops
+
+
+def test_random_flip_adds_the_mirror_images(tmp_path: Path) -> None:
+    """Each crop is followed by its own."""
+    save_noise(tmp_path / "a.png", 128, 64)
+    both, plain = variants(tmp_path / "a.png", ENTIRE, "--random_flip"), variants(tmp_path / "a.png", ENTIRE)
+    assert torch.equal(both[::2], plain) and torch.equal(both[1::2], plain.flip(-1))
+
+
+def test_masks_weight_the_loss(tmp_path: Path) -> None:
+    """From the alpha channel, from NAME.mask.png, which is no image itself, or 1; mirrored with the image."""
+    alpha = np.zeros((64, 64), np.uint8)
+    alpha[:, :16] = 255
+    Image.fromarray(np.dstack([np.full((64, 64, 3), 90, np.uint8), alpha])).save(tmp_path / "a.png")
+    for name in ("b.jpg", "c.jpg"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    Image.fromarray(255 - alpha).save(tmp_path / "b.mask.png")
+    args, left = make_args("--alpha_mask", "--random_flip"), torch.zeros(8, 8)
+    left[:, :2] = 1
+    images = trainer.find_images(tmp_path)
+    assert [path.name for path in images] == ["a.png", "b.jpg", "c.jpg"]
+    for path, expected in zip(images, (left, 1 - left, torch.ones(8, 8)), strict=True):
+        mask = trainer.encode_image(Mirror(), make_example(path), args)["mask"]  # (2, 1, 8, 8)
+        assert torch.equal(mask[:, 0].float(), torch.stack([expected, expected.flip(-1)])), path.name
+        assert (trainer.encode_image(Mirror(), make_example(path), make_args())["mask"] == 1).all()
+
+
+def test_images_are_upright_and_on_white(tmp_path: Path) -> None:
+    """A phone's EXIF rotation is applied; what is transparent becomes white; 16 bits become 8."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
+    assert trainer.read_image(tmp_path / "a.jpg")[0].size == (10, 20)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "b.png")
+    assert trainer.read_image(tmp_path / "b.png")[0].getpixel((0, 0)) == (255, 255, 255)
+    Image.fromarray(np.array([[0, 32768], [65535, 256]], np.uint16)).save(tmp_path / "c.png")
+    image, _ = trainer.read_image(tmp_path / "c.png")
+    assert [image.getpixel(at)[0] for at in ((0, 0), (1, 0), (0, 1), (1, 1))] == [0, 128, 255, 1]
+
+
+def test_a_mask_of_another_size_is_an_error(tmp_path: Path) -> None:
+    """It belongs to another image."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
+    Image.new("L", (32, 64)).save(tmp_path / "a.mask.png")
+    with pytest.raises(ValueError, match="its mask"):
+        trainer.read_image(tmp_path / "a.jpg")
+
+
+# ------------------------------------------------------------------------------------------------ the latents' files
+
+
+def latents_names(folder: Path, *flags: str, vae: str = "vae") -> list[str]:
+    args = make_args(*flags)
+    accelerator = trainer.make_accelerator(args)
+    found = trainer.collect(trainer.check_images(args, accelerator, folder, vae), accelerator)
+    return [example.latents.name for _, example in found]
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    """A folder of one image and its mask."""
+    folder = tmp_path / "masked"
+    folder.mkdir()
+    save_noise(folder / "a.png", 64, 96)
+    Image.new("L", (64, 96)).save(folder / "a.mask.png")
+    return folder
+
+
+@pytest.mark.parametrize("flags", [["--resolution=32"], ["--center_crop"], ["--random_flip"], ["--alpha_mask"],
+                                   ["--aspect_ratio_buckets"], ["--aspect_ratio_buckets=64,80"]])  # fmt: skip
+def test_latents_of_other_flags_are_other_files(masked: Path, flags: list[str]) -> None:
+    """Whatever changes the latents changes their name, and the learning rate does not."""
+    names = latents_names(masked)
+    assert names == latents_names(masked, "--learning_rate=1e-5", "--rank=8")
+    assert names != latents_names(masked, *flags)
+
+
+def test_latents_of_other_images_masks_and_models_are_other_files(masked: Path) -> None:
+    """By their bytes: not by their names and dates."""
+    before, with_mask = latents_names(masked), latents_names(masked, "--alpha_mask")
+    assert before != latents_names(masked, vae="another")
+    Image.new("L", (64, 96), 1).save(masked / "a.mask.png")
+    assert before == latents_names(masked) and with_mask != latents_names(masked, "--alpha_mask")
+    (masked / "a.png").rename(masked / "b.png")
+    assert before == latents_names(masked)
+    save_noise(masked / "b.png", 65, 96)
+    assert before != latents_names(masked)
+
+
+def test_a_new_image_costs_one_encoding(
+    train: Callable[..., Path], tiny: Path, photos: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    """Latents that are there stay; those of images that are gone are not in the way."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    latents = train() / "latents"
+    first = {path: path.stat().st_mtime_ns for path in latents.iterdir()}
+    save_noise(folder / "new.png", 64, 64)
+    (folder / "a.jpg").unlink()
+    more = compute(tiny, folder, tmp_path / "e.parquet", "--no_t5")
+    train(instance_data_dir=folder, data_df_path=more)
+    second = {path: path.stat().st_mtime_ns for path in latents.iterdir()}
+    assert len(first) == 5 and len(second) == 6 and first.items() < second.items()
+
+
+def test_pixels_that_cannot_be_read_are_named(
+    train: Callable[..., Path], photos: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    """A truncated JPEG has a good header; decoding finds it. Both bad images are named, and the good ones encoded."""
+    folder = tmp_path / "class"
+    shutil.copytree(photos, folder)
+    for name in ("a.jpg", "b.JPEG"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-200])
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=5"]
+    with pytest.raises(SystemExit, match=r"(?s)class/a\.jpg is not a readable image.*class/b\.JPEG is not"):
+        train(*flags, f"--class_data_dir={folder}")
+    assert len(list((tmp_path / "out" / "latents").iterdir())) == 5  # of the subject, which the three others equal
+
+
+# ------------------------------------------------------------------------------------------------ the order of samples
+
+
+def make_kinds(*counts: int, shapes: tuple[tuple[int, int], ...] = (ENTIRE,)) -> list[list[trainer.Example]]:
+    """Lists of examples; their shapes take turns."""
+    turns = itertools.cycle(shapes)
+    return [[make_example(f"{kind}-{number}", next(turns)) for number in range(count)]
+            for kind, count in enumerate(counts)]  # fmt: skip
+
+
+def test_every_epoch_has_every_image_once_in_another_order() -> None:
+    """Also the last one, as far as it goes."""
+    [images] = kinds = make_kinds(20)
+    order = trainer.sample_order(kinds, 0, 1, 50)
+    assert set(order[:20]) == set(order[20:40]) == set(images) and len(set(order[40:])) == 10
+    assert order[:20] != order[20:40] and order != trainer.sample_order(kinds, 1, 1, 50)
+
+
+def test_the_class_takes_turns_with_the_subject() -> None:
+    """Each in epochs of its own, whatever their numbers."""
+    subject, images = kinds = make_kinds(2, 3)
+    order = trainer.sample_order(kinds, 0, 4, 13)
+    assert [set(order[::2][start : start + 2]) == set(subject) for start in (0, 2, 4)] == [True] * 3
+    assert [set(order[1::2][start : start + 3]) == set(images) for start in (0, 3)] == [True] * 2
+
+
+@pytest.mark.parametrize("counts", [(6,), (5, 4)])
+def test_a_micro_batch_has_one_shape_and_one_kind(counts: tuple[int, ...]) -> None:
+    """Where shapes differ; every image comes equally often nevertheless."""
+    kinds = make_kinds(*counts, shapes=(ENTIRE, (80, 48), (48, 80), ENTIRE, ENTIRE))
+    order = trainer.sample_order(kinds, 0, 4, 4 * 60 * len(kinds))
+    for start in range(0, len(order), 4):
+        micro_batch = order[start : start + 4]
+        assert len({(example.shape, example.path.name[0]) for example in micro_batch}) == 1
+    seen = Counter(order)
+    assert all(seen[example] == 4 * 60 // len(kind) for kind in kinds for example in kind)
+
+
+def test_alone_in_a_micro_batch_every_image_comes_once_an_epoch_whatever_its_shape() -> None:
+    """Buckets change nothing for batches of one."""
+    [images] = kinds = make_kinds(5, shapes=(ENTIRE, (80, 48)))
+    order = trainer.sample_order(kinds, 0, 1, 20)
+    assert [set(order[start : start + 5]) == set(images) for start in range(0, 20, 5)] == [True] * 4
+
+
+@pytest.mark.parametrize("shapes", [(ENTIRE,), (ENTIRE, (80, 48))])
+def test_a_longer_run_begins_like_a_shorter_one(shapes: tuple) -> None:
+    """So a run can be resumed with more steps."""
+    kinds = make_kinds(5, 3, shapes=shapes)
+    longer = trainer.sample_order(kinds, 0, 2, 97)
+    for length in (0, 1, 33, 96):
+        assert trainer.sample_order(kinds, 0, 2, length) == longer[:length]
+
+
+def test_a_million_samples_are_as_fair_as_a_hundred() -> None:
+    """The longest runs have one; it takes half a second."""
+    kinds = make_kinds(100)
+    seen = Counter(example.path for example in trainer.sample_order(kinds, 0, 8, 10**6))
+    assert set(seen.values()) == {10**4}
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def assert_equal_samples(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
 
 
 def test_a_sample_is_a_function_of_seed_and_number(samples: Callable[..., trainer.SampleDataset]) -> None:
-    """Whoever asks for it, whenever: sample 7 is sample 7. Another seed gives another."""
-    flags = ["--random_flip"]
-    whole, rest = samples(range(10), *flags), samples(range(5, 10), *flags)
-    for name, value in whole[7].items():
-        assert torch.equal(torch.as_tensor(value), torch.as_tensor(rest[2][name])), name
-    assert not torch.equal(samples(range(10), *flags, "--seed=1")[7]["noise"], whole[7]["noise"])
-    assert not torch.equal(whole[6]["noise"], whole[7]["noise"])
+    """Whoever asks for it, whenever, in batches of whatever size: sample 7 is sample 7. Another seed gives another."""
+    short, long = samples("--random_flip", max_train_steps=10), samples("--random_flip", train_batch_size=2)
+    assert len(short) == 10 and len(long) == 8
+    for number in (7, 0):
+        assert_equal_samples(short[number], long[number])
+    assert not torch.equal(short[6]["noise"], short[7]["noise"])
+    assert not torch.equal(replace(short, seed=1)[7]["noise"], short[7]["noise"])
 
 
-def test_every_epoch_has_every_picture_once_in_another_order(samples: Callable[..., trainer.SampleDataset]) -> None:
-    """Two epochs of five pictures: the same pictures, another permutation."""
-    dataset = samples(range(10), "--center_crop")
-    means = [trainer.open_latents(dataset.latents_path).get_batch(i)["mean"].flatten().to_numpy() for i in range(5)]
-    latents = [dataset[i]["latents"].numpy().ravel() for i in range(10)]
-    seen = [int(np.argmin([np.abs(one - mean).mean() for mean in means])) for one in latents]
-    assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4] and seen[:5] != seen[5:]
+def test_worker_processes_read_the_same_samples(load: Load) -> None:
+    """Two workers, each with its own view of the embeddings' file."""
+    alone, workers = load(train_batch_size=2), load("--dataloader_num_workers=2", train_batch_size=2)
+    assert workers.num_workers == 2
+    for one, other in zip(alone, workers, strict=True):
+        assert_equal_samples(one, other)
 
 
 def test_crops_and_flips_vary_between_epochs(samples: Callable[..., trainer.SampleDataset]) -> None:
-    """The reference froze them at load. An oblong picture has four crops and their mirror images, a square one two."""
-    dataset = samples(range(5), "--random_flip")
-    variants = [trainer.open_latents(dataset.latents_path).get_batch(i).num_rows for i in range(5)]
-    assert variants == [8, 8, 2, 8, 2]
-    dataset.sample_numbers, dataset.kinds = range(40), [(1.0, [[0]])]  # 40 epochs of the first picture
-    latents = torch.stack([dataset[i]["latents"].round(decimals=1).flatten() for i in range(40)])
-    assert (torch.cdist(latents, latents) > 3).any()
+    """The reference froze them at load. Here all eight variants of an oblong image come in turn."""
+    dataset = samples("--random_flip", max_train_steps=200)
+    numbers = [number for number, example in enumerate(dataset.order) if example.path.name == "a.jpg"]
+    means = trainer.safe_open(dataset.order[numbers[0]].latents, "pt").get_tensor("mean").float().flatten(1)
+    drawn = torch.stack([dataset[number]["latents"].flatten() for number in numbers])  # (40, 1024)
+    nearest = torch.cdist(drawn, means).argmin(dim=1)
+    assert len(numbers) == 40 and len(means) == 8 and set(nearest.tolist()) == set(range(8))
 
 
-def test_center_crop_takes_the_middle() -> None:
-    """One square, in the middle; without it, four along the longer side, from edge to edge."""
-    assert trainer.crop_boxes((300, 100), (64, 64), True) == [(100, 0, 200, 100)]
-    boxes = trainer.crop_boxes((100, 400), (64, 64), False)
-    assert [box[1] for box in boxes] == [0, 100, 200, 300] and all(box[2:] == (100, box[1] + 100) for box in boxes)
-    assert len(trainer.crop_boxes((100, 105), (64, 64), False)) == 1  # a crop could move less than a latent pixel
-    assert trainer.crop_boxes((4000, 3000), (96, 128), False) == [(0, 0, 4000, 3000)]
+def test_every_scheme_draws_noise_levels_of_the_schedule(samples: Callable[..., trainer.SampleDataset]) -> None:
+    """Many of them, in (0, 1]."""
+    dataset = samples(max_train_steps=200)
+    for scheme in ("logit_normal", "mode", "sigma_sqrt", "cosmap", "none"):
+        drawn = replace(dataset, args=make_args(f"--weighting_scheme={scheme}"))
+        sigmas = {float(sample["sigma"]) for sample in drawn}
+        assert sigmas <= set(dataset.sigmas.tolist()) and 0 not in sigmas and len(sigmas) > 100
 
 
-def test_phone_photos_are_not_cut(tiny: Path) -> None:
-    """3:4, 4:3, 9:16 and 16:9 have buckets of nearly the square's area: less than 3 % of a side is cut off."""
-    buckets = trainer.training_shapes(1024, "auto")
-    assert len(buckets) == 11 and all(abs(height * width / 1024**2 - 1) < 0.03 for height, width in buckets)
-    for width, height in [(3024, 4032), (4032, 3024), (1080, 1920), (1920, 1080), (3000, 2000), (2000, 2000)]:
-        shape = buckets[trainer.find_nearest_bucket(height, width, buckets)]
-        left, top, right, bottom = trainer.crop_boxes((width, height), shape, True)[0]
-        assert (right - left) / width > 0.97 and (bottom - top) / height > 0.97
-
-
-def test_own_buckets() -> None:
-    """As diffusers writes them; one that is no multiple of 16 is refused."""
-    assert trainer.training_shapes(64, "64,96; 96,64") == [(64, 96), (96, 64)]
-    assert trainer.training_shapes(64, None) == [(64, 64)]
-    for wrong in ("64", "64,100", "", "0,64"):
-        with pytest.raises(ValueError, match=r"16|[Bb]ucket"):
-            trainer.training_shapes(64, wrong)
-
-
-def test_a_micro_batch_has_one_shape_and_every_picture_comes_as_often(
-    samples: Callable[..., trainer.SampleDataset],
-) -> None:
-    """Pictures of four shapes in micro-batches of two; 20 epochs. Batch size 1 sees each once per epoch."""
-    dataset = samples(range(200), "--aspect_ratio_buckets", "--center_crop", micro_batch=2)
-    shapes = trainer.latent_shapes(dataset.latents_path)
-    assert sorted(set(shapes)) == [(6, 10), (8, 8), (10, 6)]
-    ((_, buckets),) = dataset.kinds
-    drawn = [trainer.picture_of_sample(buckets, 0, *divmod(number, 2), 2) for number in range(200)]
-    assert [drawn.count(i) for i in range(5)] == [40] * 5
-    for number in range(0, 200, 2):
-        pair = dataset[number]["latents"].shape, dataset[number + 1]["latents"].shape
-        assert pair[0] == pair[1] and tuple(pair[0][1:]) == shapes[drawn[number]]
-    alone = [trainer.picture_of_sample(buckets, 0, number, 0, 1) for number in range(20)]
-    assert all(sorted(alone[i : i + 5]) == [0, 1, 2, 3, 4] for i in (0, 5, 10, 15))
-
-
-@pytest.mark.parametrize("scheme", ["mode", "sigma_sqrt", "cosmap", "none"])
-def test_every_scheme_draws_noise_levels_of_the_schedule(
-    samples: Callable[..., trainer.SampleDataset], scheme: str
-) -> None:
-    """Also `mode`, which can reach one step past the end."""
-    dataset = samples(range(200), f"--weighting_scheme={scheme}")
-    sigmas = torch.stack([dataset[i]["sigma"] for i in range(200)])
-    assert sigmas.min() > 0 and sigmas.max() <= 1 and sigmas.unique().numel() > 100
-
-
-def test_mode_at_its_edge_stays_inside_the_schedule(
+def test_a_noise_level_at_the_edge_stays_inside_the_schedule(
     samples: Callable[..., trainer.SampleDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A density of exactly 1 is the last step, not one past it."""
-    dataset = samples(range(1))
-    monkeypatch.setattr(trainer, "compute_density_for_timestep_sampling", lambda **_: torch.ones(1))
-    assert dataset[0]["sigma"] == dataset.sigmas[-1]
+    """`mode` can give a density of exactly 1: the last step, not one past it."""
+    dataset = samples()
+    density = "compute_density_for_timestep_sampling"
+    monkeypatch.setattr(diffusers.training_utils, density, lambda *_, **__: torch.ones(1))
+    assert dataset[0]["sigma"] == dataset.sigmas[999]
 
 
-def test_latents_are_reused_until_something_changes(train: Callable[..., Path], photos: Path, tmp_path: Path) -> None:
-    """The second run keeps the file; another resolution or flag, or a torn file, makes it anew."""
-    latents = train() / "latents.arrow"
-    first = latents.stat().st_mtime_ns
-    train("--learning_rate=1e-4")
-    assert latents.stat().st_mtime_ns == first
-    train("--random_flip")
-    second = latents.stat().st_mtime_ns
-    assert second != first
-    latents.write_bytes(latents.read_bytes()[:-100])
-    train("--random_flip")
-    assert latents.stat().st_mtime_ns != second
-    assert [path.name for path in latents.parent.glob("latents*")] == ["latents.arrow"]
-
-
-def test_what_latents_depend_on(tiny: Path, tiny35: Path, photos: Path) -> None:
-    """Pictures, resolution, cropping and the VAE's weights; not the learning rate."""
-    image = {photos / "a.jpg": "a"}
-    bucketed = make_args(tiny, photos, "--aspect_ratio_buckets")
-    assert trainer.latents_key(bucketed, image) != trainer.latents_key(make_args(tiny, photos), image)
-    key = trainer.latents_key(make_args(tiny, photos), image)
-    assert key == trainer.latents_key(make_args(tiny, photos, "--learning_rate=1"), image)
-    flags = ("--resolution=32", "--center_crop", "--random_flip", "--alpha_mask")
-    assert all(trainer.latents_key(make_args(tiny, photos, flag), image) != key for flag in flags)
-    assert trainer.latents_key(make_args(tiny, photos), {photos / "a.jpg": "b"}) != key
-
-
-def test_every_second_sample_is_of_the_class(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
-    """With its prompt and weight; each kind comes in epochs of its own, so all pictures come equally often."""
+def test_class_images_have_their_prompt_and_weight(samples: Callable[..., trainer.SampleDataset]) -> None:
+    """Every second sample."""
     flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--prior_loss_weight=0.5"]
-    args = make_args(tiny, photos, "--center_crop", *flags)
-    encode(args, tmp_path / "latents.arrow")
-    table = trainer.PromptEmbeddings(embeddings, tiny_pipeline.T5_WIDTH)
-    what = args, tmp_path / "latents.arrow", table, [PROMPT] * 2, torch.linspace(1, 0.001, 1000), range(12)
-    data = trainer.SampleDataset(*what, class_images=3)  # the last three of the folder's five pictures
-    means = [trainer.open_latents(tmp_path / "latents.arrow").get_batch(i)["mean"][0].as_py() for i in range(5)]
-    seen = [[], []]
-    for number in range(12):
-        sample, kind = data[number], number % 2
-        assert sample["loss_weight"] == [1.0, 0.5][kind]
-        assert torch.equal(sample["prompt_embeds"], table[[PROMPT, PREVIEW_PROMPT][kind]][0])
-        near = [(torch.tensor(mean) - sample["latents"].flatten()).abs().mean().item() for mean in means]
-        seen[kind].append(near.index(min(near)))
-    assert [sorted(seen[0][i : i + 2]) for i in (0, 2, 4)] == [[0, 1]] * 3
-    assert [sorted(seen[1][i : i + 3]) for i in (0, 3)] == [[2, 3, 4]] * 2
+    dataset = samples(*flags, "--num_class_images=1")
+    embeds = [dataset.embeddings[prompt]["prompt_embeds"] for prompt in (PROMPT, PREVIEW_PROMPT)]
+    for number, sample in enumerate(dataset):
+        assert sample["loss_weight"] == [1.0, 0.5][number % 2]
+        assert torch.equal(sample["prompt_embeds"], embeds[number % 2])
 
 
 def test_captions_are_dropped_as_often_as_asked(samples: Callable[..., trainer.SampleDataset]) -> None:
     """A dropped caption becomes the empty prompt; everything else about the sample stays."""
-    always, sometimes = samples(range(100)), samples(range(100), "--caption_dropout=0.3")
-    empty = always.embeddings[""][0]
-    dropped = [torch.equal(sometimes[i]["prompt_embeds"], empty) for i in range(100)]
-    assert 15 <= sum(dropped) <= 45 and not torch.equal(always[0]["prompt_embeds"], empty)
-    assert all(torch.equal(always[i]["noise"], sometimes[i]["noise"]) for i in range(3))
+    never = samples(max_train_steps=100)
+    sometimes, empty = replace(never, args=make_args("--caption_dropout=0.3")), never.embeddings[""]["prompt_embeds"]
+    dropped = [torch.equal(sample["prompt_embeds"], empty) for sample in sometimes]
+    assert 15 <= sum(dropped) <= 45 and not torch.equal(never[0]["prompt_embeds"], empty)
+    assert all(torch.equal(never[i]["latents"], sometimes[i]["latents"]) for i in range(3))
 
 
-def test_masks_weight_the_loss(tiny: Path, tmp_path: Path) -> None:
-    """From the alpha channel, from NAME.mask.png, which is no picture itself, or 1; mirrored with the picture."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    alpha = np.zeros((64, 64), np.uint8)
-    alpha[:, :16] = 255
-    Image.fromarray(np.dstack([np.full((64, 64, 3), 90, np.uint8), alpha])).save(folder / "a.png")
-    for name in ("b.jpg", "c.jpg"):
-        Image.new("RGB", (64, 64), "red").save(folder / name)
-    Image.fromarray(255 - alpha).save(folder / "b.mask.png")
-    args = make_args(tiny, folder, "--alpha_mask", "--random_flip")
-    encode(args, tmp_path / "latents.arrow")
-    masks = [trainer.open_latents(tmp_path / "latents.arrow").get_batch(i)["mask"] for i in range(3)]
-    left = np.zeros((8, 8))
-    left[:, :2] = 1
-    for mask, expected in ((masks[0], left), (masks[1], 1 - left)):
-        mirrored = expected[:, ::-1]
-        assert mask.to_pylist() == [expected.flatten().tolist(), mirrored.flatten().tolist()]
-    assert masks[2].null_count == 2
-    table = type("Table", (), {"__getitem__": lambda *_: (torch.zeros(1), torch.zeros(1))})()
-    data = trainer.SampleDataset(args, tmp_path / "latents.arrow", table, ["a"] * 3, torch.ones(1), range(3))
-    assert sorted(sample["mask"].mean().item() for sample in data) == [0.25, 0.75, 1.0]
+# ------------------------------------------------------------------------------------------------------------- shapes
 
 
-def test_a_mask_of_another_size(tiny: Path, tmp_path: Path) -> None:
-    """Is named before anything is trained."""
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
-    Image.new("L", (32, 64)).save(tmp_path / "a.mask.png")
-    with pytest.raises(SystemExit, match="a.jpg.*its mask"):
-        encode(make_args(tiny, tmp_path, "--alpha_mask"), tmp_path / "latents.arrow")
+def test_phone_photos_are_not_cut() -> None:
+    """3:4, 4:3, 9:16, 16:9 and 3:2 have buckets of nearly the square's area: less than 3 % of a side is cut off."""
+    shapes = trainer.training_shapes(make_args("--aspect_ratio_buckets", "--resolution=1024"))
+    assert len(shapes) == 11 and all(abs(height * width / 1024**2 - 1) < 0.03 for height, width in shapes)
+    for width, height in [(3024, 4032), (4032, 3024), (1080, 1920), (1920, 1080), (3000, 2000), (2000, 2000)]:
+        ratios = [(width / height) / (shape[1] / shape[0]) for shape in shapes]
+        assert any(0.97 < ratio < 1 / 0.97 for ratio in ratios), (width, height)
 
 
-def test_unreadable_pixels_are_named_before_the_transformer_loads(
-    train: Callable[..., Path], photos: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A truncated JPEG has a good header; decoding finds it. Both bad pictures are named, and no file is left."""
-    folder = tmp_path / "photos"
-    shutil.copytree(photos, folder)
-    for name in ("a.jpg", "b.JPEG"):
-        (folder / name).write_bytes((folder / name).read_bytes()[:-200])
-    monkeypatch.setattr(trainer, "load_transformer", lambda *_: pytest.fail("loaded"))
-    embeddings = compute(tiny, folder, tmp_path / "e.parquet", f"--prompt={PROMPT}", "--no_t5")
-    with pytest.raises(SystemExit, match="(?s)a.jpg.*b.JPEG"):
-        train(instance_data_dir=folder, data_df_path=embeddings)
-    assert not list((tmp_path / "out").glob("latents*"))
-
-
-def test_pictures_are_upright_and_on_white(tmp_path: Path) -> None:
-    """A phone's EXIF rotation is applied; what is transparent becomes white."""
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
-    assert trainer.open_image(tmp_path / "a.jpg").size == (10, 20)
-    grey = np.array([[0, 32768], [65535, 256]], np.uint16)  # 16 bits, which convert would cut off at 255
-    Image.fromarray(grey).save(tmp_path / "c.png")
-    assert [trainer.open_image(tmp_path / "c.png").getpixel(at)[0] for at in ((0, 0), (1, 0), (0, 1))] == [0, 128, 255]
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "b.png")
-    assert trainer.open_image(tmp_path / "b.png").getpixel((0, 0)) == (255, 255, 255)
+def test_images_train_in_the_nearest_of_their_own_shapes(samples: Callable[..., trainer.SampleDataset]) -> None:
+    """(height, width) as diffusers writes them; latents are an eighth of that."""
+    dataset = samples("--aspect_ratio_buckets=64,80; 80,64;64,64", max_train_steps=5)
+    wide, upright = (64, 80), (80, 64)
+    expected = {"a.jpg": wide, "b.JPEG": upright, "c.png": ENTIRE, "d.webp": upright, "e.bmp": ENTIRE}
+    assert {example.path.name: example.shape for example in dataset.order} == expected
+    for sample, example in zip(dataset, dataset.order, strict=True):
+        assert sample["latents"].shape == (16, example.shape[0] // 8, example.shape[1] // 8)

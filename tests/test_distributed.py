@@ -1,8 +1,8 @@
-"""Two processes train like one: the same samples, the same losses, the same LoRA but for rounding."""
+"""Two processes train like one: the same latents, samples and losses, and the same LoRA but for rounding."""
 
 import json
 import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,17 +10,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import psutil
 import pytest
 import torch
-import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, logged
 from safetensors.torch import load_file
 
+import quantized_on_cpu
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, logged
+
 STEPS = 6
-ONE_PROCESS = ["--num_processes=1"]
+SCRIPT_LINE = 'recorded_run.py", line'  # of a traceback that is not the launcher's own
 TWO_PROCESSES = ["--multi_gpu", "--num_processes=2", "--num_machines=1"]
 Launch = Callable[..., subprocess.Popen]
+Train = Callable[..., Path]
 
 
 def free_port() -> int:
@@ -29,37 +32,41 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-@pytest.fixture
-def launch(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> Launch:
-    """Start recorded_run.py by accelerate, on the CPU."""
+@pytest.fixture(scope="session")
+def launch(tiny: Path, photos: Path, embeddings: Path) -> Launch:
+    """Start recorded_run.py by accelerate, on the CPU, a micro-batch of one image in each process."""
 
-    def start(output: str, *flags: str, launcher: list[str] = TWO_PROCESSES) -> subprocess.Popen:
+    def start(
+        output: Path, *flags: str, launcher: list[str] = TWO_PROCESSES, cwd: Path = ROOT, **changes: object
+    ) -> subprocess.Popen:
         port = [] if any("port" in flag for flag in launcher) else [f"--main_process_port={free_port()}"]
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision=no", *launcher]
-        script = [ROOT / "tests" / "recorded_run.py", tmp_path / output / "record"]
-        fixed = {
+        script = [ROOT / "tests" / "recorded_run.py", output / "record"]
+        values = {
             "pretrained_model_name_or_path": tiny, "instance_data_dir": photos, "data_df_path": embeddings,
-            "instance_prompt": PROMPT, "output_dir": tmp_path / output, "resolution": 64, "max_train_steps": STEPS,
-            "lr_warmup_steps": 0, "learning_rate": 1e-3, "rank": RANK, "seed": 0, "num_inference_steps": 2,
+            "instance_prompt": PROMPT, "output_dir": output, "resolution": 64, "max_train_steps": STEPS, "seed": 0,
+            "train_batch_size": 1, "lr_warmup_steps": 0, "learning_rate": 1e-3, "rank": RANK,
+            "num_inference_steps": 2, "num_validation_images": 1,
         }  # fmt: skip
-        given = [f"--{name}={value}" for name, value in fixed.items()]
+        given = [f"--{name}={value}" for name, value in (values | changes).items()]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
         return subprocess.Popen(
-            list(map(str, [*command, *port, *script, *given, *flags])), env=environment, text=True,
+            list(map(str, [*command, *port, *script, *given, *flags])), env=environment, cwd=cwd, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     return start
 
 
-def finish(*processes: subprocess.Popen) -> None:
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
+    """Wait for the ends of processes; what they printed."""
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), printed
+    return printed
 
 
-def records(folder: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in (folder / "record").glob("rank-*.json")}
+def records(folder: Path) -> list[dict]:
+    return [json.loads((folder / "record" / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def distance(one: Path, other: Path) -> float:
@@ -71,85 +78,123 @@ def distance(one: Path, other: Path) -> float:
 
 
 def assert_same_training(one: Path, two: Path, tolerance: float, samples_per_step: int) -> None:
-    """One process and two: half of each global batch in each of the two, equal losses, LoRAs within the tolerance."""
-    alone, ranks = records(one)["rank-0"], records(two)
-    assert [ranks[f"rank-{i}"]["patience_hours"] for i in (0, 1)] == [12, 12]  # encoding many pictures takes long
-    assert alone["world_size"] == 1 and [ranks[f"rank-{i}"]["world_size"] for i in (0, 1)] == [2, 2]
-    of_ranks = [ranks[f"rank-{i}"]["sample_numbers"] for i in (0, 1)]
-    assert alone["sample_numbers"] == list(range(STEPS * samples_per_step))
+    """Half of each step's samples in each of two processes, the losses of one, its LoRA within the tolerance."""
+    ranks = records(two)
+    assert [rank["world_size"] for rank in ranks] == [2, 2]
+    assert [rank["patience_hours"] for rank in ranks] == [12, 12]  # previews and the upload take long
     for step in range(STEPS):
         half = slice(step * samples_per_step // 2, (step + 1) * samples_per_step // 2)
-        batch = sorted(of_ranks[0][half] + of_ranks[1][half])
-        assert batch == list(range(step * samples_per_step, (step + 1) * samples_per_step))
-    assert np.abs(np.subtract(logged(one), logged(two))).max() <= 1e-5
+        numbers = sorted(ranks[0]["sample_numbers"][half] + ranks[1]["sample_numbers"][half])
+        assert numbers == list(range(step * samples_per_step, (step + 1) * samples_per_step))
+    assert logged(one) == pytest.approx(logged(two), abs=1e-5, rel=0) and len(logged(one)) == STEPS
     assert distance(one, two) <= tolerance
 
 
-def test_two_processes_train_like_one(launch: Launch, tmp_path: Path) -> None:
-    """Five pictures, accumulation, AdamW, prior preservation: relative L2 1e-5 and losses 1e-5."""
+@pytest.fixture(scope="module")
+def two(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made, with a checkpoint after every step."""
+    folder = tmp_path_factory.mktemp("two")
+    finish(launch(folder, "--checkpointing_steps=1"))
+    return folder
+
+
+def test_two_processes_train_like_one(train: Train, two: Path) -> None:
+    """Five images, AdamW: relative L2 1e-5 and losses 1e-5."""
+    one = train(train_batch_size=2, max_train_steps=STEPS)
+    assert_same_training(one, two, 1e-5, samples_per_step=2)
+
+
+def test_each_process_encodes_its_share(train: Train, two: Path) -> None:
+    """Of the five images, into the files that one process writes."""
+    shares = [rank["encoded"] for rank in records(two)]
+    assert sorted(map(len, shares)) == [2, 3] and len(set(shares[0] + shares[1])) == 5
+    one = train(train_batch_size=2, max_train_steps=1)
+    files = [{path.name: path.read_bytes() for path in (folder / "latents").iterdir()} for folder in (one, two)]
+    assert len(files[0]) == 5 and files[0] == files[1]
+
+
+def test_one_process_resumes_what_two_began(train: Train, two: Path) -> None:
+    """From the fourth step on."""
+    flags = [f"--resume_from_checkpoint={two / 'checkpoint-3'}"]
+    one = train(*flags, train_batch_size=2, max_train_steps=STEPS)
+    assert logged(one) == pytest.approx(logged(two)[3:], abs=1e-5, rel=0)
+    assert distance(one, two) <= 1e-5
+
+
+def test_shapes_class_images_accumulation_and_previews(train: Train, launch: Launch, tmp_path: Path) -> None:
+    """All at once, in two processes as in one; each makes its share of the class images."""
     flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=3"]
-    flags += [f"--class_data_dir={tmp_path / 'class'}", "--gradient_accumulation_steps=2"]
-    finish(launch("two", *flags, "--train_batch_size=1", "--resume_from_checkpoint=latest"))
-    finish(launch("one", *flags, "--train_batch_size=2", launcher=ONE_PROCESS))
-    assert_same_training(tmp_path / "one", tmp_path / "two", 1e-5, samples_per_step=4)
+    flags += ["--sample_batch_size=1", "--gradient_accumulation_steps=2", "--aspect_ratio_buckets=64,80;80,64;64,64"]
+    flags += [f"--validation_prompt={PREVIEW_PROMPT}", "--validation_steps=2"]
+    finish(launch(tmp_path / "two", *flags))
+    one = train(*flags, train_batch_size=2, max_train_steps=STEPS, output="one")
+    assert_same_training(one, tmp_path / "two", 1e-5, samples_per_step=4)
+    images = [[path.read_bytes() for path in sorted(folder.glob("class_images-*/*.png"))]
+              for folder in (one, tmp_path / "two")]  # fmt: skip
+    assert len(images[0]) == 3 and images[0] == images[1]
 
 
-def test_two_processes_with_8_bit_adam(launch: Launch, tmp_path: Path) -> None:
-    """Real 8-bit states: relative L2 1e-2. One run resumes what the other saved, with another number of processes."""
-    flags = ["--use_8bit_adam", "--checkpointing_steps=3"]
-    finish(launch("two", *flags, "--train_batch_size=1"))
-    finish(launch("one", *flags, "--train_batch_size=2", launcher=ONE_PROCESS))
-    assert_same_training(tmp_path / "one", tmp_path / "two", 1e-2, samples_per_step=2)
-    checkpoint = tmp_path / "two" / "checkpoint-3"
-    states = torch.load(checkpoint / "training_state.pt", weights_only=True)["optimizer"]["state"]
+def test_4_bit_weights_and_8_bit_states(
+    train: Train, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real layers and states of bitsandbytes in both processes: relative L2 1e-2."""
+    quantized_on_cpu.allow(monkeypatch.setattr)
+    flags = ["--quantize_base=nf4", "--use_8bit_adam", "--checkpointing_steps=6"]
+    finish(launch(tmp_path / "two", *flags))
+    one = train(*flags, train_batch_size=2, max_train_steps=STEPS, output="one")
+    assert_same_training(one, tmp_path / "two", 1e-2, samples_per_step=2)
+    states = trainer.read_state(tmp_path / "two" / "checkpoint-6")["optimizer"]["state"]
     assert all(each["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8 for each in states.values())
-    flags += [f"--resume_from_checkpoint={checkpoint}", "--train_batch_size=2"]
-    finish(launch("resumed", *flags, launcher=ONE_PROCESS))
-    assert records(tmp_path / "resumed")["rank-0"]["sample_numbers"] == list(range(6, 12))
-    assert distance(tmp_path / "one", tmp_path / "resumed") <= 1e-2
 
 
-def test_two_processes_with_shapes(launch: Launch, tmp_path: Path) -> None:
-    """Pictures of three shapes, class pictures, accumulation, 10 samples of 5 + 3 pictures a round: as one process."""
-    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=3"]
-    flags += [f"--class_data_dir={tmp_path / 'class'}", "--gradient_accumulation_steps=2", "--aspect_ratio_buckets"]
-    finish(launch("two", *flags, "--train_batch_size=1"))
-    finish(launch("one", *flags, "--train_batch_size=2", launcher=ONE_PROCESS))
-    assert_same_training(tmp_path / "one", tmp_path / "two", 1e-5, samples_per_step=4)
-
-
-def test_two_processes_with_a_quantised_base(launch: Launch, tmp_path: Path) -> None:
-    """Real 4-bit layers of bitsandbytes, frozen, in both processes."""
-    flags = ["--quantize_base=nf4"]
-    finish(launch("two", *flags, "--train_batch_size=1"))
-    finish(launch("one", *flags, "--train_batch_size=2", launcher=ONE_PROCESS))
-    assert_same_training(tmp_path / "one", tmp_path / "two", 1e-5, samples_per_step=2)
-
-
-def test_two_machines(launch: Launch, tmp_path: Path) -> None:
-    """Two launches that meet on loopback, one process each, with a common output folder."""
+@pytest.fixture
+def machines() -> list[list[str]]:
+    """Two launches that meet on loopback, one process each."""
     where = ["--multi_gpu", "--num_processes=2", "--num_machines=2", "--main_process_ip=127.0.0.1"]
     where += [f"--main_process_port={free_port()}"]
-    finish(*(launch("two", "--train_batch_size=1", launcher=[*where, f"--machine_rank={i}"]) for i in (0, 1)))
-    finish(launch("one", "--train_batch_size=2", launcher=ONE_PROCESS))
-    assert_same_training(tmp_path / "one", tmp_path / "two", 1e-5, samples_per_step=2)
+    return [[*where, f"--machine_rank={rank}"] for rank in (0, 1)]
 
 
-def test_a_killed_worker_ends_the_run_and_the_checkpoint_resumes(launch: Launch, tmp_path: Path) -> None:
+def test_two_machines_with_a_common_folder(
+    launch: Launch, machines: list[list[str]], two: Path, tmp_path: Path
+) -> None:
+    """Train what two processes of one machine train, to the bit."""
+    finish(*(launch(tmp_path, launcher=machine) for machine in machines))
+    assert logged(tmp_path) == logged(two) and distance(tmp_path, two) == 0
+
+
+def test_two_machines_without_a_common_folder(launch: Launch, machines: list[list[str]], tmp_path: Path) -> None:
+    """Are told to share it, both, and end."""
+    processes = []
+    for name, machine in zip(("first", "second"), machines, strict=True):
+        (tmp_path / name).mkdir()
+        processes.append(launch(Path("out"), launcher=machine, cwd=tmp_path / name))
+    for printed in finish(*processes, code=1):
+        assert "The latents are not visible here: share --output_dir out." in printed and SCRIPT_LINE not in printed
+
+
+def test_what_each_process_finds_is_one_message(launch: Launch, photos: Path, tmp_path: Path) -> None:
+    """Each checks its share of the images; nobody waits for one that has ended."""
+    shutil.copytree(photos, tmp_path / "photos")
+    for name in ("a.jpg", "b.JPEG"):
+        (tmp_path / "photos" / name).write_bytes(b"no image")
+    [printed] = finish(launch(tmp_path / "out", instance_data_dir=tmp_path / "photos"), code=1)
+    assert printed.count("a.jpg is not a readable image") == printed.count("b.JPEG is not a readable image") == 1
+    assert printed.count("Cannot start") == 1 and SCRIPT_LINE not in printed
+    assert not (tmp_path / "out" / "latents").exists()
+
+
+def test_a_killed_worker_ends_the_run_and_the_checkpoint_resumes(launch: Launch, two: Path, tmp_path: Path) -> None:
     """Nobody waits for it for ever, the exit code is not 0, and the run goes on to the uninterrupted result."""
-    flags = ["--train_batch_size=1", "--checkpointing_steps=1"]
-    finish(launch("whole", *flags))
-    process = launch("killed", *flags, "--max_train_steps=1000")
+    process = launch(tmp_path, "--checkpointing_steps=1", max_train_steps=10**5)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint-2").exists():
+    while not (tmp_path / "checkpoint-2").exists():
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "SIGKILL" in output or "-9" in output
-    for path in (tmp_path / "killed").glob("checkpoint-*"):
-        if int(path.name.split("-")[1].split(".")[0]) > 3:
-            path.rename(tmp_path / path.name)
-    finish(launch("killed", *flags, "--resume_from_checkpoint=latest"))
-    assert distance(tmp_path / "whole", tmp_path / "killed") == 0
+        time.sleep(0.01)
+    psutil.Process(process.pid).children()[-1].kill()
+    finish(process, code=1)
+    for path in tmp_path.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > 3:
+            shutil.rmtree(path)
+    finish(launch(tmp_path, "--resume_from_checkpoint=latest"))
+    assert distance(two, tmp_path) == 0

@@ -8,14 +8,16 @@ import shutil
 import sys
 from pathlib import Path
 
-import compute_embeddings as embed
-import measure_dreambooth
 import papermill
 import pytest
+
+import compute_embeddings as embed
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import ROOT
 
+TRAINER = "train_dreambooth_sd3_lora_miniature.py"
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / name for name in ("README.md", "tests/README.md", "tests/toy/README.md")]
 NOTEBOOK = json.loads((ROOT / "notebook.ipynb").read_text())
 COMMANDS = [
     shlex.split(command, comments=True)
@@ -24,7 +26,9 @@ COMMANDS = [
     for command in line.split("&&")
     if command.strip()
 ]
-OF_ACCELERATE = ["quiet", "num_cpu_threads_per_process", "multi_gpu", "num_processes", "num_machines", "machine_rank"]
+OF_OTHERS = (
+    "quiet multi_gpu num_processes num_machines machine_rank main_process_ip check help extra-index-url".split()
+)
 
 
 def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -33,74 +37,114 @@ def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
     return set(re.findall(r"--\w+", capsys.readouterr().out))
 
 
-def test_every_flag_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of our scripts, or of pip and accelerate."""
-    known = flags_of(embed, capsys) | flags_of(trainer, capsys)
-    known |= {f"--{name}" for name in [*OF_ACCELERATE, "main_process_ip", "help", "kills", "variant"]}
-    known |= {"--without_prior_preservation", "--pipeline_dir", "--vram_limit_gb", "--pictures"}  # for measuring
-    assert set(re.findall(r"--\w+", README)) - known == set()
+def known_flags(capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Of our scripts, of those for measuring, and of pip, ruff and accelerate."""
+    known = flags_of(embed, capsys) | flags_of(trainer, capsys) | {f"--{name}" for name in OF_OTHERS}
+    for path in (ROOT / "tests").rglob("*.py"):
+        known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text()))
+    return known
 
 
-def test_the_readmes_commands_parse() -> None:
-    """The toy's two and SD3's two; each pair agrees about model, prompts, folder and file."""
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_flag_in_a_page_exists(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No page names a flag that is gone."""
+    assert set(re.findall(r"--[\w-]+", page.read_text())) - known_flags(capsys) - {"---"} == set()
+
+
+def test_the_readmes_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy's two, whose flags stand in files, and SD3's two; each pair agrees about model, prompts, folder, file."""
+    monkeypatch.chdir(ROOT)
     embedding = [embed.parse_args(command[2:]) for command in COMMANDS if command[1:2] == ["compute_embeddings.py"]]
-    script = "train_dreambooth_sd3_lora_miniature.py"
-    training = [trainer.parse_args(command[command.index(script) + 1 :]) for command in COMMANDS if script in command]
-    assert len(training) == 2 and len(embedding) == 3
-    for one, other in zip(embedding, training, strict=False):
+    training = [
+        trainer.parse_args(command[command.index(TRAINER) + 1 :]) for command in COMMANDS if TRAINER in command
+    ]
+    assert len(training) == len(embedding) == 2
+    for one, other in zip(embedding, training, strict=True):
         assert (one.prompt, one.validation_prompt) == (other.instance_prompt, other.validation_prompt)
         assert (one.local_data_dir, one.output_path) == (other.instance_data_dir, other.data_df_path)
         assert one.pretrained_model_name_or_path == other.pretrained_model_name_or_path
+        assert one.class_prompt == other.class_prompt
 
 
-def test_what_is_measured_is_the_readmes_first_command() -> None:
-    """Its flags and no others but for what is written where."""
-    [command] = [command for command in COMMANDS if "accelerate" in command and "tests/toy/model" in command]
-    told = vars(trainer.parse_args(command[command.index("train_dreambooth_sd3_lora_miniature.py") + 1 :]))
-    fixed = measure_dreambooth.command_line(measure_dreambooth.TRAINING_FLAGS)
-    where = ["--data_df_path=robot.parquet", "--output_dir=robot-lora", "--with_prior_preservation"]
-    previews = ["--validation_prompt", *told["validation_prompt"], "--validation_steps=600"]
-    assert told == vars(trainer.parse_args([*fixed, *where, *previews]))
+def test_the_readmes_files_of_settings_parse(tmp_path: Path) -> None:
+    """For SD3.5-medium and SD3.5-large; a flag after the file wins."""
+    files = re.findall(r"```text\n(--.*?)```", README, re.S)
+    required = ["--instance_data_dir=d", "--data_df_path=e", "--instance_prompt=p"]
+    models = []
+    for text in files:
+        (tmp_path / "settings.txt").write_text(text)
+        args = trainer.parse_args([*required, f"@{tmp_path / 'settings.txt'}", "--rank=7"])
+        models.append(args.pretrained_model_name_or_path.rsplit("/", 1)[1])
+        assert args.rank == 7 and args.resolution == 1024
+    assert models == ["stable-diffusion-3.5-medium", "stable-diffusion-3.5-large"]
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    """At most 190 lines; its first commands on at most four."""
+    [first] = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if "@tests/toy/train.txt" in block]
+    assert len(README.splitlines()) <= 190 and len(first.splitlines()) <= 4
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
     """The same words."""
-    script = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert "python -m pytest" in script and ["python", "-m", "pytest"] in COMMANDS
+    script = (ROOT / ".ci" / "run").read_text()
+    commands = [shlex.join(command) for command in COMMANDS if command[:1] in (["ruff"], ["mypy"], ["python"])]
+    of_tests = [command for command in commands if "compute_embeddings" not in command]
+    assert of_tests == ["ruff check .", "ruff format --check .", "mypy", "python -m pytest -n 2"]
+    assert all(command in script.splitlines() for command in of_tests)
     [install] = [command[2:] for command in COMMANDS if command[:2] == ["pip", "install"] and "pytest" in command]
-    assert any(line.endswith(" ".join(install)) for line in script)
+    assert any(line.endswith(" ".join(install)) for line in script.splitlines())
 
 
 def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, **parameters: object) -> list[dict]:
-    """Execute the notebook on the toy, in a folder with the scripts only; its cells afterwards."""
-    for name in ("compute_embeddings.py", "train_dreambooth_sd3_lora_miniature.py", "requirements.txt"):
-        shutil.copy(ROOT / name, folder)
+    """Execute the notebook on the toy in a folder; its cells afterwards."""
     toy = ROOT / "tests" / "toy"
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     small = {
-        "MODEL": str(toy / "model"), "PHOTOS": str(toy / "robot"), "INSTANCE_PROMPT": "a photo of sks robot",
-        "VALIDATION_PROMPTS": ["a photo of sks robot", "it's a toy"], "NEW_PROMPT": "sks robot on a green background",
-        "MAX_SEQUENCE_LENGTH": 16, "RESOLUTION": 64, "STEPS": 4, "MIXED_PRECISION": "no", "INFERENCE_STEPS": 2,
-    }  # fmt: skip
+        "MODEL": str(toy / "model"),
+        "PHOTOS": str(toy / "robot"),
+        "INSTANCE_PROMPT": "a photo of sks robot",
+        "VALIDATION_PROMPTS": ["a photo of sks robot", "it's a toy"],
+        "NEW_PROMPT": "sks robot on a green background",
+        "MAX_SEQUENCE_LENGTH": 16,
+        "RESOLUTION": 64,
+        "STEPS": 4,
+        "MIXED_PRECISION": "no",
+        "INFERENCE_STEPS": 2,
+    }
     notebook = papermill.execute_notebook(
         ROOT / "notebook.ipynb", folder / "out.ipynb", small | parameters, cwd=folder, progress_bar=False
     )
     return notebook.cells
 
 
-def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From top to bottom on the toy: it shows photos, previews and new pictures."""
-    cells = run_notebook(tmp_path, monkeypatch)
+@pytest.fixture
+def beside_scripts(tmp_path: Path) -> Path:
+    """A folder with the scripts only."""
+    for name in ("compute_embeddings.py", TRAINER, "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_the_notebook_runs(beside_scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom on the toy: it shows photos, previews and new images."""
+    cells = run_notebook(beside_scripts, monkeypatch)
     shown = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
     assert len(shown) == 3
-    lora = tmp_path / "sd3-dreambooth-lora"
+    lora = beside_scripts / "sd3-dreambooth-lora"
     assert (lora / trainer.LORA_NAME).exists() and len(list(lora.glob("new-*.png"))) == 2
 
 
-def test_a_failing_script_fails_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_alone_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of Colab, without the scripts beside it."""
+    with pytest.raises(papermill.PapermillExecutionError, match=r"Put compute_embeddings.py, .* or set REPOSITORY"):
+        run_notebook(tmp_path, monkeypatch)
+
+
+def test_a_failing_script_fails_the_notebook(beside_scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell command's exit code is looked at."""
     with pytest.raises(papermill.PapermillExecutionError, match="no embeddings: see the message above"):
-        run_notebook(tmp_path, monkeypatch, T5_PRECISION="int3")
+        run_notebook(beside_scripts, monkeypatch, T5_PRECISION="int3")
 
 
 def test_the_notebook_is_clean(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,5 +153,10 @@ def test_the_notebook_is_clean(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(cells) <= 14 and "widgets" not in NOTEBOOK["metadata"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
     text = "".join("".join(cell["source"]) for cell in cells)
-    known = flags_of(embed, capsys) | flags_of(trainer, capsys) | {"--quiet"}
-    assert set(re.findall(r"--\w+", text)) - known == set()
+    assert set(re.findall(r"--\w+", text)) - known_flags(capsys) == set()
+
+
+def test_the_notebooks_embeddings_go_where_the_transformer_is() -> None:
+    """On a GPU they were left on the CPU, and the second denoising step failed."""
+    [cell] = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if "load_lora_weights" in "".join(cell["source"])]
+    assert re.search(r"to_numpy_ndarray\(\)\[rows\]\)\.to\(device, dtype\)", cell)

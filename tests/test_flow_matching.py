@@ -1,11 +1,14 @@
 """The objective: rectified flow, its weightings, and how it relates to the reference's loss."""
 
+from argparse import Namespace
+
 import pytest
 import torch
-import train_dreambooth_sd3_lora_miniature as trainer
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor, nn
+
+import train_dreambooth_sd3_lora_miniature as trainer
 
 SCHEMES = ["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
 SIGMAS = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas
@@ -24,17 +27,35 @@ def batch(count: int = 3) -> dict[str, Tensor]:
 
 def loss(velocity_pred: Tensor, one: dict[str, Tensor], scheme: str = "none", precondition: bool = False) -> Tensor:
     sigmas = one["sigma"].view(-1, 1, 1, 1)
-    return trainer.flow_matching_loss(
-        velocity_pred, one["latents"], one["noise"], sigmas, one["mask"], scheme, precondition
-    )
+    error = velocity_pred.float() - (one["noise"] - one["latents"])
+    return trainer.flow_matching_loss(error, sigmas, one["mask"], scheme, precondition)
+
+
+class Recorder(nn.Module):
+    """Stands where the transformer does: keeps what it is given, and predicts 0 or what it is told."""
+
+    def __init__(self, velocity: Tensor | None = None) -> None:
+        super().__init__()
+        self.velocity = velocity
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor]:
+        self.inputs = inputs
+        return (torch.zeros_like(inputs["hidden_states"]) if self.velocity is None else self.velocity,)
+
+
+def args(*flags: str) -> Namespace:
+    required = ("pretrained_model_name_or_path", "instance_data_dir", "data_df_path", "instance_prompt")
+    return trainer.parse_args([*(f"--{name}=x" for name in required), *flags])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("precondition", [False, True])
-def test_a_perfect_prediction_has_no_loss(scheme: str, precondition: bool) -> None:
+@pytest.mark.parametrize("precondition", [0, 1])
+def test_a_perfect_prediction_has_no_loss(scheme: str, precondition: int) -> None:
     """The target is noise - latents."""
     one = batch()
-    assert torch.equal(loss(one["noise"] - one["latents"], one, scheme, precondition), torch.zeros(3))
+    flags = args(f"--weighting_scheme={scheme}", f"--precondition_outputs={precondition}")
+    assert trainer.training_loss(Recorder(one["noise"] - one["latents"]), one, torch.float32, flags) == 0
+    assert trainer.training_loss(Recorder(), one, torch.float32, flags) > 0
 
 
 def test_unweighted_it_is_the_mean_squared_error_of_each_sample() -> None:
@@ -66,27 +87,15 @@ def test_every_weighting_is_finite_at_every_noise_level(scheme: str) -> None:
 
 
 def test_the_mask_takes_away_what_it_covers() -> None:
-    """Errors where the mask is 0 do not count."""
+    """Errors where the mask is 0 do not count, but the mean is over all pixels: a small subject counts less."""
     one = batch()
     one["mask"][:, :, :2] = 0
     velocity = one["noise"] - one["latents"]
     wrong_above, wrong_below = velocity.clone(), velocity.clone()
     wrong_above[:, :, :2] += 1
     wrong_below[:, :, 2:] += 1
-    assert torch.equal(loss(wrong_above, one), torch.zeros(3)) and (loss(wrong_below, one) > 0).all()
-
-
-class Recorder(nn.Module):
-    """Stands where the transformer does and keeps what it is given; predicts 0."""
-
-    def forward(self, **inputs: Tensor) -> tuple[Tensor]:
-        self.inputs = inputs
-        return (torch.zeros_like(inputs["hidden_states"]),)
-
-
-def args(*flags: str) -> object:
-    required = ("pretrained_model_name_or_path", "instance_data_dir", "data_df_path", "instance_prompt")
-    return trainer.parse_args([*(f"--{name}=x" for name in required), *flags])
+    assert torch.equal(loss(wrong_above, one), torch.zeros(3))
+    assert torch.allclose(loss(wrong_below, one), torch.full((3,), 0.5))
 
 
 def test_the_transformer_sees_the_mix_at_its_time() -> None:

@@ -1,127 +1,185 @@
 """Pushing to the Hub, here a server on loopback: what is sent, with which token, and that a failure costs nothing."""
 
-import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT
+from diffusers import StableDiffusion3Pipeline
+from diffusers.loaders import lora_base
+from huggingface_hub import ModelCard, constants, hf_api
+
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import PREVIEW_PROMPT, PROMPT, ROOT
 from hub_server import serve
 
-
-def run(
-    model: Path, photos: Path, embeddings: Path, output: Path, url: str, *flags: str, xet: bool = False
-) -> subprocess.CompletedProcess:
-    """The trainer in a process of its own, which reads the Hub's address when it starts."""
-    values = {
-        "pretrained_model_name_or_path": model, "instance_data_dir": photos, "data_df_path": embeddings,
-        "instance_prompt": PROMPT, "output_dir": output, "resolution": 64, "max_train_steps": 1, "rank": RANK,
-        "train_batch_size": 1, "num_inference_steps": 1, "num_validation_images": 1, "checkpointing_steps": 1,
-        "validation_prompt": PREVIEW_PROMPT,
-    }  # fmt: skip
-    command = [sys.executable, str(ROOT / "train_dreambooth_sd3_lora_miniature.py"), "--push_to_hub", *flags]
-    environment = {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": str(int(not xet)), "HF_HOME": str(output.parent / "hf"),
-                   "PATH": "/usr/bin:/bin", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command += [f"--{name}={value}" for name, value in values.items()]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+SAMPLE = "samples/step-000001-prompt-0-0.png"
+PUSHED = {"README.md", trainer.LORA_NAME, SAMPLE, "samples/progress.png"}
 
 
-def test_only_lora_card_and_samples_are_pushed(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
-    """Byte for byte; no log, latent or checkpoint, and no token anywhere."""
-    with serve() as hub:
-        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write")
-        assert result.returncode == 0, result.stderr
-        pushed = hub.repos["me/dog"]
-        assert not hub.private
-    sample = "samples/step-000001-prompt-0-0.png"
-    assert set(pushed) == {"README.md", "pytorch_lora_weights.safetensors", sample, "samples/progress.png"}
-    assert all((tmp_path / "dog" / name).read_bytes() == data for name, data in pushed.items())
-    written = [path.read_bytes() for path in (tmp_path / "dog").rglob("*") if path.is_file()]
-    assert not any(b"hf_write" in text for text in [*written, result.stdout.encode(), result.stderr.encode()])
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """The only Hub that this process knows."""
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(lora_base, "HF_HUB_OFFLINE", False)
+        yield server
 
 
-def test_xet_stores_and_returns_the_same_bytes(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
-    """Large files go through Xet when it is on; what comes back is byte for byte what was sent."""
-    with serve() as hub:
-        hub.xet = tmp_path / "xet"
-        flags = ["--hub_token=hf_write", "--hub_private_repo"]
-        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, *flags, xet=True)
-        assert result.returncode == 0, result.stderr
-        assert hub.private == {"me/dog"}
-        name, sha256, size = hub.repos["me/dog"]["pytorch_lora_weights.safetensors"]
-        assert not hub.blobs and size == (tmp_path / "dog" / "pytorch_lora_weights.safetensors").stat().st_size
-        code = "import sys, huggingface_hub as hub\n"
-        code += "for name in sys.argv[1:]: hub.hf_hub_download('me/dog', name, local_dir='back')"
-        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_read", "HF_HOME": str(tmp_path / "other")}
-        command = [sys.executable, "-c", code, *hub.repos["me/dog"]]
-        subprocess.run(command, env=environment, cwd=tmp_path, check=True, timeout=60)
-        pushed = list(hub.repos["me/dog"])
-    assert len(pushed) == 4
-    assert all((tmp_path / "back" / name).read_bytes() == (tmp_path / "dog" / name).read_bytes() for name in pushed)
+@pytest.fixture
+def push(train: Callable[..., Path]) -> Callable[..., Path]:
+    """Train a step, with a preview and a checkpoint, and push."""
+
+    def run(*flags: str, token: str | None = "hf_write", **changes: object) -> Path:
+        flags = "--push_to_hub", f"--validation_prompt={PREVIEW_PROMPT}", "--checkpointing_steps=1", *flags
+        return train(*flags, hub_token=token, max_train_steps=1, **changes)
+
+    return run
 
 
-@pytest.mark.parametrize(("token", "part"), [("hf_read", "may write"), ("hf_wrong", "Invalid user token")])
+def test_only_lora_card_and_samples_are_pushed(
+    hub: ThreadingHTTPServer, push: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Byte for byte; no log, latents or checkpoint, and no token anywhere."""
+    output = push()
+    pushed, printed = hub.repos["me/out"], "".join(capfd.readouterr())
+    assert "pushed to me/out" in printed and pushed.keys() == PUSHED and not hub.private
+    assert all((output / name).read_bytes() == data for name, data in pushed.items())
+    written = [path.read_bytes() for path in output.rglob("*") if path.is_file()]
+    assert not any(b"hf_write" in text for text in [*written, printed.encode()])
+
+
+def test_the_repository_is_named_and_private_if_that_is_asked(
+    hub: ThreadingHTTPServer, push: Callable[..., Path]
+) -> None:
+    """A second push goes to the same one."""
+    for output in ("first", "second"):
+        push("--hub_private_repo", "--hub_model_id=dog", output=output)
+    assert hub.repos.keys() == hub.private == {"me/dog"}
+    assert 'load_lora_weights("me/dog"' in hub.repos["me/dog"]["README.md"].decode()
+
+
+@pytest.mark.parametrize(("token", "part"), [
+    ("hf_read", "You need a token that may write"), ("hf_wrong", "Invalid user token"),
+])  # fmt: skip
 def test_a_token_that_cannot_push_is_told_before_training(
-    tiny: Path, photos: Path, embeddings: Path, tmp_path: Path, token: str, part: str
+    hub: ThreadingHTTPServer, push: Callable[..., Path], tmp_path: Path, token: str, part: str
 ) -> None:
-    """A read-only or invalid token: one message, exit code 1, nothing trained."""
-    with serve() as hub:
-        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, f"--hub_token={token}")
-    assert result.returncode == 1 and part in result.stderr and token not in result.stdout + result.stderr
-    assert "Traceback" not in result.stderr and not (tmp_path / "dog" / "latents.arrow").exists()
+    """A read-only or invalid token: one message with what to do, and nothing is encoded."""
+    with pytest.raises(SystemExit, match=f"(?s){part}.*hf auth login") as refused:
+        push(token=token)
+    assert token not in str(refused.value)
+    assert not list((tmp_path / "out").glob("latents/*"))
 
 
-@pytest.mark.parametrize("fault", [("/commit/", 429), ("/commit/", 500), ("/commit/", 0), ("/lfs/", 0)])
-def test_a_passing_fault_is_tried_again(
-    tiny: Path, photos: Path, embeddings: Path, tmp_path: Path, fault: tuple[str, int]
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_passing_faults_before_the_commit_are_survived(hub: ThreadingHTTPServer, push: Callable[..., Path]) -> None:
+    """huggingface_hub itself tries again after a server error, too many requests, and a connection that was cut."""
+    hub.faults = {"/preupload/": [500], "/objects/batch": [429], "/lfs/": [0]}
+    output = push()
+    assert not any(hub.faults.values())
+    assert hub.repos["me/out"][trainer.LORA_NAME] == (output / trainer.LORA_NAME).read_bytes()
+
+
+@pytest.mark.parametrize(("part", "fault", "reason"), [
+    ("/commit/", 429, "not now"), ("/commit/", 500, "not now"), ("/commit/", 0, "Server disconnected"),
+    ("/lfs/", 400, "not now"),
+])  # fmt: skip
+def test_a_failed_push_loses_nothing(
+    hub: ThreadingHTTPServer, push: Callable[..., Path], tmp_path: Path, part: str, fault: int, reason: str
 ) -> None:
-    """Too many requests, a server error, a connection cut in the middle: then it succeeds."""
-    with serve() as hub:
-        hub.faults = {fault[0]: [fault[1]]}
-        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write")
-        assert result.returncode == 0, result.stderr
-        pushed = hub.repos["me/dog"]
-    assert hub.faults == {fault[0]: []}
-    lora = "pytorch_lora_weights.safetensors"
-    assert pushed[lora] == (tmp_path / "dog" / lora).read_bytes()
+    """A commit is not tried again. The LoRA is on disk, and the command that sends it is in the one message."""
+    hub.faults = {part: [fault]}
+    with pytest.raises(SystemExit) as failed:
+        push()
+    command = f"hf upload me/out {tmp_path / 'out'} . --include {trainer.LORA_NAME} --include README.md"
+    assert str(failed.value).startswith(f"The upload failed: {reason}") and command in str(failed.value)
+    assert all((tmp_path / "out" / name).exists() for name in PUSHED) and not hub.repos["me/out"]
 
 
-@pytest.mark.parametrize("token", [[], ["--hub_token=hf_read"]])
-def test_a_gated_model_is_told_with_its_page(photos: Path, embeddings: Path, tmp_path: Path, token: list[str]) -> None:
-    """Without a token, or with that of somebody who has not accepted the licence."""
-    with serve() as hub:
-        hub.repos["owner/sd3"], hub.gated = {}, {"owner/sd3"}
-        result = run(Path("owner/sd3"), photos, embeddings, tmp_path / "dog", hub.url, *token)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "https://huggingface.co/owner/sd3" in result.stderr and "hf auth login" in result.stderr
-    assert "restricted" in result.stderr.lower() or "gated" in result.stderr.lower()
+@pytest.mark.parametrize("fault", [500, 0])
+@pytest.mark.parametrize("part", ["/whoami-v2", "/repos/create"])
+def test_a_hub_that_fails_at_the_start_is_one_message(
+    hub: ThreadingHTTPServer, push: Callable[..., Path], part: str, fault: int
+) -> None:
+    """Before anything is trained."""
+    hub.faults = {part: [fault] * 9}
+    with pytest.raises(SystemExit, match=f"--push_to_hub: {'not now' if fault else 'Server disconnected'}"):
+        push()
+    assert not hub.repos
+
+
+# --------------------------------------------------------------------------------------------------- gated models, Xet
+
+
+@pytest.fixture
+def gated(hub: ThreadingHTTPServer, tiny: Path) -> ThreadingHTTPServer:
+    """A Hub with a model that only the write token may read."""
+    files = [path for path in tiny.rglob("*") if path.is_file()]
+    hub.repos["owner/sd3"] = {str(path.relative_to(tiny)): path.read_bytes() for path in files}
+    hub.gated = {"owner/sd3"}
+    return hub
+
+
+@pytest.mark.parametrize("token", [None, "hf_read"])
+def test_a_gated_model_is_told_with_its_page(
+    gated: ThreadingHTTPServer, train: Callable[..., Path], tmp_path: Path, token: str | None
+) -> None:
+    """Without a token, or with that of somebody who has not accepted the license."""
+    wanted = r"(?s)owner/sd3 is restricted.*https://huggingface.co/owner/sd3 .*hf auth login"
+    with pytest.raises(SystemExit, match=wanted):
+        train(f"--cache_dir={tmp_path / 'cache'}", pretrained_model_name_or_path="owner/sd3", hub_token=token)
 
 
 def test_trained_from_a_gated_repository_and_loaded_by_name(
-    tiny: Path, photos: Path, embeddings: Path, tmp_path: Path
+    gated: ThreadingHTTPServer, push: Callable[..., Path], tmp_path: Path
 ) -> None:
     """All of the model comes from the Hub with the token; the pushed LoRA loads by its repository's name."""
-    with serve() as hub:
-        files = [path for path in tiny.rglob("*") if path.is_file()]
-        hub.repos["owner/sd3"] = {str(path.relative_to(tiny)): path.read_bytes() for path in files}
-        hub.gated = {"owner/sd3"}
-        result = run(Path("owner/sd3"), photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write")
-        assert result.returncode == 0, result.stderr
-        script = (
-            "from diffusers import StableDiffusion3Pipeline as P\n"
-            "lora = P.lora_state_dict('me/dog', token='hf_write'); print(len(lora))"
-        )
-        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
-        loaded = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert loaded.stdout.strip() == "16", loaded.stderr
+    push(f"--cache_dir={tmp_path / 'cache'}", pretrained_model_name_or_path="owner/sd3")
+    lora = StableDiffusion3Pipeline.lora_state_dict("me/out", token="hf_write", cache_dir=tmp_path / "other")
+    assert len(lora) == 30
+    card = ModelCard(gated.repos["me/out"]["README.md"].decode())
+    assert card.data.base_model == "owner/sd3" and 'from_pretrained("owner/sd3"' in card.text
+    assert card.data.license_link == "https://huggingface.co/owner/sd3/blob/main/LICENSE.md"
+    assert [image["output"]["url"] for image in card.data.widget] == [SAMPLE]
 
 
-def test_a_failed_push_loses_nothing(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
-    """The LoRA is on disk, and the command that sends it is printed."""
-    with serve() as hub:
-        hub.faults = {"/commit/": [400] * 9}
-        result = run(tiny, photos, embeddings, tmp_path / "dog", hub.url, "--hub_token=hf_write")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert f"hf upload me/dog {tmp_path / 'dog'} . --include pytorch_lora_weights.safetensors" in result.stderr
-    assert (tmp_path / "dog" / "pytorch_lora_weights.safetensors").exists()
+def test_without_a_network_the_start_is_one_message(
+    hub: ThreadingHTTPServer, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    """httpx's errors are no OSErrors; the way to work offline is named."""
+    hub.faults = {"/": [0] * 99}
+    with pytest.raises(SystemExit, match=r"Cannot load transformer of owner/sd3: .*network.*HF_HUB_OFFLINE=1"):
+        train(f"--cache_dir={tmp_path / 'cache'}", pretrained_model_name_or_path="owner/sd3")
+
+
+def test_xet_stores_and_returns_the_same_bytes(
+    hub: ThreadingHTTPServer, tiny: Path, photos: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    """Large files go through Xet when it is on, in a process of its own; what comes back is what was sent."""
+    hub.xet = tmp_path / "xet"
+    values = {
+        "pretrained_model_name_or_path": tiny, "instance_data_dir": photos, "data_df_path": embeddings,
+        "instance_prompt": PROMPT, "output_dir": tmp_path / "dog", "resolution": 64, "max_train_steps": 1,
+        "train_batch_size": 1, "hub_token": "hf_write",
+    }  # fmt: skip
+    command = [sys.executable, ROOT / "train_dreambooth_sd3_lora_miniature.py", "--push_to_hub"]
+    command += [f"--{name}={value}" for name, value in values.items()]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(list(map(str, command)), env=environment, check=True, timeout=120)
+    name, _, size = hub.repos["me/dog"][trainer.LORA_NAME]  # what Xet calls it
+    assert name and not hub.blobs and size == (tmp_path / "dog" / trainer.LORA_NAME).stat().st_size
+    code = f"import huggingface_hub as hub; hub.hf_hub_download('me/dog', '{trainer.LORA_NAME}', local_dir='back')"
+    environment |= {"HF_TOKEN": "hf_read", "HF_HOME": str(tmp_path / "other")}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, timeout=60)
+    back, sent = tmp_path / "back" / trainer.LORA_NAME, tmp_path / "dog" / trainer.LORA_NAME
+    assert back.read_bytes() == sent.read_bytes()

@@ -1,86 +1,193 @@
-"""Nothing is lost: interruptions, torn files, full disks, numbers that are not finite."""
+"""Nothing is lost: interruptions, torn files, full disks, vanished readers, numbers that are not finite."""
 
-import json
+import io
 import os
 import pickle
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import ROOT, logged
-from kill_test import survive
+from PIL import Image
 from safetensors.torch import load_file
 
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import PREVIEW_PROMPT, compute, equal, logged, lora
+from kill_test import AIMS, survive
+
 Train = Callable[..., Path]
+LATEST = "--resume_from_checkpoint=latest"
+PREVIEWS = [f"--validation_prompt={PREVIEW_PROMPT}", "--validation_steps=1", "--checkpointing_steps=1"]
 
 
-def lora(folder: Path) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in load_file(folder / trainer.LORA_NAME).items()}
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_sigkill_loses_nothing() -> None:
-    """Killed at random moments and resumed, it ends with the same LoRA. The long version is kill_test.py."""
-    cut, completed = survive(kills=5)
-    assert cut >= 5 and completed >= 1
+    """Killed at random moments, and while each kind of file is written. The long version is kill_test.py."""
+    cut, completed = survive(kills=3, rounds=1)
+    assert cut == 3 + len(AIMS) and completed >= 1
 
 
-def test_a_torn_checkpoint_is_passed_over(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    """The newest whole one is taken, and the end is the same."""
+def test_a_torn_checkpoint_is_skipped(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest complete one is taken, and the end is the same."""
     output = train("--checkpointing_steps=1")
     expected = lora(output)
-    state = output / "checkpoint-4" / "training_state.pt"
+    state = output / "checkpoint-4" / trainer.STATE_NAME
     state.write_bytes(state.read_bytes()[:-1])
-    (output / "checkpoint-3" / trainer.LORA_NAME).unlink()
-    train("--checkpointing_steps=1", "--resume_from_checkpoint=latest")
+    (output / "checkpoint-3" / trainer.STATE_NAME).unlink()
+    train("--checkpointing_steps=1", LATEST)
     said = capsys.readouterr().out
-    assert "not a whole checkpoint" in said and "2 steps of 1 samples, from step 2" in said
-    assert lora(output) == expected
+    assert f"skipped, not a complete checkpoint: {state.parent}" in said
+    assert "2 steps of 1 samples, from step 2" in said
+    assert equal(lora(output), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+class Evil:
+    """What a pickle can do when it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("content", [
+    b"", pickle.dumps([]), "a list", {"global_step": 2}, "code",
+], ids=["empty", "pickle", "list", "other keys", "code"])  # fmt: skip
+def test_a_state_of_another_kind_is_not_a_complete_checkpoint(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object
+) -> None:
+    """Whatever stands in training_state.pt, no code in it runs; the checkpoint before it is taken."""
+    state = train("--checkpointing_steps=2") / "checkpoint-4" / trainer.STATE_NAME
+    values = {"a list": [1, 2], "code": Evil(tmp_path / "ran")}
+    if isinstance(content, bytes):
+        state.write_bytes(content)
+    else:
+        torch.save(values.get(str(content), content), state)
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint .*checkpoint-4 is not a complete checkpoint"):
+        train(f"--resume_from_checkpoint={state.parent}")
+    train(LATEST)
+    said = capsys.readouterr().out
+    assert f"skipped, not a complete checkpoint: {state.parent}" in said and "from step 2" in said
+    assert not (tmp_path / "ran").exists()
+
+
+def at_step(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal in the middle of a step."""
+    loss, steps = trainer.training_loss, iter(range(1, 1000))
+
+    def training_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], *rest: object) -> torch.Tensor:
+        if not measuring and next(steps) == step:
+            os.kill(os.getpid(), number)
+        return loss(model, batch, *rest)
+
+    measuring: list[bool] = []
+    choose = trainer.choose_recomputation
+
+    def choose_recomputation(*args: object) -> float:
+        measuring.append(True)
+        seconds = choose(*args)
+        measuring.clear()
+        return seconds
+
+    monkeypatch.setattr(trainer, "choose_recomputation", choose_recomputation)
+    monkeypatch.setattr(trainer, "training_loss", training_loss)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step(train: Train, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """With a checkpoint of that very step and the command that goes on, which has no token in it."""
-    expected, loss = lora(train(output="whole")), trainer.training_loss
-    monkeypatch.setattr(trainer, "estimate_step_seconds", lambda *_: 1)
-    monkeypatch.setattr(trainer, "training_loss", lambda *args: os.kill(os.getpid(), number) or loss(*args))
-    monkeypatch.setattr("sys.argv", ["train.py", "--seed=0", "--hub_token", "hf_secret"])
-    command = "train.py --seed=0 --resume_from_checkpoint=latest"
-    with pytest.raises(SystemExit, match=f"after step 1.*{command}") as exit_info:
-        train("--hub_token=hf_secret")
-    assert "hf_secret" not in str(exit_info.value)
-    monkeypatch.setattr(trainer, "training_loss", loss)
-    assert lora(train("--resume_from_checkpoint=latest")) == expected
+    """With a checkpoint of that very step, and word of how to go on; the end is that of a run without it."""
+    expected = lora(train(output="whole"))
+    with monkeypatch.context() as patch:
+        at_step(2, number, patch)
+        with pytest.raises(SystemExit, match="after step 2; .*the same command with --resume_from_checkpoint latest"):
+            train()
+    assert equal(lora(train(LATEST)), expected)
+
+
+def test_sighup_is_ignored_where_nohup_says_so(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the run goes on to its end."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(2, signal.SIGHUP, monkeypatch)
+    assert len(logged(train())) == 4
 
 
 def test_a_second_signal_ends_at_once() -> None:
     """The first is noted, the second kills."""
     child = os.fork()
     if child == 0:
-        with trainer.noted_signals():
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
+        trainer.note_signals([])
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
 
 
+def in_preview(step: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Send this process a signal when a preview of that step begins; the denoising steps that follow."""
+    generate, forward, denoised = trainer.generate_latents, trainer.diffusers.SD3Transformer2DModel.forward, []
+
+    def generate_latents(run: trainer.Run, *rest: object) -> torch.Tensor:
+        if run.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            denoised.clear()
+        return generate(run, *rest)
+
+    def counted(*args: object, **kwargs: object) -> object:
+        denoised.append(1) if not torch.is_grad_enabled() else None
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "generate_latents", generate_latents)
+    monkeypatch.setattr(trainer.diffusers.SD3Transformer2DModel, "forward", counted)
+    return denoised
+
+
+def test_a_signal_in_a_preview_saves_at_the_next_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without denoising to the end: an elastic agent kills after 30 s. The end is that of a run without it."""
+    flags = [PREVIEWS[0], "--validation_steps=1", "--lora_dropout=0.2", "--num_inference_steps=28"]
+    expected = lora(train("--lora_dropout=0.2", output="whole"))
+    with monkeypatch.context() as patch:
+        denoised = in_preview(1, patch)
+        with pytest.raises(SystemExit, match="Stopped after step 2; a checkpoint is saved."):
+            train(*flags)
+    assert len(denoised) <= 2
+    assert equal(lora(train("--lora_dropout=0.2", LATEST)), expected)
+
+
+def test_a_signal_in_the_last_previews_says_that_the_lora_is_written(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is, and it is the one of a run without it."""
+    expected = lora(train(output="whole"))
+    denoised = in_preview(4, monkeypatch)
+    path = tmp_path / "out" / trainer.LORA_NAME
+    with pytest.raises(SystemExit, match=f"Interrupted. The LoRA is written: {path}"):
+        train(PREVIEWS[0], "--num_inference_steps=28")
+    assert len(denoised) <= 2 and equal(lora(path.parent), expected)
+
+
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[range], None]:
-    """Make the losses of some micro-steps infinite."""
+    """Make the losses of some samples infinite."""
 
-    def spoil(steps: range) -> None:
-        count, loss = iter(range(1000)), trainer.training_loss
+    def spoil(samples: range) -> None:
+        loss = trainer.training_loss
 
-        def training_loss(*args: object) -> torch.Tensor:
-            value = loss(*args)
-            return value * float("inf") if torch.is_grad_enabled() and next(count) in steps else value
+        def training_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], *rest: object) -> torch.Tensor:
+            value = loss(model, batch, *rest)
+            return value * float("inf") if int(batch["sample_number"][0]) in samples else value
 
         monkeypatch.setattr(trainer, "training_loss", training_loss)
 
@@ -92,10 +199,11 @@ def test_a_step_that_is_not_finite_is_skipped(train: Train, spoiled: Callable[[r
     """The LoRA stays finite; fp16's loss scale is halved."""
     spoiled(range(1, 2))
     output = train(f"--mixed_precision={precision}", "--checkpointing_steps=1")
-    assert all(value.isfinite().all() for value in load_file(output / trainer.LORA_NAME).values())
-    assert lora(output / "checkpoint-2") == lora(output / "checkpoint-1") != lora(output / "checkpoint-3")
+    saved = [lora(output / f"checkpoint-{step}") for step in (1, 2, 3)]
+    assert all(value.isfinite().all() for value in lora(output).values())
+    assert equal(saved[0], saved[1]) and not equal(saved[1], saved[2])
     if precision == "fp16":
-        states = [torch.load(output / f"checkpoint-{step}" / "training_state.pt") for step in (1, 2)]
+        states = [torch.load(output / f"checkpoint-{step}" / trainer.STATE_NAME) for step in (1, 2)]
         assert states[0]["scaler"]["scale"] == 2 * states[1]["scaler"]["scale"]
 
 
@@ -110,14 +218,15 @@ def test_many_such_steps_in_a_row_end_the_run(train: Train, spoiled: Callable[[r
 def test_a_lora_that_is_not_finite_is_not_saved(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """The older file stays."""
     output = train()
-    before, state_dict = lora(output), trainer.get_peft_model_state_dict
+    before, state_dict = lora(output), peft.get_peft_model_state_dict
+
     def infinite(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {name: value / 0 for name, value in state_dict(model).items()}
 
-    monkeypatch.setattr(trainer, "get_peft_model_state_dict", infinite)
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", infinite)
     with pytest.raises(SystemExit, match="not finite: not saved"):
         train()
-    assert lora(output) == before and not list(output.glob("*.partial"))
+    assert equal(lora(output), before)
 
 
 @pytest.fixture
@@ -130,78 +239,165 @@ def small_files() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize("size", [10_000, 100_000, 270_000])
 def test_a_full_disk_is_one_message(train: Train, small_files: Callable[[int], None], size: int) -> None:
-    """Whichever file it hits: latents, LoRA or state; what was there before stays whole, and no half file is taken."""
+    """Whichever file it hits, latents, LoRA or state: only unfinished files of this run go, and none is taken."""
     output = train("--checkpointing_steps=2")
-    before = lora(output)
+    (output / "mine.partial").mkdir()
+    (output / "mine.partial" / "notes.txt").write_text("of the user")
+    before = {path: content for path, content in contents(output).items() if "logs" not in path.parts}
     small_files(size)
     with pytest.raises(SystemExit, match="The disk is full"):
         train("--checkpointing_steps=2", "--resolution=128", max_train_steps=6)
-    assert lora(output) == before and all(trainer.read_checkpoint(path) for path in trainer.list_checkpoints(output))
-    assert not list(output.rglob("*.partial"))
+    after = contents(output)
+    assert {path: after.get(path) for path in before} == before
+    new = [path for path in after.keys() - before.keys() if "logs" not in path.parts]
+    assert all(load_file(path) for path in new) and all(path.parent.name == "latents" for path in new)
+
+
+def test_a_full_disk_while_a_preview_is_written_is_one_message(
+    train: Train, small_files: Callable[[int], None]
+) -> None:
+    """Of step 0, before anything is trained; nothing half is left."""
+    output = train("--resolution=128", max_train_steps=1)
+    before = contents(output / "samples")
+    small_files(20_000)
+    with pytest.raises(SystemExit, match="The disk is full"):
+        train(PREVIEWS[0], "--resolution=128")
+    assert contents(output / "samples") == before == {}
 
 
 def test_out_of_gpu_memory_says_what_to_change(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cheapest first."""
+    """The cheapest first; a run that meets it late resumes from its checkpoint."""
+    loss = trainer.training_loss
 
-    def fail(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def fail(model: torch.nn.Module, batch: dict[str, torch.Tensor], *rest: object) -> torch.Tensor:
+        if int(batch["sample_number"][0]) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(model, batch, *rest)
 
-    monkeypatch.setattr(trainer, "training_loss", fail)
-    with pytest.raises(SystemExit, match="--gradient_checkpointing, --train_batch_size 1, a lower --resolution"):
-        train()
-
-
-class Evil:
-    """What a pickle can do when it is loaded."""
-
-    def __reduce__(self) -> tuple:
-        return os.system, ("touch /tmp/evil_was_here",)
-
-
-def test_a_checkpoint_cannot_run_code(train: Train, tmp_path: Path) -> None:
-    """Its state is read with weights_only."""
-    checkpoint = train("--checkpointing_steps=2") / "checkpoint-2"
-    (checkpoint / "training_state.pt").write_bytes(pickle.dumps(Evil()))
-    about = json.loads((checkpoint / "trainer_state.json").read_text())
-    about["files"]["training_state.pt"] = trainer.hash_image(checkpoint / "training_state.pt")
-    (checkpoint / "trainer_state.json").write_text(json.dumps(about))
-    with pytest.raises(SystemExit, match="not a checkpoint of this script"):
-        train(f"--resume_from_checkpoint={checkpoint}", output="other")
-    assert not Path("/tmp/evil_was_here").exists() and logged(tmp_path / "other") == []
+    expected = lora(train(output="whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_loss", fail)
+        cures = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution"
+        with pytest.raises(SystemExit, match=cures):
+            train("--checkpointing_steps=2")
+    assert equal(lora(train(LATEST)), expected)
 
 
-def test_ctrl_c_before_the_training_is_one_message(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While pictures are encoded nothing is noted for later: the run ends there, and the next one starts anew."""
-
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "encode_image", interrupted)
-    with pytest.raises(SystemExit, match="Interrupted. What was saved is whole: run the same command again."):
-        train()
-    monkeypatch.undo()
-    assert (train() / trainer.LORA_NAME).exists()
+def test_a_preview_that_was_cut_off_is_left_out_of_the_sheet(train: Train) -> None:
+    """By kill -9, of an earlier version of this script; a later resume goes on."""
+    samples = train(*PREVIEWS, max_train_steps=2) / "samples"
+    torn = samples / "step-000001-prompt-0-0.png"
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    train(*PREVIEWS, LATEST)
+    assert Image.open(samples / "progress.png").size == (4 * 256, 256)  # of steps 0, 2, 3 and 4
 
 
-def test_ctrl_c_in_compute_embeddings_leaves_the_older_file(tiny: Path, photos: Path, tmp_path: Path) -> None:
-    """One line, no traceback, no scratch file."""
-    output = tmp_path / "embeddings.parquet"
+def test_a_card_of_somebody_else_stays(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours is written anew."""
+    card = train() / "README.md"
+    ours = card.read_text()
+    train("--seed=1")
+    assert '"seed": 0' in ours and '"seed": 1' in card.read_text()
+    card.write_text("my notes")
+    train("--seed=2")
+    assert card.read_text() == "my notes" and f"note: {card} " in capsys.readouterr().out
+
+
+def test_a_second_training_in_the_same_folder_is_one_message(train: Train) -> None:
+    """It changes nothing there; when the process that owns the folder is killed, the folder is free."""
+    output = train("--checkpointing_steps=2")
+    code = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1])"
+    code += "; lock.acquire(); print(flush=True); time.sleep(30)"
+    with subprocess.Popen([sys.executable, "-c", code, output / ".lock"], stdout=subprocess.PIPE) as owner:
+        owner.stdout.readline()
+        before = contents(output)
+        with pytest.raises(SystemExit, match=f"Another training is writing to {output}"):
+            train("--checkpointing_steps=1", "--resolution=128")
+        assert contents(output).items() >= before.items()
+        assert {path.parent.name for path in contents(output).keys() - before.keys()} <= {"logs"}
+        owner.kill()
+        owner.wait()
+    assert len(logged(train("--checkpointing_steps=1", LATEST))) == 4
+
+
+def test_what_another_process_is_writing_stays(train: Train, tmp_path: Path) -> None:
+    """A start tidies up after killed runs in its own folder, not below it, where another run may be at work."""
+    for folder in (tmp_path / "out", tmp_path / "out" / "latents", tmp_path / "out" / "another run"):
+        (folder / ".unfinished-abc" / "checkpoint-2").mkdir(parents=True)
+    output = train(max_train_steps=1)
+    assert [path.parent for path in output.rglob(".unfinished-*")] == [output / "another run"]
+
+
+def forked(function: Callable[[], object], *, stdout: bool = True) -> tuple[int, int]:
+    """Run a function as a process of its own, with or without a stdout; its number, and where its output can be read.
+
+    SystemExit ends it as it ends a script.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts in the background may ignore it
+        sys.stderr = io.TextIOWrapper(io.FileIO(writer, "w"), line_buffering=True)
+        sys.stdout = sys.stderr if stdout else None
+        code: object = 1
+        try:
+            function()
+            code = 0
+        except SystemExit as end:
+            os.write(writer, f"{end}".encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(int(bool(code)))
+    os.close(writer)
+    return child, reader
+
+
+@pytest.mark.parametrize("stdout", [True, False], ids=["reader gone", "closed"])
+def test_an_output_that_cannot_be_written_costs_no_lora(train: Train, tmp_path: Path, stdout: bool) -> None:
+    """A pipe whose other end is closed after the first words, or no stdout at all: everything is made."""
+    child, reader = forked(lambda: train(PREVIEWS[0], "--report_to=none"), stdout=stdout)
+    os.read(reader, 1)
+    os.close(reader)
+    os.waitpid(child, 0)
+    output = tmp_path / "out"
+    assert len(lora(output)) == 30 and (output / "README.md").exists()
+    assert Image.open(output / "samples" / "progress.png").size == (512, 256)
+
+
+def test_a_killed_data_worker_is_one_message(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was saved before is whole."""
+    get = trainer.SampleDataset.__getitem__
+
+    def get_or_die(dataset: trainer.SampleDataset, number: int) -> dict:
+        if torch.utils.data.get_worker_info() and number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return get(dataset, number)
+
+    expected = lora(train(output="whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SampleDataset, "__getitem__", get_or_die)
+        with pytest.raises(SystemExit, match="DataLoader worker .*--dataloader_num_workers 0"):
+            train("--dataloader_num_workers=1", "--checkpointing_steps=1")
+    assert equal(lora(train(LATEST)), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_compute_embeddings_leaves_the_older_file(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """One line, no traceback, no scratch file beside it or elsewhere."""
+    output, scratch = tmp_path / "embeddings.parquet", tmp_path / "scratch"
     pq.write_table(pa.table({"older": [1]}), output)
     before = output.read_bytes()
-    scratch = tmp_path / "scratch"
     scratch.mkdir()
-    script = [sys.executable, "-u", ROOT / "compute_embeddings.py", f"--output_path={output}"]
-    flags = [f"--pretrained_model_name_or_path={tiny}", f"--local_data_dir={photos}"]
-    environment = os.environ | {"TMPDIR": str(scratch)}
-
-    def heed() -> None:  # what a shell starts in the background ignores Ctrl-C, and so would its children
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    started = {"stdout": -1, "stderr": -1, "text": True, "env": environment, "preexec_fn": heed}
-    process = subprocess.Popen([*script, *flags], **started)
-    assert "pictures in" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and said.strip().endswith("Interrupted; nothing was written.")
-    assert "Traceback" not in said and output.read_bytes() == before and list(scratch.iterdir()) == []
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["embeddings.parquet"]
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    child, reader = forked(lambda: compute(tiny, photos, output, "--no_t5"))
+    with open(reader) as said:
+        assert "images in" in said.readline()
+        os.kill(child, number)
+        last = said.read().strip().splitlines()[-1]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert last == "Interrupted; nothing was written." and output.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["embeddings.parquet", "scratch"]
