@@ -52,12 +52,11 @@ def test_every_flag_in_a_page_exists(page: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_readmes_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy's two, whose flags stand in files, and SD3's two; each pair agrees about model, prompts, folder, file."""
+    """The toy's two, whose flags stand in files, and SD3's two; each pair agrees about model, prompts and files."""
     monkeypatch.chdir(ROOT)
     embedding = [embed.parse_args(command[2:]) for command in COMMANDS if command[1:2] == ["compute_embeddings.py"]]
-    training = [
-        trainer.parse_args(command[command.index(TRAINER) + 1 :]) for command in COMMANDS if TRAINER in command
-    ]
+    commands = [command[command.index(TRAINER) + 1 :] for command in COMMANDS if TRAINER in command]
+    training = [trainer.parse_args(command) for command in commands]
     assert len(training) == len(embedding) == 2
     for one, other in zip(embedding, training, strict=True):
         assert (one.prompt, one.validation_prompt) == (other.instance_prompt, other.validation_prompt)

@@ -35,7 +35,8 @@ def samples(
     changes = {
         "pretrained_model_name_or_path": TOY / "model", "instance_data_dir": folder, "data_df_path": embeddings,
         "instance_prompt": PROMPT, "validation_prompt": PROMPT, "num_validation_images": count, "report_to": "none",
-        "num_inference_steps": 20, "guidance_scale": 2, "rank": 16, "lora_layers": ALL_LAYERS, "train_batch_size": 4, "learning_rate": 2e-3,
+        "num_inference_steps": 20, "guidance_scale": 2, "rank": 16, "train_batch_size": 4, "learning_rate": 2e-3,
+        "lora_layers": ALL_LAYERS,
     } | changes  # fmt: skip
     output = train(*flags, **changes)
     return [Image.open(path) for path in sorted((output / "samples").glob(f"step-{changes['max_train_steps']:06d}-*"))]
