@@ -100,8 +100,8 @@ LIMITS |= dict.fromkeys(
     ["precondition_outputs", "adam_weight_decay", "prior_loss_weight", "guidance_scale"], (0, 1e30)
 )
 LIMITS |= dict.fromkeys(["caption_dropout", "lora_dropout", "adam_beta1", "adam_beta2"], (0, 0.999999))
-LIMITS |= dict.fromkeys(["logit_mean", "mode_scale"], (-1e30, 1e30))
-# On resume, other values of these make no other LoRA; every other flag that differs is named in a note and followed,
+LIMITS |= {"logit_mean": (-1e30, 1e30), "mode_scale": (-1, 1.75)}
+# On resume these may have other values in silence; every other flag that differs is named in a note and followed,
 MAY_CHANGE = set(
     "output_dir dry_run cache_dir instance_data_dir data_df_path max_sequence_length dataloader_num_workers "
     "class_data_dir sample_batch_size train_batch_size gradient_accumulation_steps gradient_checkpointing "
@@ -252,8 +252,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flag("--num_validation_images", 4, "images per prompt")
     flag("--validation_epochs", 50, "preview after every so many epochs")
     flag("--validation_steps", int, "preview after every so many optimizer steps instead")
-    flag("--num_inference_steps", 28, "denoising steps of a preview")
-    flag("--guidance_scale", 7.0, "classifier-free guidance of a preview")
+    flag("--num_inference_steps", 28, "denoising steps of a preview or class image")
+    flag("--guidance_scale", 7.0, "classifier-free guidance of a preview or class image")
     group = parser.add_argument_group("checkpoints and logs")
     flag("--checkpointing_steps", 100, "save a checkpoint every so many optimizer steps")
     flag("--checkpoints_total_limit", int, "how many checkpoints to keep; unset: all")
@@ -535,7 +535,7 @@ def seeded_generator(*numbers: int) -> torch.Generator:
 
 
 def sample_order(kinds: list[list[Example]], seed: int, micro_batch: int, length: int) -> list[Example]:
-    """Which image each sample of the run shows. Every image comes once an epoch, in an order drawn for each epoch.
+    """Which image each sample of the run shows: every one once an epoch of its shape, in an order drawn each time.
 
     kinds: the subject's images and perhaps its class's, which take turns by the sample, or, where shapes differ, by
     the micro-batch, which then holds one shape: as many turns for a shape as it has images.
@@ -599,7 +599,7 @@ def lora_targets(transformer: nn.Module, layers: str, blocks: str | None) -> lis
     starts = tuple(f"transformer_blocks.{int(block)}." for block in blocks.split(",")) if blocks else ""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     patterns = [f"*.{layer.strip()}" for layer in layers.split(",")]
-    wanted = [name for pattern in patterns for name in fnmatch.filter(linear, pattern)]
+    wanted = [name for pattern in patterns for name in linear if fnmatch.fnmatchcase(f".{name}", pattern)]
     return [name for name in wanted if name.startswith(starts)]
 
 
@@ -869,7 +869,7 @@ def move_frozen(transformer: nn.Module, device: torch.device | str) -> None:
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(device)
         for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(device))
+            setattr(module, name, buffer.to(device))
 
 
 @torch.no_grad()
@@ -978,7 +978,7 @@ def draw_progress(run: Run, folder: Path) -> Image.Image:
     rows, columns = len(run.args.validation_prompt), []
     steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png"))
     steps = [step for step in steps if step <= run.global_step]  # later ones are of an earlier run
-    for step in [*steps[: -1 : 1 + len(steps) // 16], run.global_step]:
+    for step in [*steps[: -1 : 1 + len(steps) // 15], run.global_step]:
         with suppress(*UNREADABLE):
             paths = [folder / f"step-{step:06d}-prompt-{row}-0.png" for row in range(rows)]
             columns.append([read_image(path)[0].resize((256, 256)) for path in paths])
@@ -1110,7 +1110,7 @@ def compare_settings(saved: dict[str, object], now: dict[str, object]) -> Checks
     """Refuse what a resumed run must share with the one that it continues, and note what else differs."""
     names = [name for name in saved if saved[name] != now.get(name)]
     differing = {name: f"{name} {saved[name]}, this run has {now.get(name)}" for name in names}
-    for name in differing.keys() & MUST_NOT_CHANGE:
+    for name in sorted(differing.keys() & MUST_NOT_CHANGE):
         yield f"The checkpoint was trained with {differing[name]}."
     if followed := [differing[name] for name in differing if name not in MUST_NOT_CHANGE]:
         yield Note(f"the checkpoint was trained with {'; '.join(followed)}, which is followed")
@@ -1153,7 +1153,8 @@ def check_model(args: Namespace) -> Checks[Model | None]:
             yield f"--lora_layers: the transformer has no linear layer {layer}."
     if max(int(block) for block in (args.lora_blocks or "0").split(",")) >= config.num_layers:
         yield f"--lora_blocks {args.lora_blocks}: the last block is {config.num_layers - 1}."
-    targets = lora_targets(transformer, args.lora_layers, args.lora_blocks)
+    if not (targets := lora_targets(transformer, args.lora_layers, args.lora_blocks)):
+        yield f"--lora_blocks {args.lora_blocks} have none of --lora_layers {args.lora_layers}."
     return Model(config, noise_scheduler, weights["transformer"], weights["vae"], targets)
 
 
@@ -1164,7 +1165,7 @@ def check_lora(args: Namespace, targets: list[str]) -> Checks[dict[str, Tensor]]
         return {}
     try:
         file, metadata = diffusers.StableDiffusion3Pipeline.lora_state_dict(
-            path, token=args.hub_token, use_safetensors=True, return_lora_metadata=True
+            path, cache_dir=args.cache_dir, token=args.hub_token, use_safetensors=True, return_lora_metadata=True
         )
     except Exception as error:  # of the file system, safetensors or the Hub
         yield f"The LoRA {path} cannot be loaded: {first_line(error)}."
@@ -1175,7 +1176,7 @@ def check_lora(args: Namespace, targets: list[str]) -> Checks[dict[str, Tensor]]
         yield Note(message) if lora else message
     shapes = {(name.rsplit(".", 3)[-2], tensor.shape["lora_B" in name]) for name, tensor in lora.items()}
     wanted = {f"{target}.{side}.weight" for target in targets for side in ("lora_A", "lora_B")}
-    if lora and (lora.keys() != wanted or shapes != {("lora_A", rank), ("lora_B", rank)}):
+    if lora and targets and (lora.keys() != wanted or shapes != {("lora_A", rank), ("lora_B", rank)}):
         yield f"The layers or rank of {path} are others than --lora_layers, --lora_blocks and --rank say."
     alpha = (metadata or {}).get("transformer.lora_alpha", rank)  # without metadata, alpha is the rank
     factor = alpha / (args.lora_alpha or rank)
@@ -1236,12 +1237,13 @@ def check_embeddings(
     try:
         embeddings = PromptEmbeddings(path)
         unknown = [prompt for prompt in dict.fromkeys(wanted) if prompt not in embeddings.row_of_prompt]
-        embeds = [embeddings[prompt] for prompt in ["", *wanted] if prompt not in unknown]
+        embeds = [embeddings[prompt] for prompt in {"": 0} | dict.fromkeys(wanted) if prompt not in unknown]
+        widths = [tensor.shape[-1] for tensor in embeds[0].values()]
     except Exception as error:  # of the file system, of Arrow, or of another form than ours
         yield f"--data_df_path {path} cannot be read ({first_line(error)}). Run: {embeddings_command(args, {})}"
         return None
     cure = f"Run: {embeddings_command(args, embeddings.about)}"
-    length, widths = embeddings.about.get("max_sequence_length"), [tensor.shape[-1] for tensor in embeds[0].values()]
+    length = embeddings.about.get("max_sequence_length")
     if model and widths != [model.config.joint_attention_dim, model.config.pooled_projection_dim]:
         yield f"{path} was computed with another kind of model. {cure}"
     if args.max_sequence_length not in (None, length):
@@ -1536,7 +1538,7 @@ def explained_errors() -> Iterator[None]:
             raise SystemExit(f"The disk is full ({error}). What was saved is whole: make room and resume.") from error
         if isinstance(error, OSError):
             raise SystemExit(f"{error}. What was saved is whole: run the same command again.") from error
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker (pid" in str(error):  # killed; what one raises says so itself
             raise SystemExit(f"{error} Usually RAM is short: use --dataloader_num_workers 0.") from error
         raise
 
@@ -1612,6 +1614,7 @@ def publish(run: Run, repository: str, started: float) -> None:
     if previews:
         with Image.open(args.output_dir / "samples" / "progress.png") as progress:
             log_images(run, "progress", [progress])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is left to be saved
     write_model_card(run, repository or args.output_dir.resolve().name, previews)
     print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - started:.0f} s")
     if repository:
