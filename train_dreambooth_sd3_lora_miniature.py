@@ -1148,12 +1148,13 @@ def check_model(args: Namespace) -> Checks[Model | None]:
     largest = config.pos_embed_max_size * config.patch_size * 8  # the VAE makes one latent of 8 x 8 pixels
     if (side := max(map(max, training_shapes(args)))) > largest:
         yield f"--resolution {args.resolution} has a side of {side} pixels, above the model's {largest}."
-    for layer in args.lora_layers.split(","):
-        if not lora_targets(transformer, layer, None):
-            yield f"--lora_layers: the transformer has no linear layer {layer}."
+    unknown = [layer for layer in args.lora_layers.split(",") if not lora_targets(transformer, layer, None)]
+    for layer in unknown:
+        yield f"--lora_layers: the transformer has no linear layer {layer}."
+    targets = lora_targets(transformer, args.lora_layers, args.lora_blocks)
     if max(int(block) for block in (args.lora_blocks or "0").split(",")) >= config.num_layers:
         yield f"--lora_blocks {args.lora_blocks}: the last block is {config.num_layers - 1}."
-    if not (targets := lora_targets(transformer, args.lora_layers, args.lora_blocks)):
+    elif not unknown and not targets:
         yield f"--lora_blocks {args.lora_blocks} have none of --lora_layers {args.lora_layers}."
     return Model(config, noise_scheduler, weights["transformer"], weights["vae"], targets)
 
