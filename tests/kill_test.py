@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,7 @@ AIMS = {  # what is to be seen in the output folder when the kill comes
     "LoRA": f".unfinished-*/{trainer.LORA_NAME}",
     "card": ".unfinished-*/README.md",
 }
+HANGS_AFTER = 120  # seconds
 SLOW_SYNC = 0.02  # seconds that a disk takes, so that what is being written is seen
 
 
@@ -63,6 +65,8 @@ def make_inputs(folder: Path) -> list[str]:
 
 def train(flags: list[str], output: Path, sync: Callable[[int], None]) -> None:
     """Be a process that trains, on a disk that syncs so."""
+    signal.alarm(HANGS_AFTER)
+    trainer.tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes, and one was killed with it
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
@@ -89,9 +93,10 @@ def attempt(flags: list[str], output: Path, kill_after: float | None = None, aim
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status) or status == 0:
-        return status == 0
-    raise SystemExit(f"an attempt failed with exit code {os.waitstatus_to_exitcode(status)}")
+    exit_code = os.waitstatus_to_exitcode(status)
+    if exit_code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"an attempt failed with exit code {exit_code}")
+    return exit_code == 0
 
 
 def seen(output: Path, aim: str, child: int) -> bool:
