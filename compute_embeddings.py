@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ import time
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -36,8 +36,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -48,12 +46,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CHUNK_TOKENS = 16 * 77  # T5 tokens per pass: more prompts share one reading of a streamed T5, but need more memory
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-IMAGE_FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
-if importlib.util.find_spec("pillow_heif"):  # for the photos of phones
-    importlib.import_module("pillow_heif").register_heif_opener()
-    IMAGE_SUFFIXES |= {".heic", ".heif"}
-    IMAGE_FORMATS += ["HEIF"]
+FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMATS[".webp"] = "WEBP"  # of images, by suffix; no others are tried: Pillow would start Ghostscript for one
+with suppress(ImportError):  # for the photos of phones
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS |= {".heic": "HEIF", ".heif": "HEIF"}
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
 SIDECARS = (".txt", ".caption")
@@ -110,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def find_images(folder: Path) -> list[Path]:
     """The images directly in a folder, sorted by name; masks and hidden files are none."""
     files = sorted(path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(".mask")]
+    return [path for path in files if path.suffix.lower() in FORMATS and not path.stem.endswith(".mask")]
 
 
 def sha256_of(path: Path) -> str:
@@ -124,7 +123,7 @@ def open_image(path: Path) -> Image.Image:
     path.name.encode()  # what is not UTF-8 is a ValueError
     if not path.is_file():  # a pipe would be waited for forever
         raise OSError("it is not a regular file")
-    image = Image.open(path, formats=IMAGE_FORMATS)
+    image = Image.open(path, formats=list(FORMATS.values()))
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits a channel; save it with 8 or 16")
     return image
@@ -137,45 +136,33 @@ def first_line(error: Exception) -> str:
 
 
 def load_part(load: Callable[..., T], args: Namespace, subfolder: str, **kwargs: object) -> T:
-    """What `load`, a from_pretrained or load_config, gives for one part of the pipeline; exits if it cannot be had."""
-    name, token = args.pretrained_model_name_or_path, vars(args).get("hub_token")
+    """What `load`, a from_pretrained, gives for one part of the pipeline; exits in one message if it cannot be had."""
+    name = args.pretrained_model_name_or_path
+    kwargs |= {"subfolder": subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
     try:
-        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, token=token, **kwargs)
+        return load(name, token=getattr(args, "hub_token", None), **kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the file system, safetensors, the Hub or the network: they share no class
-        reason = first_line(error)
-        if not Path(name).is_dir():  # loaders say of a gated repository that there is none; the Hub knows better
-            reason = hub_refusal(name, token) or reason
         raise SystemExit(
-            f"Cannot load {subfolder} of {name}: {reason}\n"
-            "A folder needs diffusers' layout. For a gated repository, accept the license on "
-            f"https://huggingface.co/{name} and run: hf auth login"
+            f"Cannot load {subfolder} of {name}: {first_line(error)}\n"
+            "A folder needs diffusers' layout. A repository may be restricted: accept its license on "
+            f"https://huggingface.co/{name} and run: hf auth login\n"
+            "Without a network, HF_HUB_OFFLINE=1 takes what is downloaded already."
         ) from error
-
-
-def hub_refusal(name: str, token: str | None) -> str:
-    """Why a repository cannot be read, if the Hub or the network is the reason, else ''."""
-    if name.count("/") != 1:
-        return "it is not a folder, and not the name of a repository"
-    try:
-        HfApi(token=token).auth_check(name)
-    except HfHubHTTPError as refusal:
-        return first_line(refusal)
-    except Exception as error:
-        return f"no network, or HF_HUB_OFFLINE=1, which takes what is downloaded already ({first_line(error)})"
-    return ""
 
 
 def peak_memory() -> str:
     """Peak VRAM and RAM of this process so far; RAM counts mapped files, such as weights, too."""
     vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
-    if os.name == "nt":
-        return f"{vram}peak RAM {psutil.Process().memory_info().peak_wset / 2**30:.2f} GiB"
-    import resource  # Windows has none
+    try:
+        import resource
 
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return f"{vram}peak RAM {kilobytes / 2**20:.2f} GiB"
+        unit = 1 if sys.platform == "darwin" else 1024
+        ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except ImportError:  # on Windows
+        ram = psutil.Process().memory_info().peak_wset
+    return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
 
 
 def load_tokenizer(load: Any, args: Namespace, subfolder: str) -> Any:
@@ -365,7 +352,7 @@ def caption_images(args: Namespace) -> dict[str, list[str]]:
     images = find_images(folder)
     print_skipped(folder, images)
     if not images:
-        problems.append(f"{folder} has no images. Put {', '.join(sorted(IMAGE_SUFFIXES))} files there.")
+        problems.append(f"{folder} has no images. Put {', '.join(FORMATS)} files there.")
     own = read_captions(folder, images, problems)
     prompts = [args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, ""]
     captions: dict[str, list[str]] = {prompt: [] for prompt in prompts if prompt is not None}

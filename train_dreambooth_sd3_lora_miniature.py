@@ -3,13 +3,12 @@
     accelerate launch --quiet train_dreambooth_sd3_lora_miniature.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers \
         --instance_data_dir dog --data_df_path sample_embeddings.parquet --instance_prompt "a photo of sks dog" \
-        --output_dir sd3-dreambooth-lora --mixed_precision fp16 --resolution 1024 --train_batch_size 1 \
-        --gradient_accumulation_steps 4 --use_8bit_adam --lr_warmup_steps 0 --max_train_steps 500 --seed 0
+        --mixed_precision fp16 --resolution 1024 --train_batch_size 1 --gradient_accumulation_steps 4 \
+        --use_8bit_adam --max_train_steps 500 --seed 0
 
 Counted for SD3-medium at 1024 x 1024: 7.2 GiB of VRAM, 4.4 with --gradient_checkpointing (tests/step_cost.py).
-From top to bottom: the command line, data, model and objective, checkpoints, previews and publishing, checks, the
-training loop, main. No text encoder is ever loaded. Everything random about a training sample is a function of the
-seed and the sample's number, so a resumed run continues exactly and any number of processes sees the same samples.
+No text encoder is ever loaded. Everything random about a training sample is a function of the seed and the sample's
+number, so a resumed run continues exactly and any number of processes sees the same samples.
 "The reference" is diffusers' examples/research_projects/sd3_lora_colab, whose command line still runs.
 """
 
@@ -17,10 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import functools
 import hashlib
-import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -42,7 +38,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import diffusers  # it loads its parts on first use, so that a wrong command line is answered soon
 import numpy as np
@@ -53,54 +49,45 @@ import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import AutocastKwargs, LoggerType, ProjectConfiguration, broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, ModelCardData
 from PIL import ExifTags, Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    from peft.tuners.lora import LoraLayer
-
 T = TypeVar("T")
-Checks = Generator[str, None, T]  # yields problems and notes, returns what was found
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-IMAGE_FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
-if importlib.util.find_spec("pillow_heif"):  # for the photos of phones
-    importlib.import_module("pillow_heif").register_heif_opener()
-    IMAGE_SUFFIXES |= {".heic", ".heif"}
-    IMAGE_FORMATS += ["HEIF"]
+Checks = Generator[str, None, T]  # yields problems, and notes, which begin with "note: "; returns what was found
+FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMATS[".webp"] = "WEBP"  # of images, by suffix; no others are tried: Pillow would start Ghostscript for one
+with suppress(ImportError):  # for the photos of phones
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS |= {".heic": "HEIF", ".heif": "HEIF"}
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 CROPS_PER_IMAGE = 4  # random cropping chooses among this many places, since latents are encoded ahead
 LORA_NAME, STATE_NAME = "pytorch_lora_weights.safetensors", "training_state.pt"
 CARD_MARK = "<!-- written by train_dreambooth_sd3_lora_miniature.py -->"
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DISK_FULL = ("No space left", "File too large", "quota exceeded")
-MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high and needs a few
 STOPPED = (
     "Stopped after step {}; a checkpoint is saved. To go on: the same command with --resume_from_checkpoint latest"
 )
-NON_FINITE = (
+MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high and needs a few
+NOT_FINITE = (
     f"The gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite; none was applied. Usual causes: a learning "
-    "rate that is too high, fp16 where the model needs bf16, embeddings of another model. The checkpoints in {} are "
-    "good. Start again with a lower --learning_rate or another --mixed_precision."
+    "rate that is too high, fp16 where the model needs bf16, embeddings of another model. The checkpoints are good. "
+    "Start again with a lower --learning_rate or another --mixed_precision."
 )
 # What numbers may be, both ends included. Others: integers from 1 to 10 million, real numbers above 0.
 LIMITS: dict[str, tuple[float, float]] = {"rank": (1, 4096), "seed": (0, 2**63 - 1), "local_rank": (-1, 10**7)}
-LIMITS |= dict.fromkeys(["lr_warmup_steps", "num_validation_images", "dataloader_num_workers"], (0, 10**7))
-LIMITS |= dict.fromkeys(
-    ["precondition_outputs", "adam_weight_decay", "prior_loss_weight", "guidance_scale"], (0, 1e30)
-)
-LIMITS |= dict.fromkeys(["caption_dropout", "lora_dropout", "adam_beta1", "adam_beta2"], (0, 0.999999))
-LIMITS |= {"logit_mean": (-1e30, 1e30), "mode_scale": (-1, 1.75)}
+LIMITS |= {"logit_mean": (-(10**7), 10**7), "mode_scale": (-1, 1.75)}
+LIMITS |= dict.fromkeys("caption_dropout lora_dropout adam_beta1 adam_beta2".split(), (0, 0.999999))
+FROM_ZERO = "lr_warmup_steps num_validation_images dataloader_num_workers precondition_outputs adam_weight_decay"
+LIMITS |= dict.fromkeys(f"{FROM_ZERO} prior_loss_weight guidance_scale".split(), (0, 10**7))
 # On resume these may have other values in silence; every other flag that differs is named in a note and followed,
 MAY_CHANGE = set(
     "output_dir dry_run cache_dir instance_data_dir data_df_path max_sequence_length dataloader_num_workers "
@@ -115,10 +102,6 @@ MUST_NOT_CHANGE |= set(
     "seed variant rank lora_alpha lora_layers lora_blocks optimizer use_8bit_adam resolution aspect_ratio_buckets "
     "center_crop random_flip alpha_mask with_prior_preservation num_class_images".split()
 )
-
-
-class Note(str):
-    """What a check found that the user should know, but that is no reason to stop."""
 
 
 class Tolerant:
@@ -154,25 +137,20 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The reference's flags keep their names and meaning; the others are named as in diffusers' training scripts."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        epilog="Flags may stand in a file, one with its value a line: @FILE.",
-        allow_abbrev=False,
-        fromfile_prefix_chars="@",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    # fmt: off
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, fromfile_prefix_chars="@",
+                    epilog="Flags may stand in a file, one with its value a line: @FILE.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def flag(name: str, default: object, help_text: str, **kwargs: Any) -> None:
         """A flag whose default also gives its type; where there is no default, the type stands in its place."""
-        unset = callable(default)
-        kwargs |= {"help": help_text, "default": None if unset else default}
         if default is False:
             kwargs["action"] = "store_true"
         else:
-            kwargs.setdefault("type", default if unset else type(default))
-        group.add_argument(name, **kwargs)
+            unset = callable(default)
+            kwargs = {"type": default if unset else type(default), "default": None if unset else default} | kwargs
+        group.add_argument(name, help=help_text, **kwargs)
 
-    # fmt: off
     group = parser.add_argument_group("model")
     flag("--pretrained_model_name_or_path", str, "SD3 or SD3.5: Hub repository, or diffusers' folder", required=True)
     flag("--revision", str, "branch, tag or commit of the repository; unset: its main branch")
@@ -285,24 +263,33 @@ def command_line_problems(args: Namespace) -> Iterator[str]:
             yield f"--{name} {value} is not between {low} and {high}"
         if "\\udc" in repr(value) or (value == [] and name != "validation_prompt"):  # argparse makes [] of --flag=--
             yield f"--{name} is not UTF-8, or empty"
-    if args.resolution % 16:
-        yield f"--resolution {args.resolution} is not a multiple of 16"
     try:
         training_shapes(args)
-    except ValueError as error:
-        yield f"--aspect_ratio_buckets {args.aspect_ratio_buckets}: {error}"
+    except ValueError:
+        given = f"--resolution {args.resolution}, --aspect_ratio_buckets {args.aspect_ratio_buckets}"
+        yield f"{given}: sides are multiples of 16, and shapes are given as height,width;height,width"
     if args.hub_token and args.report_to in ("wandb", "all"):
         yield "--hub_token with --report_to wandb could expose the token; use `hf auth login` instead"
-    if args.lora_blocks and not re.fullmatch(r" *[0-9]{1,6} *(, *[0-9]{1,6} *)*", args.lora_blocks):
+    if args.lora_blocks and not re.fullmatch(r"[0-9]{1,6}( *, *[0-9]{1,6})*", args.lora_blocks):
         yield f"--lora_blocks {args.lora_blocks} is not a list of numbers such as 12,13,14"
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
         yield "--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'"
-    if args.with_prior_preservation and not args.class_prompt:
-        yield "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'"
-    if args.with_prior_preservation and os.path.realpath(class_folder(args)) == os.path.realpath(
-        args.instance_data_dir
-    ):
-        yield f"--class_data_dir {args.class_data_dir} is the folder of the subject"
+    if args.with_prior_preservation:
+        if not args.class_prompt:
+            yield "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'"
+        if os.path.realpath(class_folder(args)) == os.path.realpath(args.instance_data_dir):
+            yield f"--class_data_dir {args.class_data_dir} is the folder of the subject"
+
+
+def training_shapes(args: Namespace) -> list[tuple[int, int]]:
+    """The shapes that images are trained in, (height, width) in pixels: the square, or aspect-ratio buckets."""
+    if args.aspect_ratio_buckets == "auto":
+        return diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution)
+    text = args.aspect_ratio_buckets or f"{args.resolution},{args.resolution}"
+    shapes = [(int(height), int(width)) for height, width in (shape.split(",") for shape in text.split(";"))]
+    if any(side < 16 or side % 16 for shape in shapes for side in shape):
+        raise ValueError
+    return shapes
 
 
 def digest(value: object) -> str:
@@ -316,37 +303,25 @@ def class_folder(args: Namespace) -> Path:
     return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
 
 
-def training_shapes(args: Namespace) -> list[tuple[int, int]]:
-    """The shapes that images are trained in, (height, width) in pixels: the square, or aspect-ratio buckets."""
-    if args.aspect_ratio_buckets is None:
-        return [(args.resolution, args.resolution)]
-    if args.aspect_ratio_buckets == "auto":
-        return diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution)
-    with warnings.catch_warnings(action="ignore"):  # what it warns of is an error here
-        shapes = diffusers.training_utils.parse_buckets_string(args.aspect_ratio_buckets)
-    if any(side % 16 for shape in shapes for side in shape):
-        raise ValueError("not all sides are multiples of 16")
-    return shapes
-
-
 # ------------------------------------------------------------------------------------------------------------ data
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training image: its prompt, its weight in the loss, its latents' file, and its shape in training."""
+    """One training image, its latents' file, its shape in training, its prompt and its weight in the loss."""
 
     path: Path
-    prompt: str
-    loss_weight: float
+    sha256: str  # by which the Parquet file names it
     latents: Path
     shape: tuple[int, int]  # (height, width) in pixels
+    prompt: str = ""
+    loss_weight: float = 1.0
 
 
 def find_images(folder: Path) -> list[Path]:
     """The images directly in a folder, sorted by name; masks and hidden files are none."""
     files = sorted(path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(".mask")]
+    return [path for path in files if path.suffix.lower() in FORMATS and not path.stem.endswith(".mask")]
 
 
 def sha256_of(path: Path) -> str:
@@ -360,7 +335,7 @@ def open_image(path: Path) -> Image.Image:
     path.name.encode()  # what is not UTF-8 is a ValueError
     if not path.is_file():  # a pipe would be waited for forever
         raise OSError("it is not a regular file")
-    image = Image.open(path, formats=IMAGE_FORMATS)
+    image = Image.open(path, formats=list(FORMATS.values()))
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits a channel; save it with 8 or 16")
     return image
@@ -371,7 +346,7 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
     image, mask_path = ImageOps.exif_transpose(open_image(path)), path.with_suffix(".mask.png")
     if image.mode.startswith("I;16"):  # convert would cut values off
         image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-    image = image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGBA")
+    image = image.convert("RGBA")
     mask = ImageOps.exif_transpose(open_image(mask_path)).convert("L") if mask_path.exists() else image.getchannel("A")
     if mask.size != image.size:
         raise ValueError(f"its mask has {mask.size} pixels, not {image.size}")
@@ -382,10 +357,9 @@ class PromptEmbeddings:
     """Prompt embeddings by prompt, read from the Parquet file a row at a time: row number = row group."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         if not path.is_file():  # a pipe would be waited for forever
             raise OSError("it is not a regular file")
-        self.file = pq.ParquetFile(path, memory_map=True)
+        self.path, self.file = path, pq.ParquetFile(path, memory_map=True)
         self.about: dict = json.loads((self.file.schema_arrow.metadata or {}).get(b"sd3_embeddings", b"{}"))
         rows = self.file.read(["prompt", "image_hashes"]).to_pylist()
         if self.file.num_row_groups != len(rows) or not isinstance(self.about, dict):
@@ -396,7 +370,6 @@ class PromptEmbeddings:
     def __reduce__(self) -> tuple:
         return PromptEmbeddings, (self.path,)  # worker processes open the file themselves
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - the object lives as long as the program
     def __getitem__(self, prompt: str) -> dict[str, Tensor]:
         """prompt_embeds (L, D) and pooled_prompt_embeds (P,), fp16."""
         names = ["prompt_embeds", "pooled_prompt_embeds"]
@@ -410,26 +383,16 @@ class PromptEmbeddings:
 @contextmanager
 def appearing(final: Path) -> Iterator[Path]:
     """A path to write a file or folder to, which appears as `final`, whole and on disk, when the block ends well."""
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=final.parent))
-    partial = unfinished / final.name
-    try:
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent, ignore_cleanup_errors=True) as folder:
+        partial = Path(folder, final.name)
         yield partial
         for path in [partial, *partial.rglob("*")]:
-            sync(path)
+            if path.is_file():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
         if final.is_dir():
             shutil.rmtree(final)
         os.replace(partial, final)
-        sync(final.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Make a file or folder durable."""
-    if os.name != "nt" or path.is_file():  # Windows cannot open a folder
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def first_line(error: Exception) -> str:
@@ -439,43 +402,29 @@ def first_line(error: Exception) -> str:
 
 
 def load_part(load: Callable[..., T], args: Namespace, subfolder: str, **kwargs: object) -> T:
-    """What `load`, a from_pretrained or load_config, gives for one part of the pipeline; exits if it cannot be had."""
-    name, token = args.pretrained_model_name_or_path, vars(args).get("hub_token")
+    """What `load`, a from_pretrained, gives for one part of the pipeline; exits in one message if it cannot be had."""
+    name = args.pretrained_model_name_or_path
+    kwargs |= {"subfolder": subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
     try:
-        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, token=token, **kwargs)
+        return load(name, token=getattr(args, "hub_token", None), **kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the file system, safetensors, the Hub or the network: they share no class
-        reason = first_line(error)
-        if not Path(name).is_dir():  # loaders say of a gated repository that there is none; the Hub knows better
-            reason = hub_refusal(name, token) or reason
         raise SystemExit(
-            f"Cannot load {subfolder} of {name}: {reason}\n"
-            "A folder needs diffusers' layout. For a gated repository, accept the license on "
-            f"https://huggingface.co/{name} and run: hf auth login"
+            f"Cannot load {subfolder} of {name}: {first_line(error)}\n"
+            "A folder needs diffusers' layout. A repository may be restricted: accept its license on "
+            f"https://huggingface.co/{name} and run: hf auth login\n"
+            "Without a network, HF_HUB_OFFLINE=1 takes what is downloaded already."
         ) from error
 
 
-def hub_refusal(name: str, token: str | None) -> str:
-    """Why a repository cannot be read, if the Hub or the network is the reason, else ''."""
-    if name.count("/") != 1:
-        return "it is not a folder, and not the name of a repository"
-    try:
-        HfApi(token=token).auth_check(name)
-    except HfHubHTTPError as refusal:
-        return first_line(refusal)
-    except Exception as error:
-        return f"no network, or HF_HUB_OFFLINE=1, which takes what is downloaded already ({first_line(error)})"
-    return ""
-
-
-def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKL:
+def load_vae(args: Namespace, dtype: torch.dtype) -> diffusers.AutoencoderKL:
     load = diffusers.AutoencoderKL.from_pretrained
     return load_part(load, args, "vae", variant=args.variant, dtype=dtype, use_safetensors=True)
 
 
 @torch.inference_mode()
-def encode_image(vae: AutoencoderKL, example: Example, args: Namespace) -> dict[str, Tensor]:
+def encode_image(vae: diffusers.AutoencoderKL, example: Example, args: Namespace) -> dict[str, Tensor]:
     """The posterior of an image's latents, normalized for SD3: mean and std (V, 16, h, w); and its mask (V, 1, h, w).
 
     V variants: crops, and their mirror images; h and w are an eighth of the shape in pixels; fp16.
@@ -486,10 +435,10 @@ def encode_image(vae: AutoencoderKL, example: Example, args: Namespace) -> dict[
     height, width = example.shape
     scale = min(image.width / width, image.height / height)
     slack = max(image.width / scale - width, image.height / scale - height)  # of the side that is too long, in pixels
-    varied = not args.center_crop and slack >= 8  # a latent pixel is 8 wide
-    centers = np.linspace(0, 1, CROPS_PER_IMAGE) if varied else [0.5]
+    varied = slack >= 8 and not args.center_crop  # a latent pixel is 8 wide
     variants = []
-    for center, mirrored in itertools.product(centers, [False, True] if args.random_flip else [False]):
+    centers = np.linspace(0, 1, CROPS_PER_IMAGE) if varied else [0.5]
+    for center, mirrored in itertools.product(centers, sorted({False, args.random_flip})):
         place = (center, center)
         crops = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=place)]
         crops += [ImageOps.fit(mask, (width // 8, height // 8), Image.Resampling.BOX, centering=place)]
@@ -502,14 +451,13 @@ def encode_image(vae: AutoencoderKL, example: Example, args: Namespace) -> dict[
     return {name: tensor.half().cpu() for name, tensor in default_collate(variants).items()}
 
 
-def encode_latents(args: Namespace, accelerator: Accelerator, examples: list[Example]) -> None:
+def encode_latents(args: Namespace, accelerator: Accelerator, examples: list[Example]) -> Checks[None]:
     """Write the latents that are not there yet, a safetensors file an image; every process encodes its share.
 
     In fp32, as `force_upcast` in the VAE's config asks, and untiled: tiles move latents by 11 to 34 % of their std.
     """
     missing = list({each.latents: each for each in examples if not each.latents.exists()}.values())
     accelerator.wait_for_everyone()  # until all have looked
-    problems = []
     if share := missing[accelerator.process_index :: accelerator.num_processes]:
         vae = load_vae(args, torch.float32)
         del vae.decoder  # 0.2 GB that encoding does not need
@@ -518,15 +466,10 @@ def encode_latents(args: Namespace, accelerator: Accelerator, examples: list[Exa
             try:
                 latents = encode_image(vae, example, args)
             except UNREADABLE as error:
-                problems.append(f"{example.path} is not a readable image ({error}). Repair it or take it out.")
-            else:
-                with appearing(example.latents) as partial:
-                    save_file(latents, partial)
-        del vae
-        diffusers.training_utils.free_memory()
-    stop_at_problems(accelerator, problems)
-    if not all(example.latents.exists() for example in missing):
-        raise SystemExit(f"The latents are not visible here: share --output_dir {args.output_dir}.")
+                yield f"{example.path} is not a readable image ({error}). Repair it or take it out."
+                continue
+            with appearing(example.latents) as partial:
+                save_file(latents, partial)
 
 
 def seeded_generator(*numbers: int) -> torch.Generator:
@@ -546,17 +489,16 @@ def sample_order(kinds: list[list[Example]], seed: int, micro_batch: int, length
         while True:
             yield from numbers.sample(items, len(items))
 
-    group = micro_batch if len({example.shape for kind in kinds for example in kind}) > 1 else 1
     turns = []
     for kind in kinds:
-        of_shape = {
-            shape: endless([each for each in kind if each.shape == shape]) for shape in {e.shape: 0 for e in kind}
-        }
+        shapes = dict.fromkeys(example.shape for example in kind)
+        of_shape = {shape: endless([each for each in kind if each.shape == shape]) for shape in shapes}
         turns.append(endless([of_shape[example.shape] for example in kind]))
+    together = micro_batch if len({example.shape for kind in kinds for example in kind}) > 1 else 1
     order: list[Example] = []
     while len(order) < length:
         for turn in turns:
-            order += itertools.islice(next(turn), group)
+            order += itertools.islice(next(turn), together)
     return order[:length]
 
 
@@ -569,9 +511,6 @@ class SampleDataset(Dataset):
     sigmas: Tensor  # of the noise schedule, from 1 down
     args: Namespace
     seed: int
-
-    def __len__(self) -> int:
-        return len(self.order)
 
     def __getitem__(self, number: int) -> dict[str, Tensor | int]:
         """Latents and noise (16, H/8, W/8), mask (1, H/8, W/8), sigma (), loss_weight (), the prompt's embeddings."""
@@ -597,13 +536,13 @@ class SampleDataset(Dataset):
 def lora_targets(transformer: nn.Module, layers: str, blocks: str | None) -> list[str]:
     """Full names of the linear layers whose names end with one of `layers`, in the given transformer blocks."""
     starts = tuple(f"transformer_blocks.{int(block)}." for block in blocks.split(",")) if blocks else ""
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     patterns = [f"*.{layer.strip()}" for layer in layers.split(",")]
-    wanted = [name for pattern in patterns for name in linear if fnmatch.fnmatchcase(f".{name}", pattern)]
-    return [name for name in wanted if name.startswith(starts)]
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    inside = [name for name in linear if name.startswith(starts)]
+    return [name for name in inside if any(fnmatch.fnmatchcase(f".{name}", pattern) for pattern in patterns)]
 
 
-def load_transformer(args: Namespace, weight_dtype: torch.dtype) -> SD3Transformer2DModel:
+def load_transformer(args: Namespace, weight_dtype: torch.dtype) -> diffusers.SD3Transformer2DModel:
     """The frozen transformer, straight in the training dtype."""
     kwargs = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True}
     if args.quantize_base:  # what is not a linear layer stays in weight_dtype
@@ -613,21 +552,22 @@ def load_transformer(args: Namespace, weight_dtype: torch.dtype) -> SD3Transform
     return transformer.requires_grad_(False).train()
 
 
-def add_lora(transformer: SD3Transformer2DModel, targets: list[str], args: Namespace, seed: int) -> None:
+def add_lora(transformer: diffusers.SD3Transformer2DModel, args: Namespace, seed: int) -> None:
     """Give the transformer a new LoRA in fp32, whatever its own dtype is."""
     from peft import LoraConfig  # 2 s, not spent on a wrong command line
     from peft.tuners.lora import LoraLayer
 
     torch.manual_seed(seed)
-    scale = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "lora_dropout": args.lora_dropout}
-    transformer.add_adapter(LoraConfig(target_modules=targets, init_lora_weights="gaussian", **scale))
+    config = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "lora_dropout": args.lora_dropout}
+    config["target_modules"] = lora_targets(transformer, args.lora_layers, args.lora_blocks)
+    transformer.add_adapter(LoraConfig(init_lora_weights="gaussian", **config))
     diffusers.training_utils.cast_training_params(transformer, dtype=torch.float32)
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer) and not args.lora_dropout:
             layer.forward = fused_forward(layer, layer.forward)
 
 
-def fused_forward(layer: LoraLayer, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def fused_forward(layer: Any, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A LoRA layer's forward in two products, base(x) + (x Aᵀ)(scale · Bᵀ), all in the dtype of x.
 
     PEFT's own (`plain`) makes six passes over the activations and keeps an fp32 copy of x for the backward pass.
@@ -645,7 +585,7 @@ def fused_forward(layer: LoraLayer, plain: Callable[[Tensor], Tensor]) -> Callab
     return forward
 
 
-def recompute_blocks(transformer: SD3Transformer2DModel, count: int) -> None:
+def recompute_blocks(transformer: diffusers.SD3Transformer2DModel, count: int) -> None:
     """Let the first `count` blocks recompute their activations in the backward pass instead of keeping them."""
     recomputed = set(transformer.transformer_blocks[:count])
 
@@ -655,7 +595,7 @@ def recompute_blocks(transformer: SD3Transformer2DModel, count: int) -> None:
     transformer.enable_gradient_checkpointing(call)
 
 
-def make_optimizer(lora_params: list[nn.Parameter], args: Namespace, samples_per_step: int) -> Optimizer:
+def make_optimizer(lora_params: list[nn.Parameter], args: Namespace, samples_per_step: int) -> torch.optim.Optimizer:
     """AdamW, fused, or with its states in 8 bit."""
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     kwargs = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
@@ -700,95 +640,66 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
     return (batch["loss_weight"] * losses).mean()
 
 
-@dataclass(frozen=True)
-class Model:
-    """What training needs to know of the base model before it is loaded."""
-
-    config: Any  # of the transformer
-    noise_scheduler: FlowMatchEulerDiscreteScheduler
-    transformer: str  # what identifies the weights of the two parts
-    vae: str
-    lora_targets: list[str]
-
-
 @dataclass
-class Plan:
-    """What follows from the command line, the folders and the base model, found out before anything big is loaded."""
+class Run:
+    """What follows from the command line, the folders and the base model; then the model as it is trained."""
 
     args: Namespace
     accelerator: Accelerator
-    model: Model
+    noise_scheduler: diffusers.FlowMatchEulerDiscreteScheduler
+    vae: str  # what identifies the VAE's weights
     embeddings: PromptEmbeddings
     examples: list[Example]  # of the subject
     seed: int
     max_train_steps: int
     samples_per_step: int
     samples_per_epoch: int  # in which every image of the subject comes once
+    preview_steps: set[int]  # after which previews are made; the end has its own
     settings: dict[str, object]  # what a run that resumes this one is compared with
     state: dict  # of the checkpoint to resume from, or {}
     lora: dict[str, Tensor]  # weights to start from, or {}
+    signals: list[int] = field(default_factory=list)  # that came in while training
+    global_step: int = 0
+    transformer: diffusers.SD3Transformer2DModel = field(init=False)  # the model inside the prepared one
+    lora_params: list[nn.Parameter] = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler = field(init=False)
 
     @property
     def weight_dtype(self) -> torch.dtype:
         return WEIGHT_DTYPES[self.accelerator.mixed_precision]
 
 
-@dataclass
-class Run(Plan):
-    """A plan at work: what the loop, the checkpoints and the previews share."""
-
-    transformer: SD3Transformer2DModel  # the model inside the prepared one
-    lora_params: list[nn.Parameter]
-    optimizer: Optimizer
-    lr_scheduler: LRScheduler
-    global_step: int = 0
-    signals: list[int] = field(default_factory=list)  # that came in while training
-
-
-def make_run(plan: Plan, transformer: SD3Transformer2DModel) -> Run:
+def start_or_resume(run: Run) -> None:
     """The LoRA, the optimizer and the learning rate schedule, new or where a checkpoint left them."""
     from peft import set_peft_model_state_dict
 
-    args, state, steps = plan.args, plan.state, {"num_warmup_steps": plan.args.lr_warmup_steps}
-    if lora := state.get("lora", plan.lora):
-        set_peft_model_state_dict(transformer, lora)
-    lora_params = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(lora_params, args, plan.samples_per_step)
-    steps |= {"num_training_steps": plan.max_train_steps, "num_cycles": args.lr_num_cycles, "power": args.lr_power}
-    lr_scheduler = diffusers.optimization.get_scheduler(args.lr_scheduler, optimizer, **steps)
-    run = Run(
-        **vars(plan), transformer=transformer, lora_params=lora_params, optimizer=optimizer, lr_scheduler=lr_scheduler
-    )
+    args, state, scaler = run.args, run.state, run.accelerator.scaler
+    if lora := state.get("lora", run.lora):
+        set_peft_model_state_dict(run.transformer, lora)
+    run.lora_params = [parameter for parameter in run.transformer.parameters() if parameter.requires_grad]
+    run.optimizer = make_optimizer(run.lora_params, args, run.samples_per_step)
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": run.max_train_steps}
+    shape = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
+    run.lr_scheduler = diffusers.optimization.get_scheduler(args.lr_scheduler, run.optimizer, **steps, **shape)
     if state:
         run.global_step = state["global_step"]
-        groups = optimizer.state_dict()["param_groups"]  # those of this run: a lower learning rate is followed
-        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
-        lr_scheduler.last_epoch = run.global_step - 1  # every schedule is a function of the step
-        lr_scheduler.step()
-        if plan.accelerator.scaler and state["scaler"]:
-            plan.accelerator.scaler.load_state_dict(state["scaler"])
-    return run
+        groups = run.optimizer.state_dict()["param_groups"]  # those of this run: a lower learning rate is followed
+        run.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        run.lr_scheduler.last_epoch = run.global_step - 1  # every schedule is a function of the step
+        run.lr_scheduler.step()
+        if scaler and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def model_spec(run: Run) -> dict[str, str]:
-    """What other programs show about a LoRA: the keys of Stability's ModelSpec."""
-    args, config = run.args, run.transformer.config
+def architecture(run: Run) -> str:
+    """The base model's name in Stability's ModelSpec."""
+    config = run.transformer.config
     model = "3.5-large" if config.num_layers > 30 else "3.5-medium" if config.dual_attention_layers else "3-medium"
-    spec = {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"stable-diffusion-v{model}/lora",
-        "implementation": "diffusers",
-        "title": args.output_dir.resolve().name,
-        "trigger_phrase": args.instance_prompt,
-        "resolution": f"{args.resolution}x{args.resolution}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    if args.pretrained_model_name_or_path.startswith("stabilityai/"):
-        spec["license"] = "Stability AI Community License"
-    return {f"modelspec.{name}": value for name, value in spec.items()}
+    return f"stable-diffusion-v{model}"
 
 
 def write_lora(path: Path, run: Run) -> None:
@@ -803,14 +714,22 @@ def write_lora(path: Path, run: Run) -> None:
     if not all(value.isfinite().all() for value in lora.values()):
         raise SystemExit(f"The LoRA has weights that are not finite: not saved. Older files beside {path} are good.")
     scale = config.lora_alpha / config.r
+    lora = {f"transformer.{name}": value * scale if "lora_B" in name else value for name, value in lora.items()}
     adapter = {"r": config.r, "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
     adapter |= {"rank_pattern": {}, "alpha_pattern": {}}
     adapter_json = json.dumps({f"transformer.{name}": value for name, value in adapter.items()}, indent=2)
-    key = diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
-    save = functools.partial(save_file, metadata={"format": "pt", key: adapter_json} | model_spec(run))
-    lora = {name: value * scale if "lora_B" in name else value for name, value in lora.items()}
-    options = {"transformer_lora_layers": lora, "weight_name": path.name, "save_function": save}
-    diffusers.StableDiffusion3Pipeline.save_lora_weights(path.parent, **options)
+    about = {
+        "format": "pt",
+        "lora_adapter_metadata": adapter_json,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture(run)}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": run.args.output_dir.resolve().name,
+        "modelspec.trigger_phrase": run.args.instance_prompt,
+        "modelspec.resolution": f"{run.args.resolution}x{run.args.resolution}",
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    save_file(lora, path, about)
     path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
@@ -819,19 +738,13 @@ def save_checkpoint(run: Run) -> None:
     from peft import get_peft_model_state_dict
 
     final, scaler = run.args.output_dir / f"checkpoint-{run.global_step}", run.accelerator.scaler
-    state = {
-        "global_step": run.global_step,
-        "settings": run.settings,
-        "lora": get_peft_model_state_dict(run.transformer),  # exact: nothing is folded in
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": scaler and scaler.state_dict(),
-    }
-    buffer = io.BytesIO()  # torch.save to a file hides why it failed
-    torch.save(state, buffer)
+    state = {"global_step": run.global_step, "settings": run.settings, "optimizer": run.optimizer.state_dict()}
+    state["lora"] = get_peft_model_state_dict(run.transformer)  # exact: nothing is folded in
+    state["scaler"] = scaler and scaler.state_dict()
     with appearing(final) as partial:
         partial.mkdir()
         write_lora(partial / LORA_NAME, run)
-        (partial / STATE_NAME).write_bytes(buffer.getbuffer())
+        torch.save(state, partial / STATE_NAME)
     if run.args.checkpoints_total_limit:
         for old in list_checkpoints(run.args.output_dir)[: -run.args.checkpoints_total_limit]:
             if old != final:  # whatever a clock that was set back says
@@ -849,119 +762,95 @@ def read_state(folder: Path) -> dict:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder in the order in which they were saved; an earlier run may have left higher ones."""
-    found = [
-        path for path in folder.glob(f"checkpoint-*/{STATE_NAME}") if re.fullmatch(r"[0-9]+", path.parent.name[11:])
-    ]
-    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+    states = sorted(folder.glob(f"checkpoint-*/{STATE_NAME}"), key=lambda path: path.stat().st_mtime_ns)
+    return [path.parent for path in states if re.fullmatch(r"checkpoint-[0-9]+", path.parent.name)]
 
 
 # ------------------------------------------------------------------------------------------ previews and publishing
 
 
-def move_frozen(transformer: nn.Module, device: torch.device | str) -> None:
-    """Move what is not trained, to make room on a GPU or to come back.
-
-    The LoRA stays: autograd forgets the gradient accumulator of a parameter that changes its device, and with it DDP's
-    hook. bitsandbytes' 4-bit weights stay as well.
-    """
-    for module in transformer.modules():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad and parameter.is_floating_point():
-                parameter.data = parameter.data.to(device)
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+def make_pipeline(run: Run) -> diffusers.StableDiffusion3Pipeline:
+    """The transformer as it is, with the VAE and without text encoders."""
+    parts = "text_encoder tokenizer text_encoder_2 tokenizer_2 text_encoder_3 tokenizer_3".split()
+    vae = load_vae(run.args, run.weight_dtype).to(run.accelerator.device)
+    vae.enable_slicing()  # decodes images one by one
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(run.noise_scheduler.config)
+    models = {"transformer": run.transformer, "vae": vae, "scheduler": scheduler}
+    pipeline = diffusers.StableDiffusion3Pipeline(**models, **dict.fromkeys(parts))
+    pipeline.set_progress_bar_config(desc="Generating", leave=False)
+    return pipeline
 
 
 @torch.no_grad()
-def generate_latents(
-    plan: Plan, transformer: nn.Module, prompts: list[str], numbers: list[tuple], signals: list
-) -> Tensor:
-    """Latents of an image per tuple of numbers that seed it, (B, 16, H/8, W/8), without text encoders and VAE.
+def generate_images(run: Run, pipeline: Any, prompts: list[str], numbers: list[tuple]) -> list[Image.Image]:
+    """An image per tuple of numbers that seed it, early after a signal. prompts: what to show, the negative prompt."""
 
-    prompts: what to show and the negative prompt. A signal ends it early.
-    """
-
-    def end_early(pipeline: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
-        pipeline._interrupt = bool(signals)
+    def end_early(pipeline: Any, step: int, timestep: Tensor, tensors: dict) -> dict:
+        pipeline._interrupt = bool(run.signals)
         return tensors
 
-    args, device = plan.args, plan.accelerator.device
-    missing = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    parts = dict.fromkeys(missing) | {"transformer": transformer}
-    parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(plan.model.noise_scheduler.config)
-    pipeline = diffusers.StableDiffusion3Pipeline(**parts)
-    pipeline.set_progress_bar_config(desc="Generating", leave=False)
-    inputs: dict[str, Any] = {
-        f"{role}{name}": torch.stack([embeds] * len(numbers)).to(device, plan.weight_dtype)
+    args = run.args
+    inputs = {
+        f"{role}{name}": torch.stack([embeds] * len(numbers)).to(run.accelerator.device, run.weight_dtype)
         for role, prompt in zip(("", "negative_"), prompts, strict=True)
-        for name, embeds in plan.embeddings[prompt].items()
+        for name, embeds in run.embeddings[prompt].items()
     }
-    inputs |= {"height": args.resolution, "width": args.resolution, "guidance_scale": args.guidance_scale}
-    inputs |= {"num_inference_steps": args.num_inference_steps, "output_type": "latent"}
-    generators = [seeded_generator(plan.seed, *each) for each in numbers]
-    transformer.eval()
-    latents = pipeline(generator=generators, callback_on_step_end=end_early, **inputs).images
-    transformer.train()
-    return latents
-
-
-@torch.no_grad()
-def decode_latents(plan: Plan, transformer: nn.Module, latents: Tensor) -> list[Image.Image]:
-    """Images of latents; the frozen transformer is offloaded to the CPU meanwhile.
-
-    On a GPU the VAE decodes in fp16, as SD3's pipelines do: at 1024 x 1024 that takes 1.7 GiB instead of 3.3.
-    """
-    device, images = plan.accelerator.device, []
-    if device.type != "cpu":
-        move_frozen(transformer, "cpu")
-        diffusers.training_utils.free_memory()
-    vae = load_vae(plan.args, torch.float16 if device.type == "cuda" else torch.float32).to(device)
-    for sample in tqdm(latents.split(1), desc="Decoding", unit="image", leave=False):
-        sample = sample.float() / vae.config.scaling_factor + vae.config.shift_factor
-        images += diffusers.image_processor.VaeImageProcessor().postprocess(vae.decode(sample.to(vae.dtype)).sample)
-    del vae
-    diffusers.training_utils.free_memory()
-    move_frozen(transformer, device)
+    run.transformer.eval()
+    images = pipeline(
+        height=args.resolution,
+        width=args.resolution,
+        guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
+        generator=[seeded_generator(run.seed, *each) for each in numbers],
+        callback_on_step_end=end_early,
+        **inputs,
+    ).images
+    run.transformer.train()
     return images
 
 
-def make_class_images(plan: Plan, transformer: SD3Transformer2DModel) -> None:
-    """Generate the class images that prior preservation lacks, by the transformer with its LoRA switched off."""
-    args, accelerator, folder = plan.args, plan.accelerator, class_folder(plan.args)
+def save_image(image: Image.Image, path: Path) -> None:
+    with appearing(path) as partial:
+        image.save(partial)
+
+
+def make_class_images(run: Run) -> Checks[list[Example]]:
+    """The class's images; those that are missing are generated, with the LoRA switched off."""
+    args, accelerator, folder = run.args, run.accelerator, class_folder(run.args)
     lacking = max(0, args.num_class_images - len(find_images(folder)))
-    paths = {folder / f"class-{number:05}.png": (3, number) for number in range(args.num_class_images)}
-    missing = [path for path in paths if not path.exists()][:lacking]
+    paths = [folder / f"class-{number:05}.png" for number in range(args.num_class_images)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()][:lacking]
     batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
     accelerator.wait_for_everyone()  # until all have counted
-    transformer.disable_adapters()
-    share = batches[accelerator.process_index :: accelerator.num_processes]
-    for batch in tqdm(share, "Class images", unit="batch", disable=not accelerator.is_main_process or not share):
-        latents = generate_latents(plan, transformer, [args.class_prompt, ""], [paths[path] for path in batch], [])
-        for path, image in zip(batch, decode_latents(plan, transformer, latents), strict=True):
-            with appearing(path) as partial:
-                image.save(partial)
-    transformer.enable_adapters()
+    if share := batches[accelerator.process_index :: accelerator.num_processes]:
+        pipeline = make_pipeline(run)
+        run.transformer.disable_adapters()
+        for batch in tqdm(share, "Class images", unit="batch", disable=not accelerator.is_main_process):
+            images = generate_images(run, pipeline, [args.class_prompt, ""], [(3, number) for number in batch])
+            for number, image in zip(batch, images, strict=True):
+                save_image(image, paths[number])
+        run.transformer.enable_adapters()
     accelerator.wait_for_everyone()
+    found = yield from check_images(args, accelerator, folder, run.vae)
+    prior = {"prompt": args.class_prompt, "loss_weight": args.prior_loss_weight}
+    examples = [replace(example, **prior) for example in found[: args.num_class_images]]
+    yield from encode_latents(args, accelerator, examples)
+    return examples
 
 
 def make_previews(run: Run, count: int) -> list[tuple[str, Path]]:
     """Write samples/*.png, `count` a prompt, and progress.png; (prompt, file) of each. A signal ends it early."""
-    args, folder, latents, written = run.args, run.args.output_dir / "samples", [], []
-    wanted = list(itertools.product(enumerate(args.validation_prompt), range(count)))
-    for (_, prompt), number in wanted:
-        both = [prompt, args.negative_prompt]
-        latents.append(generate_latents(run, run.transformer, both, [(2, number)], run.signals))
-        if run.signals:
-            return []
-    images = decode_latents(run, run.transformer, torch.cat(latents))
-    for ((row, prompt), number), image in zip(wanted, images, strict=True):
-        written.append((prompt, folder / f"step-{run.global_step:06d}-prompt-{row}-{number}.png"))
-        with appearing(written[-1][1]) as partial:
-            image.save(partial)
-    for i, prompt in enumerate(args.validation_prompt):
-        log_images(run, prompt, images[i * count : (i + 1) * count])
-    with appearing(folder / "progress.png") as partial:
-        draw_progress(run, folder).save(partial)
+    folder, pipeline, written = run.args.output_dir / "samples", make_pipeline(run), []
+    for row, prompt in enumerate(run.args.validation_prompt):
+        images: list[Image.Image] = []
+        for number in range(count):
+            images += generate_images(run, pipeline, [prompt, run.args.negative_prompt], [(2, number)])
+            if run.signals:
+                return []
+            written.append((prompt, folder / f"step-{run.global_step:06d}-prompt-{row}-{number}.png"))
+            save_image(images[-1], written[-1][1])
+        log_images(run, prompt, images)
+    save_image(draw_progress(run, folder), folder / "progress.png")
     return written
 
 
@@ -991,22 +880,28 @@ def write_model_card(run: Run, name: str, previews: list[tuple[str, Path]]) -> N
     if path.exists() and CARD_MARK not in path.read_text("utf-8", errors="replace"):
         print(f"note: {path} was written by somebody else and stays as it is")
         return
-    local, known = Path(base).is_dir(), base.startswith("stabilityai/")
-    link = f"base_model: {base}\nlicense_link: https://huggingface.co/{base}/blob/main/LICENSE.md\n"
-    widget = [{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in previews]
-    hidden = {"images and captions", "base model", "pretrained_model_name_or_path"}
+    family = "sd3.5" if "v3.5" in architecture(run) else "sd3"
+    known, local = base.startswith("stabilityai/"), Path(base).is_dir()
+    data = ModelCardData(
+        license="other",
+        license_name="stabilityai-ai-community" if known else "license-of-the-base-model",
+        license_link=None if local else f"https://huggingface.co/{base}/blob/main/LICENSE.md",
+        base_model=None if local else base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        instance_prompt=args.instance_prompt,
+        tags=["text-to-image", "diffusers-training", "diffusers", "lora", family, f"{family}-diffusers"],
+        widget=[{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in previews],
+    )
+    hidden = {"images and captions", "base model", "pretrained_model_name_or_path", "pretrained_lora_path"}
     settings = {key: value for key, value in run.settings.items() if key not in hidden and value is not None}
     text = CARD.format(
-        license_name="stabilityai-ai-community" if known else "license-of-the-base-model",
-        link="" if local else link,
-        family="sd3.5" if "v3.5" in model_spec(run)["modelspec.architecture"] else "sd3",
-        widget=json.dumps(widget, ensure_ascii=False),
+        data=data.to_yaml(),
         name=name,
         base=Path(base).name if local else base,
         source="FOLDER OR REPOSITORY OF THE BASE MODEL" if local else base,
         prompt=args.instance_prompt,
         quoted=json.dumps(args.instance_prompt, ensure_ascii=False),
-        progress="![from before the training to its end](samples/progress.png)\n\n" * bool(previews),
         steps=run.global_step,
         settings=json.dumps(settings, indent=2, ensure_ascii=False),
     )
@@ -1015,13 +910,7 @@ def write_model_card(run: Run, name: str, previews: list[tuple[str, Path]]) -> N
 
 
 CARD = f"""---
-license: other
-license_name: {{license_name}}
-{{link}}library_name: diffusers
-pipeline_tag: text-to-image
-instance_prompt: {{quoted}}
-tags: [text-to-image, diffusers-training, diffusers, lora, {{family}}, {{family}}-diffusers, "template:sd-lora"]
-widget: {{widget}}
+{{data}}
 ---
 
 {CARD_MARK}
@@ -1037,7 +926,7 @@ You should use `{{prompt}}` to trigger the image generation.
 
 ## Use it
 
-With diffusers 0.33 or later and peft 0.17 or later (0.18 with transformers 5):
+With diffusers 0.33 or later and peft 0.17 or later (0.18 with transformers 5), or in ComfyUI at strength 1:
 
 ```python
 import torch
@@ -1049,9 +938,7 @@ pipeline.enable_model_cpu_offload()
 image = pipeline({{quoted}}).images[0]
 ```
 
-In ComfyUI: put `{LORA_NAME}` into `models/loras` and load it with "Load LoRA" at strength 1.
-
-{{progress}}The license is that of the base model, {{base}}. Trained for {{steps}} steps with:
+The license is that of the base model. Trained for {{steps}} steps with:
 
 ```json
 {{settings}}
@@ -1070,17 +957,18 @@ def create_repository(args: Namespace) -> str:
         ) from error
 
 
-def push_to_hub(args: Namespace, name: str, previews: list[tuple[str, Path]]) -> None:
+def push_to_hub(run: Run, name: str) -> None:
     """Upload the LoRA, its card and the card's samples, and nothing else."""
-    files = [LORA_NAME, "README.md", *(f"samples/{path.name}" for _, path in previews)]
-    files += ["samples/progress.png"] if previews else []
-    options = {"repo_id": name, "folder_path": args.output_dir, "allow_patterns": files}
+    folder = run.args.output_dir
+    files = [LORA_NAME, "README.md", "samples/progress.png", f"samples/step-{run.global_step:06d}-*.png"]
     try:
-        HfApi(token=args.hub_token).upload_folder(commit_message="Add a DreamBooth LoRA", **options)
+        api = HfApi(token=run.args.hub_token)
+        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message="Add a LoRA")
     except Exception as error:  # whatever it was, the LoRA is on disk
-        includes = [part for file in files for part in ("--include", file)]
-        command = shlex.join(["hf", "upload", name, str(args.output_dir), ".", *includes])
-        raise SystemExit(f"The upload failed: {first_line(error)}\nNothing is lost. To send it: {command}") from error
+        command = ["hf", "upload", name, str(folder), ".", *(f"--include={file}" for file in files)]
+        raise SystemExit(
+            f"The upload failed: {first_line(error)}\nNothing is lost. To send it: {shlex.join(command)}"
+        ) from error
     print(f"pushed to {name}")
 
 
@@ -1097,72 +985,51 @@ def find_checkpoint(args: Namespace) -> Checks[dict]:
         if state := read_state(path):
             return state
         if path.exists():
-            yield Note(f"skipped, not a complete checkpoint: {path}")
+            yield f"note: skipped, not a complete checkpoint: {path}"
     if wanted == "latest":
-        yield Note(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
+        yield f"note: no checkpoint in {args.output_dir} yet: starting from the beginning"
     else:
         names = ", ".join(path.name for path in found) or "none"
         yield f"--resume_from_checkpoint {wanted} is not a complete checkpoint. {args.output_dir} has: {names}."
     return {}
 
 
-def compare_settings(saved: dict[str, object], now: dict[str, object]) -> Checks[None]:
-    """Refuse what a resumed run must share with the one that it continues, and note what else differs."""
-    names = [name for name in saved if saved[name] != now.get(name)]
-    differing = {name: f"{name} {saved[name]}, this run has {now.get(name)}" for name in names}
-    for name in sorted(differing.keys() & MUST_NOT_CHANGE):
-        yield f"The checkpoint was trained with {differing[name]}."
-    if followed := [differing[name] for name in differing if name not in MUST_NOT_CHANGE]:
-        yield Note(f"the checkpoint was trained with {'; '.join(followed)}, which is followed")
+def check_model(args: Namespace) -> Checks[tuple[Any, Any, dict[str, str]]]:
+    """The transformer without its weights, the noise scheduler, and what identifies the weights of both parts."""
 
-
-def weights_identity(args: Namespace, part: str) -> str:
-    """A digest of the first MiB of a folder's weights, which tells when others take their place; '' without any."""
-    for path in sorted(Path(args.pretrained_model_name_or_path, part).glob("*.safetensors")):
-        if path.stem.partition(".")[2].startswith(args.variant or "") and ("." in path.stem) == bool(args.variant):
-            with open(path, "rb") as file:
-                return hashlib.sha256(file.read(2**20)).hexdigest()
-    return ""
-
-
-def check_model(args: Namespace) -> Checks[Model | None]:
-    """What training needs to know of the base model before it is loaded."""
-    name = args.pretrained_model_name_or_path
-    try:
-        load = functools.partial(diffusers.SD3Transformer2DModel.load_config, return_commit_hash=True)
-        loaded, commit = load_part(load, args, "transformer")
+    def load_empty(*names: str, **kwargs: object) -> tuple[Any, str | None]:
+        config, commit = diffusers.SD3Transformer2DModel.load_config(*names, return_commit_hash=True, **kwargs)
         with torch.device("meta"):
-            transformer = diffusers.SD3Transformer2DModel.from_config(loaded)
-        noise_scheduler = load_part(diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained, args, "scheduler")
+            return diffusers.SD3Transformer2DModel.from_config(config), commit
+
+    try:
+        transformer, commit = load_part(load_empty, args, "transformer")
+        scheduler = load_part(diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained, args, "scheduler")
     except SystemExit as message:
         yield str(message)
-        return None
-    except Exception as error:  # of a config that is another model's
-        yield f"Cannot load transformer of {name}: its config is not that of Stable Diffusion 3 ({first_line(error)})."
-        return None
+        return None, None, {}
+    identities = {}
+    for part in ("transformer", "vae"):  # in a folder: the first MiB of each file, which tells when others come
+        files = sorted(Path(args.pretrained_model_name_or_path, part).glob("*.safetensors"))
+        files = [path for path in files if ("." in path.stem) == bool(args.variant)]
+        identities[part] = commit or digest([np.fromfile(path, np.uint8, 2**20).tobytes().hex() for path in files])
     config = transformer.config
-    weights = {part: commit or weights_identity(args, part) for part in ("transformer", "vae")}
-    if missing := [part for part in weights if not weights[part]]:
-        form = f"*.{args.variant}*.safetensors" if args.variant else "*.safetensors"
-        yield f"{name} has no weights {form} in {', '.join(missing)}. Download them again."
     largest = config.pos_embed_max_size * config.patch_size * 8  # the VAE makes one latent of 8 x 8 pixels
     if (side := max(map(max, training_shapes(args)))) > largest:
         yield f"--resolution {args.resolution} has a side of {side} pixels, above the model's {largest}."
-    unknown = [layer for layer in args.lora_layers.split(",") if not lora_targets(transformer, layer, None)]
-    for layer in unknown:
-        yield f"--lora_layers: the transformer has no linear layer {layer}."
-    targets = lora_targets(transformer, args.lora_layers, args.lora_blocks)
-    if max(int(block) for block in (args.lora_blocks or "0").split(",")) >= config.num_layers:
-        yield f"--lora_blocks {args.lora_blocks}: the last block is {config.num_layers - 1}."
-    elif not unknown and not targets:
-        yield f"--lora_blocks {args.lora_blocks} have none of --lora_layers {args.lora_layers}."
-    return Model(config, noise_scheduler, weights["transformer"], weights["vae"], targets)
+    for layer in args.lora_layers.split(","):
+        if not lora_targets(transformer, layer, None):
+            yield f"--lora_layers: the transformer has no linear layer {layer}."
+    for block in (args.lora_blocks or "").split(","):
+        if int(block or 0) >= config.num_layers:
+            yield f"--lora_blocks {block}: the last block is {config.num_layers - 1}."
+    return transformer, scheduler, identities
 
 
-def check_lora(args: Namespace, targets: list[str]) -> Checks[dict[str, Tensor]]:
+def check_lora(args: Namespace, transformer: Any) -> Checks[dict[str, Tensor]]:
     """The weights of --pretrained_lora_path for a LoRA of these layers, at their strength, or {}."""
     path, rank = args.pretrained_lora_path, args.rank
-    if not path:
+    if not path or not transformer:
         return {}
     try:
         file, metadata = diffusers.StableDiffusion3Pipeline.lora_state_dict(
@@ -1171,23 +1038,20 @@ def check_lora(args: Namespace, targets: list[str]) -> Checks[dict[str, Tensor]]
     except Exception as error:  # of the file system, safetensors or the Hub
         yield f"The LoRA {path} cannot be loaded: {first_line(error)}."
         return {}
-    lora = {name.removeprefix("transformer."): file[name] for name in file if name.startswith("transformer.")}
-    if others := sorted(name for name in file if not name.startswith("transformer.")):
-        message = f"{path} has weights named {others[0]}; only transformer.*, as diffusers writes them, are read"
-        yield Note(message) if lora else message
-    shapes = {(name.rsplit(".", 3)[-2], tensor.shape["lora_B" in name]) for name, tensor in lora.items()}
-    wanted = {f"{target}.{side}.weight" for target in targets for side in ("lora_A", "lora_B")}
-    if lora and targets and (lora.keys() != wanted or shapes != {("lora_A", rank), ("lora_B", rank)}):
-        yield f"The layers or rank of {path} are others than --lora_layers, --lora_blocks and --rank say."
+    targets = lora_targets(transformer, args.lora_layers, args.lora_blocks)
+    wanted = {f"transformer.{target}.lora_{side}.weight" for target in targets for side in "AB"}
+    if others := sorted(file.keys() ^ wanted):
+        yield f"{path} is no LoRA of --lora_layers and --lora_blocks in diffusers' layout; one has no {others[0]}."
+    elif {file[name].shape["lora_B" in name] for name in wanted} != {rank}:
+        yield f"{path} has another rank than --rank {rank}."
     alpha = (metadata or {}).get("transformer.lora_alpha", rank)  # without metadata, alpha is the rank
     factor = alpha / (args.lora_alpha or rank)
-    return {name: tensor.float() * (factor if "lora_B" in name else 1) for name, tensor in lora.items()}
+    lora = {name.removeprefix("transformer."): tensor.float() for name, tensor in file.items()}
+    return {name: tensor * factor if "lora_B" in name else tensor for name, tensor in lora.items()}
 
 
-def check_images(
-    args: Namespace, accelerator: Accelerator, folder: Path, vae: str
-) -> Checks[list[tuple[str, Example]]]:
-    """The images of a folder, without their prompts, each with its SHA-256; every process reads its share.
+def check_images(args: Namespace, accelerator: Accelerator, folder: Path, vae: str) -> Checks[list[Example]]:
+    """The images of a folder, without their prompts; every process reads its share.
 
     The latents' file is named by a digest of everything that the latents depend on.
     """
@@ -1208,10 +1072,10 @@ def check_images(
         shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
         name = digest([sha256, mask, vae, shape, args.center_crop or CROPS_PER_IMAGE, args.random_flip])
         latents = args.output_dir / "latents" / f"{name}.safetensors"
-        found.append((sha256, Example(path, "", 1.0, latents, shape)))
+        found.append(Example(path, sha256, latents, shape))
     if args.alpha_mask and folder == args.instance_data_dir and not any(gather_object([masked])):
         yield f"--alpha_mask: no image in {folder} has an alpha channel or a NAME.mask.png."
-    return sorted(gather_object(found), key=lambda pair: pair[1].path)
+    return sorted(gather_object(found), key=lambda example: example.path)
 
 
 def embeddings_command(args: Namespace, about: dict) -> str:
@@ -1227,9 +1091,7 @@ def embeddings_command(args: Namespace, about: dict) -> str:
     return shlex.join(["python", "compute_embeddings.py", *itertools.chain(*given), *no_t5])
 
 
-def check_embeddings(
-    args: Namespace, model: Model | None, images: list[tuple[str, Example]]
-) -> Checks[PromptEmbeddings | None]:
+def check_embeddings(args: Namespace, config: Any, examples: list[Example]) -> Checks[PromptEmbeddings | None]:
     """The embeddings, if they can be read; what they lack is said with the command that mends it."""
     path = args.data_df_path
     wanted = [args.instance_prompt, *([args.class_prompt, ""] if args.with_prior_preservation else [])]
@@ -1244,16 +1106,16 @@ def check_embeddings(
         yield f"--data_df_path {path} cannot be read ({first_line(error)}). Run: {embeddings_command(args, {})}"
         return None
     cure = f"Run: {embeddings_command(args, embeddings.about)}"
-    length = embeddings.about.get("max_sequence_length")
-    if model and widths != [model.config.joint_attention_dim, model.config.pooled_projection_dim]:
+    length, prompt_of = embeddings.about.get("max_sequence_length"), embeddings.prompt_of_image
+    if config and widths != [config.joint_attention_dim, config.pooled_projection_dim]:
         yield f"{path} was computed with another kind of model. {cure}"
     if args.max_sequence_length not in (None, length):
         yield f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {cure}"
-    if missing := [example for sha256, example in images if sha256 not in embeddings.prompt_of_image]:
-        count = f"{len(missing)} of {len(images)} images in {args.instance_data_dir}"
-        yield f"{count} have no embeddings in {path} (first: {missing[0].path.name}). {cure}"
-    captions = {embeddings.prompt_of_image.get(sha256) for sha256, _ in images} | {embeddings.about.get("prompt")}
-    if args.instance_prompt not in {*captions, *unknown}:  # every image may have a caption of its own
+    if missing := [example.path.name for example in examples if example.sha256 not in prompt_of]:
+        count = f"{len(missing)} of {len(examples)} images in {args.instance_data_dir}"
+        yield f"{count} have no embeddings in {path} (first: {missing[0]}). {cure}"
+    captions = {prompt_of.get(example.sha256) for example in examples}
+    if args.instance_prompt not in {embeddings.about.get("prompt"), *captions, *unknown}:
         yield f"In {path} --instance_prompt {args.instance_prompt!r} captions none of the images. {cure}"
     if unknown:
         yield f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}"
@@ -1284,28 +1146,38 @@ def check_machine(args: Namespace, accelerator: Accelerator) -> Iterator[str]:
             yield f"--push_to_hub: {first_line(error)}. With a token that may write, run: hf auth login"
 
 
-def check_everything(args: Namespace, accelerator: Accelerator) -> Checks[tuple]:
-    """All that is found out before anything big is loaded, as make_plan takes it."""
+def compare_settings(saved: dict[str, object], now: dict[str, object]) -> Iterator[str]:
+    """Refuse what a resumed run must share with the one that it continues, and note what else differs."""
+    names = [name for name in saved if saved[name] != now.get(name)]
+    differing = {name: f"{name} {saved[name]}, this run has {now.get(name)}" for name in names}
+    for name in sorted(differing.keys() & MUST_NOT_CHANGE):
+        yield f"The checkpoint was trained with {differing[name]}."
+    if followed := [differing[name] for name in differing if name not in MUST_NOT_CHANGE]:
+        yield f"note: the checkpoint was trained with {'; '.join(followed)}, which is followed"
+
+
+def make_run(args: Namespace, accelerator: Accelerator, drawn: int) -> Checks[Any]:
+    """The Run, with all that is found out before anything big is loaded. drawn: the seed where there is no other."""
     state = yield from find_checkpoint(args)
-    model = yield from check_model(args)
-    lora = yield from check_lora(args, model.lora_targets if model else [])
-    images = yield from check_images(args, accelerator, args.instance_data_dir, model.vae if model else "")
-    if not images:
-        yield f"--instance_data_dir {args.instance_data_dir} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})."
-    embeddings = yield from check_embeddings(args, model, images)
+    transformer, scheduler, identities = yield from check_model(args)
+    lora = yield from check_lora(args, transformer)
+    examples = yield from check_images(args, accelerator, args.instance_data_dir, identities.get("vae", ""))
+    if not examples:
+        yield f"--instance_data_dir {args.instance_data_dir} has no images ({', '.join(FORMATS)})."
+    embeddings = yield from check_embeddings(args, transformer and transformer.config, examples)
     yield from check_machine(args, accelerator)
-    return state, model, lora, images, embeddings
-
-
-def make_plan(args: Namespace, accelerator: Accelerator) -> Plan:
-    """The plan; or the run ends with everything that is wrong in one message."""
-    state, model, lora, images, embeddings = collect(check_everything(args, accelerator), accelerator)
-    examples = [replace(example, prompt=embeddings.prompt_of_image[sha256]) for sha256, example in images]
-    seed = args.seed if args.seed is not None else state.get("settings", {}).get("seed", secrets.randbelow(2**31))
-    seed = broadcast_object_list([seed])[0]
+    if not (transformer and embeddings and examples):
+        return None
+    prompt_of, saved = embeddings.prompt_of_image, state.get("settings", {})
+    examples = [replace(example, prompt=prompt_of.get(example.sha256, "")) for example in examples]
+    seed = saved.get("seed", drawn) if args.seed is None else args.seed
     per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     per_epoch = len(examples) * (2 if args.with_prior_preservation else 1)
     steps = args.max_train_steps or math.ceil(args.num_train_epochs * per_epoch / per_step)
+    period = args.validation_steps * per_step if args.validation_steps else args.validation_epochs * per_epoch
+    preview_steps = {
+        step for step in range(1, steps) if args.validation_prompt and step * per_step % period < per_step
+    }
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
         "seed": seed,
         "max_train_steps": steps,
@@ -1313,125 +1185,66 @@ def make_plan(args: Namespace, accelerator: Accelerator) -> Plan:
         "samples per step": per_step,
         "images and captions": digest([(example.latents.name, example.prompt) for example in examples]),
         "embeddings": f"T5 {embeddings.about.get('t5')}, {embeddings.about.get('max_sequence_length')} tokens",
-        "base model": model.transformer,
+        "base model": identities["transformer"],
     }
     if args.aspect_ratio_buckets:  # decides which images meet in a micro-batch
         settings["samples per micro-batch"] = args.train_batch_size * accelerator.num_processes
-    collect(compare_settings(state.get("settings", {}), settings), accelerator)
-    return Plan(
-        args, accelerator, model, embeddings, examples, seed, steps, per_step, per_epoch, settings, state, lora
-    )
+    yield from compare_settings(saved, settings)
+    fixed = scheduler, identities["vae"], embeddings, examples, seed
+    counts = steps, per_step, per_epoch, preview_steps
+    return Run(args, accelerator, *fixed, *counts, settings, state, lora)
 
 
 def collect(checks: Checks[T], accelerator: Accelerator) -> T:
-    """What checks return; their notes are printed, and with a problem in any process the run ends in one message."""
-    problems: list[str] = []
-    while True:
-        try:
-            found = next(checks)
-        except StopIteration as end:
-            stop_at_problems(accelerator, problems)
-            return end.value
-        except OSError as error:  # a path that the file system refuses
-            stop_at_problems(accelerator, [*problems, str(error)])
-        if isinstance(found, Note):
-            accelerator.print(f"note: {found}")
-        else:
-            problems.append(found)
+    """What checks return; notes are printed, and with a problem in any process the run ends in one message."""
+    returned: list[T] = []
 
+    def run_checks() -> Iterator[str]:
+        returned.append((yield from checks))
 
-def stop_at_problems(accelerator: Accelerator, problems: list[str]) -> None:
-    """End the run in one message if any process has a problem."""
+    said = list(run_checks())
+    for note in said:
+        if note.startswith("note: "):
+            accelerator.print(note)
+    problems = [problem for problem in said if not problem.startswith("note: ")]
     if problems := list(dict.fromkeys(gather_object(problems))):
         message = "".join(f"\n- {problem}" for problem in problems)
         raise SystemExit(f"Cannot start:{message}" if accelerator.is_main_process else 1)
-
-
-def print_plan(plan: Plan) -> None:
-    """What --dry_run says: images with their shapes and captions, and steps."""
-    for example in plan.examples[:20]:
-        height, width = example.shape
-        print(f"{example.path.name}: trained as {width} x {height}, {example.prompt!r}")
-    if len(plan.examples) > 20:
-        print(f"and {len(plan.examples) - 20} more")
-    epochs = plan.max_train_steps * plan.samples_per_step / plan.samples_per_epoch
-    print(f"{plan.max_train_steps} steps of {plan.samples_per_step} samples: {epochs:.1f} epochs, seed {plan.seed}")
+    return returned[0]
 
 
 # ----------------------------------------------------------------------------------------------------- training loop
 
 
-def seconds_of_micro_batch(run: Run, batch: dict[str, Tensor]) -> float:
-    """Forward and backward of one micro-batch, its gradients dropped, beside room for the optimizer's states."""
-    states = torch.empty(2, sum(map(Tensor.numel, run.lora_params)), device=run.accelerator.device)
-    for _ in range(2):  # the first pass loads kernels
-        started = time.monotonic()
-        training_loss(run.transformer, batch, run.weight_dtype, run.args).backward()
-        float(run.lora_params[0].grad.sum())  # type: ignore[union-attr]  # waits for the GPU
-        seconds = time.monotonic() - started
-    del states
-    return seconds
-
-
 def choose_recomputation(run: Run, dataset: SampleDataset) -> float:
     """Recompute the activations of as few blocks as the memory demands: none, half, all; seconds of a micro-batch.
 
-    Tried on a micro-batch of the largest shape. Which blocks recompute changes no bit of the result, so every process
-    decides for itself.
+    Tried on a micro-batch of the largest shape, its gradients dropped, beside room for the optimizer's states. Which
+    blocks recompute changes no bit of the result, so every process decides for itself.
     """
-    largest = max(range(len(dataset)), key=lambda number: math.prod(dataset.order[number].shape))
+    largest = max(range(len(dataset.order)), key=lambda number: math.prod(dataset.order[number].shape))
     batch = default_collate([dataset[largest]] * run.args.train_batch_size)
     batch = {name: value.to(run.accelerator.device) for name, value in batch.items()}
-    blocks, seconds = len(run.transformer.transformer_blocks), None
+    states = [torch.empty_like(parameter) for parameter in run.lora_params * 2]
+    blocks = len(run.transformer.transformer_blocks)
     for count in [blocks] if run.args.gradient_checkpointing else [0, blocks // 2, blocks]:
         recompute_blocks(run.transformer, count)
         try:
-            seconds = seconds_of_micro_batch(run, batch)
+            for _ in range(2):  # the first pass loads kernels
+                started = time.monotonic()
+                training_loss(run.transformer, batch, run.weight_dtype, run.args).backward()
+                float(run.lora_params[0].grad.sum())  # type: ignore[union-attr]  # waits for the GPU
+                seconds = time.monotonic() - started
+            break
         except torch.OutOfMemoryError:
             if count == blocks:
                 raise
-        run.transformer.zero_grad()
-        diffusers.training_utils.free_memory()
-        if seconds is not None:
-            run.accelerator.print(f"{count} of {blocks} blocks recompute their activations, {peak_memory()}")
-            break
-    return seconds or 0.0
-
-
-def announce(run: Run, dataset: SampleDataset) -> None:
-    """Say what is about to be done and how long it may take; to the trackers too."""
-    accelerator, steps = run.accelerator, max(0, run.max_train_steps - run.global_step)
-    lora_size = sum(map(Tensor.numel, run.lora_params))
-    accelerator.print(f"{len(run.examples)} images, {lora_size:,} parameters to train, seed {run.seed}")
-    accelerator.print(f"{steps} steps of {run.samples_per_step} samples, from step {run.global_step}")
-    if steps:
-        seconds = choose_recomputation(run, dataset) * run.args.gradient_accumulation_steps
-        accelerator.print(f"about {seconds:.2g} s a step, {steps * seconds / 60:.0f} minutes in all")
-    if accelerator.log_with:
-        shown = {name: value if isinstance(value, int | float) else str(value) for name, value in run.settings.items()}
-        accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=shown)
-
-
-def note_signals(noted: list[int]) -> None:
-    """Note signals for the loop, which ends after its step; a second one ends at once. nohup's choice is respected."""
-
-    def note(number: int, _: object) -> None:
-        noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in END_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
-
-
-def preview_due(run: Run) -> bool:
-    """Whether previews are to be made after this step, and not by the end of training anyway."""
-    if not run.args.validation_prompt or run.global_step >= run.max_train_steps:
-        return False
-    if run.args.validation_steps:
-        return run.global_step % run.args.validation_steps == 0
-    period = run.args.validation_epochs * run.samples_per_epoch  # in samples
-    return run.global_step * run.samples_per_step % period < run.samples_per_step
+        finally:
+            run.transformer.zero_grad()
+            diffusers.training_utils.free_memory()
+    del states
+    run.accelerator.print(f"{count} of {blocks} blocks recompute their activations, {peak_memory()}")
+    return seconds
 
 
 def train(run: Run, model: nn.Module, dataloader: DataLoader) -> None:
@@ -1455,7 +1268,7 @@ def train(run: Run, model: nn.Module, dataloader: DataLoader) -> None:
                 if not finite and not accelerator.scaler:  # fp16's loss scaler skips such a step by itself
                     run.optimizer.zero_grad()
                 if skipped == MAX_SKIPPED_STEPS:
-                    raise SystemExit(NON_FINITE.format(args.output_dir) if is_main else 1)
+                    raise SystemExit(NOT_FINITE if is_main else 1)
             run.optimizer.step()
             run.optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -1470,7 +1283,7 @@ def train(run: Run, model: nn.Module, dataloader: DataLoader) -> None:
         if signaled:
             accelerator.wait_for_everyone()  # until the checkpoint is saved
             raise SystemExit(STOPPED.format(run.global_step) if is_main else 1)
-        if is_main and preview_due(run):
+        if is_main and run.global_step in run.preview_steps:
             make_previews(run, args.num_validation_images)
     progress.close()
 
@@ -1481,21 +1294,14 @@ def train(run: Run, model: nn.Module, dataloader: DataLoader) -> None:
 def peak_memory() -> str:
     """Peak VRAM and RAM of this process so far; RAM counts mapped files, such as weights, too."""
     vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
-    if os.name == "nt":
-        return f"{vram}peak RAM {psutil.Process().memory_info().peak_wset / 2**30:.2f} GiB"
-    import resource  # Windows has none
+    try:
+        import resource
 
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return f"{vram}peak RAM {kilobytes / 2**20:.2f} GiB"
-
-
-def quiet_libraries() -> None:
-    """Silence what users cannot act on at start-up; errors and other warnings still come through."""
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for message in (".*broadcast_buffers.*", r"Detected call of `lr_scheduler.step\(\)` before"):  # fp16 skips steps
-        warnings.filterwarnings("ignore", message=message)
+        unit = 1 if sys.platform == "darwin" else 1024
+        ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except ImportError:  # on Windows
+        ram = psutil.Process().memory_info().peak_wset
+    return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
@@ -1527,77 +1333,95 @@ def make_accelerator(args: Namespace) -> Accelerator:
 @contextmanager
 def explained_errors() -> Iterator[None]:
     """End with one message on what no check can foresee; what was saved before stays."""
+    good = "What was saved is whole"
     try:
         yield
     except KeyboardInterrupt:  # while training, a signal saves a checkpoint first
-        raise SystemExit("Interrupted. What was saved is whole: run the same command again.") from None
+        raise SystemExit(f"Interrupted. {good}: run the same command again.") from None
     except torch.OutOfMemoryError as error:
         cures = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
         raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {cures}.") from error
     except Exception as error:
-        if any(cause in str(error) for cause in DISK_FULL):
-            raise SystemExit(f"The disk is full ({error}). What was saved is whole: make room and resume.") from error
+        if re.search("No space left|File too large|quota exceeded|PytorchStreamWriter", str(error)):
+            raise SystemExit(f"The disk is full ({error}). {good}: make room and resume.") from error
         if isinstance(error, OSError):
-            raise SystemExit(f"{error}. What was saved is whole: run the same command again.") from error
+            raise SystemExit(f"{error}. {good}: run the same command again.") from error
         if "DataLoader worker (pid" in str(error):  # killed; what one raises says so itself
             raise SystemExit(f"{error} Usually RAM is short: use --dataloader_num_workers 0.") from error
         raise
 
 
 @contextmanager
-def owned_folder(args: Namespace, accelerator: Accelerator) -> Iterator[None]:
+def owned_folder(run: Run) -> Iterator[None]:
     """Make the output folder for this run alone; the system frees the lock when a process dies."""
-    folder, problems = args.output_dir, []
-    for each in [folder / "latents", folder / "samples", class_folder(args)][: 2 + args.with_prior_preservation]:
-        each.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        if accelerator.is_main_process:
-            lock.acquire(timeout=0)
-            for place in (folder, folder / "latents", folder / "samples", *folder.glob("class_images-*")):
-                for unfinished in place.glob(".unfinished-*"):  # of a run that was killed
-                    shutil.rmtree(unfinished, ignore_errors=True)
-    except Timeout:
-        problems.append(f"Another training is writing to {folder}: wait for it, or use another --output_dir.")
-    stop_at_problems(accelerator, problems)
-    try:
+    folder = run.args.output_dir
+    places = [folder, folder / "latents", folder / "samples"]
+    places += [class_folder(run.args)] if run.args.with_prior_preservation else []
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+    if not run.accelerator.is_main_process:
         yield
-    finally:
-        lock.release()  # which only the main process has
+        return
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            for unfinished in (each for place in places for each in place.glob(".unfinished-*")):
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            yield
+    except Timeout:
+        raise SystemExit(
+            f"Another training is writing to {folder}: wait for it, or use another --output_dir."
+        ) from None
 
 
-def train_and_publish(plan: Plan, started: float) -> None:
+def note_signals(noted: list[int]) -> None:
+    """Note signals for the loop, which ends after its step; a second one ends at once. nohup's choice is respected."""
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in END_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
+
+
+def train_and_publish(run: Run, started: float) -> None:
     """Everything that costs time, on what the checks have found to be good."""
-    args, accelerator, model = plan.args, plan.accelerator, plan.model
+    args, accelerator = run.args, run.accelerator
     repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else ""
-    encode_latents(args, accelerator, plan.examples)
-    transformer = load_transformer(args, plan.weight_dtype).to(accelerator.device)
-    add_lora(transformer, model.lora_targets, args, plan.seed)
-    kinds = [plan.examples]
+    collect(encode_latents(args, accelerator, run.examples), accelerator)
+    diffusers.training_utils.free_memory()
+    run.transformer = load_transformer(args, run.weight_dtype).to(accelerator.device)
+    add_lora(run.transformer, args, run.seed)
+    kinds = [run.examples]
     if args.with_prior_preservation:
-        make_class_images(plan, transformer)
-        found = collect(check_images(args, accelerator, class_folder(args), model.vae), accelerator)
-        prior = {"prompt": args.class_prompt, "loss_weight": args.prior_loss_weight}
-        kinds.append([replace(example, **prior) for _, example in found[: args.num_class_images]])
-        move_frozen(transformer, "cpu")
-        encode_latents(args, accelerator, kinds[1])
-        move_frozen(transformer, accelerator.device)
-    run = make_run(plan, transformer)
-    micro_batch, length = args.train_batch_size * accelerator.num_processes, run.max_train_steps * run.samples_per_step
-    order = sample_order(kinds, run.seed, micro_batch, length)
-    dataset = SampleDataset(order, run.embeddings, model.noise_scheduler.sigmas, args, run.seed)
-    left = Subset(dataset, range(min(run.global_step * run.samples_per_step, length), length))
+        kinds.append(collect(make_class_images(run), accelerator))
+    if not all(example.latents.exists() for kind in kinds for example in kind):
+        raise SystemExit(f"The latents are not visible here: share --output_dir {args.output_dir}.")
+    start_or_resume(run)
+    length = run.max_train_steps * run.samples_per_step
+    order = sample_order(kinds, run.seed, args.train_batch_size * accelerator.num_processes, length)
+    dataset = SampleDataset(order, run.embeddings, run.noise_scheduler.sigmas, args, run.seed)
+    lora_size = sum(map(Tensor.numel, run.lora_params))
+    accelerator.print(f"{len(run.examples)} images, {lora_size:,} parameters to train, seed {run.seed}")
+    left = range(min(run.global_step * run.samples_per_step, length), length)
+    steps = len(left) // run.samples_per_step
+    accelerator.print(f"{steps} steps of {run.samples_per_step} samples, from step {run.global_step}")
+    if steps > 0:
+        seconds = choose_recomputation(run, dataset) * args.gradient_accumulation_steps
+        accelerator.print(f"about {seconds:.2g} s a step, {steps * seconds / 60:.0f} minutes in all")
+    shown = {name: value if isinstance(value, int | float) else str(value) for name, value in run.settings.items()}
+    accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=shown)
     loading = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
-    announce(run, dataset)
-    dataloader = DataLoader(left, args.train_batch_size, **loading)
-    prepared, run.optimizer, dataloader = accelerator.prepare(run.transformer, run.optimizer, dataloader)
-    run.transformer = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # previews go on in weight_dtype
+    dataloader = DataLoader(Subset(dataset, left), args.train_batch_size, **loading)
+    model, run.optimizer, dataloader = accelerator.prepare(run.transformer, run.optimizer, dataloader)
+    run.transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # previews go on in weight_dtype
     if accelerator.is_main_process and args.validation_prompt and not run.global_step:
         for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):  # of another run
             earlier.unlink()
         make_previews(run, count=1)  # what the model makes of the prompts before it is trained
     note_signals(run.signals)
-    train(run, prepared, dataloader)
+    train(run, model, dataloader)
     if accelerator.is_main_process:
         publish(run, repository, started)
     accelerator.wait_for_everyone()  # a process that left would end the others' group
@@ -1619,22 +1443,36 @@ def publish(run: Run, repository: str, started: float) -> None:
     write_model_card(run, repository or args.output_dir.resolve().name, previews)
     print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - started:.0f} s")
     if repository:
-        push_to_hub(args, repository, previews)
+        push_to_hub(run, repository)
+
+
+def print_plan(run: Run) -> None:
+    """What --dry_run says: images with their shapes and captions, and steps."""
+    for example in run.examples:
+        height, width = example.shape
+        print(f"{example.path.name}: trained as {width} x {height}, {example.prompt!r}")
+    epochs = run.max_train_steps * run.samples_per_step / run.samples_per_epoch
+    print(f"{run.max_train_steps} steps of {run.samples_per_step} samples: {epochs:.1f} epochs, seed {run.seed}")
 
 
 def main(args: Namespace) -> None:
     started = time.monotonic()
-    quiet_libraries()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for message in (".*broadcast_buffers.*", r"Detected call of `lr_scheduler.step\(\)` before"):  # fp16 skips steps
+        warnings.filterwarnings("ignore", message=message)
     accelerator = make_accelerator(args)
     stdout: Any = Tolerant(sys.stdout)
     stderr: Any = Tolerant(sys.stderr)
     with explained_errors(), redirect_stdout(stdout), redirect_stderr(stderr):
-        plan = make_plan(args, accelerator)
-        if args.dry_run and accelerator.is_main_process:
-            print_plan(plan)
+        [drawn] = broadcast_object_list([secrets.randbelow(2**31)])
+        run = collect(make_run(args, accelerator, drawn), accelerator)
         if not args.dry_run:
-            with owned_folder(args, accelerator):
-                train_and_publish(plan, started)
+            with owned_folder(run):
+                train_and_publish(run, started)
+        elif accelerator.is_main_process:
+            print_plan(run)
     accelerator.end_training()
 
 

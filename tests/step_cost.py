@@ -183,7 +183,7 @@ def prepare_trainer(
     with patch.object(SD3Transformer2DModel, "from_pretrained", from_pretrained):
         transformer = trainer.load_transformer(args, torch.float16).train()
     with torch.device("meta"):
-        trainer.add_lora(transformer, trainer.lora_targets(transformer, args.lora_layers, None), args, seed=0)
+        trainer.add_lora(transformer, args, seed=0)
     trainer.recompute_blocks(transformer, len(transformer.transformer_blocks) if checkpointing else 0)
     optimizer = trainer.make_optimizer([each for each in transformer.parameters() if each.requires_grad], args, 1)
     latents_shape = (1, 16, resolution // 8, resolution // 8)

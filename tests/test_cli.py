@@ -125,7 +125,7 @@ def test_a_token_is_stripped(token: str) -> None:
     assert trainer.parse_args([*REQUIRED, f"--hub_token={token}"]).hub_token == "hf_x"
 
 
-SHARED = ["Parser", "first_line", "find_images", "sha256_of", "open_image", "load_part", "hub_refusal", "peak_memory"]
+SHARED = ["Parser", "first_line", "find_images", "sha256_of", "open_image", "load_part", "peak_memory"]
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -136,7 +136,7 @@ def test_what_both_scripts_need_stands_in_both_word_for_word(name: str) -> None:
 
 def test_both_scripts_take_the_same_images() -> None:
     """By their suffixes, and by their contents."""
-    for name in ("IMAGE_SUFFIXES", "IMAGE_FORMATS", "UNREADABLE"):
+    for name in ("FORMATS", "UNREADABLE"):
         assert getattr(embed, name) == getattr(trainer, name)
 
 

@@ -30,7 +30,7 @@ def make_args(*flags: str, model: Path = Path("m")) -> Namespace:
 
 
 def make_example(path: Path | str, shape: tuple[int, int] = ENTIRE) -> trainer.Example:
-    return trainer.Example(Path(path), PROMPT, 1.0, Path(f"{path}.latents"), shape)
+    return trainer.Example(Path(path), "", Path(f"{path}.latents"), shape, PROMPT)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def latents_names(folder: Path, *flags: str, vae: str = "vae") -> list[str]:
     args = make_args(*flags)
     accelerator = trainer.make_accelerator(args)
     found = trainer.collect(trainer.check_images(args, accelerator, folder, vae), accelerator)
-    return [example.latents.name for _, example in found]
+    return [example.latents.name for example in found]
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def assert_equal_samples(one: dict, other: dict) -> None:
 def test_a_sample_is_a_function_of_seed_and_number(samples: Callable[..., trainer.SampleDataset]) -> None:
     """Whoever asks for it, whenever, in batches of whatever size: sample 7 is sample 7. Another seed gives another."""
     short, long = samples("--random_flip", max_train_steps=10), samples("--random_flip", train_batch_size=2)
-    assert len(short) == 10 and len(long) == 8
+    assert len(short.order) == 10 and len(long.order) == 8
     for number in (7, 0):
         assert_equal_samples(short[number], long[number])
     assert not torch.equal(short[6]["noise"], short[7]["noise"])

@@ -1,6 +1,5 @@
 """The path of a GPU where a mistake shows without one: what moves between devices, and what a device cannot do."""
 
-import weakref
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import SD3Transformer2DModel
-from diffusers.image_processor import VaeImageProcessor
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
 
-import quantized_on_cpu
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import PREVIEW_PROMPT
-
-ELSEWHERE = torch.float64  # stands for another device: .to takes both, and .data lets both in
 
 
 def parse(*flags: str, model: Path = Path("m")) -> Namespace:
@@ -26,68 +19,7 @@ def parse(*flags: str, model: Path = Path("m")) -> Namespace:
     return trainer.parse_args([*required, "--instance_prompt=p", "--report_to=none", *flags])
 
 
-@pytest.fixture
-def transformer(tiny: Path) -> SD3Transformer2DModel:
-    """With a LoRA, as it is trained."""
-    args = parse(model=tiny)
-    model = trainer.load_transformer(args, torch.float32)
-    trainer.add_lora(model, trainer.lora_targets(model, "attn.to_q", None), args, 0)
-    return model
-
-
-def lora_params(transformer: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-
-
 # -------------------------------------------------------------------------------------------------------- what moves
-
-
-def test_moving_what_is_frozen_keeps_the_lora_and_its_gradient_accumulators(
-    transformer: SD3Transformer2DModel,
-) -> None:
-    """DDP's hooks sit on them; without them two GPUs wait for each other for ever."""
-    before, called = lora_params(transformer), []
-    addresses = [parameter.data_ptr() for parameter in before]
-    accumulators = [get_gradient_edge(parameter).node for parameter in before]
-    for number, accumulator in enumerate(accumulators):
-        accumulator.register_hook(lambda *_, number=number: called.append(number))
-    trainer.move_frozen(transformer, ELSEWHERE)
-    after = lora_params(transformer)
-    assert [id(parameter) for parameter in after] == [id(parameter) for parameter in before]
-    assert [parameter.data_ptr() for parameter in after] == addresses
-    others = [*transformer.buffers(), *(each for each in transformer.parameters() if not each.requires_grad)]
-    assert {tensor.dtype for tensor in others} == {ELSEWHERE}
-    sum(parameter.sum() for parameter in before).backward()
-    assert sorted(called) == list(range(len(before))) and len(before) == 4
-
-
-def test_4_bit_weights_stay_where_they_are(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes keeps their scales beside them, where .data does not reach."""
-    quantized_on_cpu.allow(monkeypatch.setattr)
-    model = trainer.load_transformer(parse("--quantize_base=nf4", model=tiny), torch.float16)
-    trainer.move_frozen(model, ELSEWHERE)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.uint8, ELSEWHERE}
-
-
-def test_while_images_are_decoded_the_frozen_part_is_on_the_cpu(
-    transformer: SD3Transformer2DModel, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It leaves before the VAE comes, and returns after it has gone."""
-    moved, load_vae, gpu = [], trainer.load_vae, torch.device("meta")
-
-    def load_and_record(*args: object) -> nn.Module:
-        vae = load_vae(*args)
-        moved.append("VAE comes")
-        weakref.finalize(vae, moved.append, "VAE goes")
-        return vae
-
-    monkeypatch.setattr(trainer, "move_frozen", lambda module, device: moved.append((module, str(device))))
-    monkeypatch.setattr(trainer, "load_vae", load_and_record)
-    monkeypatch.setattr(VaeImageProcessor, "postprocess", lambda self, sample: [sample.shape])  # meta has no contents
-    plan = Namespace(args=parse(model=tiny), accelerator=Namespace(device=gpu))
-    images = trainer.decode_latents(plan, transformer, torch.zeros(2, 16, 8, 8, device=gpu))
-    assert images == [(1, 3, 64, 64)] * 2
-    assert moved == [(transformer, "cpu"), "VAE comes", "VAE goes", (transformer, "meta")]
 
 
 def test_once_it_is_prepared_nothing_moves_a_module_with_a_lora_inside(

@@ -137,9 +137,9 @@ def test_a_second_signal_ends_at_once() -> None:
 
 def in_preview(step: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Send this process a signal when a preview of that step begins; the denoising steps that follow."""
-    generate, forward, denoised = trainer.generate_latents, trainer.diffusers.SD3Transformer2DModel.forward, []
+    generate, forward, denoised = trainer.generate_images, trainer.diffusers.SD3Transformer2DModel.forward, []
 
-    def generate_latents(run: trainer.Run, *rest: object) -> torch.Tensor:
+    def generate_images(run: trainer.Run, *rest: object) -> list[Image.Image]:
         if run.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
             denoised.clear()
@@ -149,7 +149,7 @@ def in_preview(step: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         denoised.append(1) if not torch.is_grad_enabled() else None
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "generate_latents", generate_latents)
+    monkeypatch.setattr(trainer, "generate_images", generate_images)
     monkeypatch.setattr(trainer.diffusers.SD3Transformer2DModel, "forward", counted)
     return denoised
 
