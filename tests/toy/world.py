@@ -233,6 +233,7 @@ def main() -> None:
     (here / "robot").mkdir(exist_ok=True)
     for number, background in enumerate(ROBOT_BACKGROUNDS):
         render_robot(background, rng, size=256).save(here / "robot" / f"{number:02}.png", optimize=True)
+    (here / "robot" / "00.txt").write_text(f"a photo of sks robot on a {ROBOT_BACKGROUNDS[0]} background\n")
     shapes = []
     for shape in SHAPES:
         color, background = rng.sample(list(COLORS), 2)
