@@ -1044,7 +1044,7 @@ def check_lora(args: Namespace, transformer: Any) -> Checks[dict[str, Tensor]]:
     targets = lora_targets(transformer, args.lora_layers, args.lora_blocks)
     wanted = {f"transformer.{target}.lora_{side}.weight" for target in targets for side in "AB"}
     if others := sorted(file.keys() ^ wanted):
-        yield f"{path} is no LoRA of --lora_layers and --lora_blocks in diffusers' layout; one has no {others[0]}."
+        yield f"{path} is no LoRA in diffusers' layout of these --lora_layers and --lora_blocks: see {others[0]}."
     elif {file[name].shape["lora_B" in name] for name in wanted} != {rank}:
         yield f"{path} has another rank than --rank {rank}."
     alpha = (metadata or {}).get("transformer.lora_alpha", rank)  # without metadata, alpha is the rank
