@@ -1023,9 +1023,9 @@ def check_model(args: Namespace) -> Checks[tuple[Any, Any, dict[str, str]]]:
     for layer in args.lora_layers.split(","):
         if not lora_targets(transformer, layer, None):
             yield f"--lora_layers: the transformer has no linear layer {layer}."
-    for block in (args.lora_blocks or "").split(","):
-        if int(block or 0) >= config.num_layers:
-            yield f"--lora_blocks {block}: the last block is {config.num_layers - 1}."
+    for block in args.lora_blocks.split(",") if args.lora_blocks else []:
+        if not lora_targets(transformer, args.lora_layers, block):
+            yield f"--lora_blocks {block} has none of --lora_layers; the last block is {config.num_layers - 1}."
     return transformer, scheduler, identities
 
 
