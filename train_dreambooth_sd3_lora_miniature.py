@@ -981,9 +981,9 @@ def push_to_hub(run: Run, name: str) -> None:
 
 def find_checkpoint(args: Namespace) -> Checks[dict]:
     """The state of the checkpoint to resume from, or {}."""
-    wanted, found = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
-    if not wanted:
+    if not (wanted := args.resume_from_checkpoint):
         return {}
+    found = list_checkpoints(args.output_dir)
     for path in reversed(found) if wanted == "latest" else [Path(wanted), args.output_dir / wanted]:
         if state := read_state(path):
             return state
@@ -1178,9 +1178,8 @@ def make_run(args: Namespace, accelerator: Accelerator, drawn: int) -> Checks[An
     per_epoch = len(examples) * (2 if args.with_prior_preservation else 1)
     steps = args.max_train_steps or math.ceil(args.num_train_epochs * per_epoch / per_step)
     period = args.validation_steps * per_step if args.validation_steps else args.validation_epochs * per_epoch
-    preview_steps = {
-        step for step in range(1, steps) if args.validation_prompt and step * per_step % period < per_step
-    }
+    considered = range(1, steps) if args.validation_prompt else ()
+    preview_steps = {step for step in considered if step * per_step % period < per_step}
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
         "seed": seed,
         "max_train_steps": steps,
