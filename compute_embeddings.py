@@ -46,13 +46,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CHUNK_TOKENS = 16 * 77  # T5 tokens per pass: more prompts share one reading of a streamed T5, but need more memory
-FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
-FORMATS[".webp"] = "WEBP"  # of images, by suffix; no others are tried: Pillow would start Ghostscript for one
+FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
 with suppress(ImportError):  # for the photos of phones
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-    FORMATS |= {".heic": "HEIF", ".heif": "HEIF"}
+    FORMATS.append("HEIF")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
 SIDECARS = (".txt", ".caption")
@@ -108,8 +107,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def find_images(folder: Path) -> list[Path]:
     """The images directly in a folder, sorted by name; masks and hidden files are none."""
-    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
-    return [path for path in files if path.suffix.lower() in FORMATS and not path.stem.endswith(".mask")]
+    format_of = Image.registered_extensions()
+    files = sorted(path for path in folder.glob("[!.]*") if format_of.get(path.suffix.lower()) in FORMATS)
+    return [path for path in files if not path.is_dir() and not path.stem.endswith(".mask")]
 
 
 def sha256_of(path: Path) -> str:
@@ -123,7 +123,7 @@ def open_image(path: Path) -> Image.Image:
     path.name.encode()  # what is not UTF-8 is a ValueError
     if not path.is_file():  # a pipe would be waited for forever
         raise OSError("it is not a regular file")
-    image = Image.open(path, formats=list(FORMATS.values()))
+    image = Image.open(path, formats=FORMATS)
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits a channel; save it with 8 or 16")
     return image

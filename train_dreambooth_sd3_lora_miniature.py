@@ -25,7 +25,6 @@ import math
 import os
 import random
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -34,10 +33,10 @@ import tempfile
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -48,7 +47,7 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import AutocastKwargs, LoggerType, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import AutocastKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData
 from PIL import ExifTags, Image, ImageOps
@@ -60,49 +59,51 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
-Checks = Generator[str, None, T]  # yields problems, and notes, which begin with "note: "; returns what was found
-FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
-FORMATS[".webp"] = "WEBP"  # of images, by suffix; no others are tried: Pillow would start Ghostscript for one
+FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
 with suppress(ImportError):  # for the photos of phones
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-    FORMATS |= {".heic": "HEIF", ".heif": "HEIF"}
+    FORMATS.append("HEIF")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
-END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 CROPS_PER_IMAGE = 4  # random cropping chooses among this many places, since latents are encoded ahead
 LORA_NAME, STATE_NAME = "pytorch_lora_weights.safetensors", "training_state.pt"
 CARD_MARK = "<!-- written by train_dreambooth_sd3_lora_miniature.py -->"
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STOPPED = (
     "Stopped after step {}; a checkpoint is saved. To go on: the same command with --resume_from_checkpoint latest"
 )
+HUB_REFUSES = "--push_to_hub: {}. With a token that may write, run: hf auth login"
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high and needs a few
 NOT_FINITE = (
     f"The gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite; none was applied. Usual causes: a learning "
     "rate that is too high, fp16 where the model needs bf16, embeddings of another model. The checkpoints are good. "
     "Start again with a lower --learning_rate or another --mixed_precision."
 )
-# What numbers may be, both ends included. Others: integers from 1 to 10 million, real numbers above 0.
-LIMITS: dict[str, tuple[float, float]] = {"rank": (1, 4096), "seed": (0, 2**63 - 1), "local_rank": (-1, 10**7)}
-LIMITS |= {"logit_mean": (-(10**7), 10**7), "mode_scale": (-1, 1.75)}
-LIMITS |= dict.fromkeys("caption_dropout lora_dropout adam_beta1 adam_beta2".split(), (0, 0.999999))
-FROM_ZERO = "lr_warmup_steps num_validation_images dataloader_num_workers precondition_outputs adam_weight_decay"
-LIMITS |= dict.fromkeys(f"{FROM_ZERO} prior_loss_weight guidance_scale".split(), (0, 10**7))
+LIMITS = {  # of flags that are numbers, both ends included; others: integers from 1 to 10 million, reals above 0
+    (0, 10**7): "lr_warmup_steps num_validation_images dataloader_num_workers precondition_outputs adam_weight_decay "
+    "prior_loss_weight guidance_scale",
+    (0, 0.999999): "caption_dropout lora_dropout adam_beta1 adam_beta2",
+    (0, 2**63 - 1): "seed",
+    (1, 4096): "rank",
+    (-(10**7), 10**7): "logit_mean",
+    (-1, 1.75): "mode_scale",
+}
 # On resume these may have other values in silence; every other flag that differs is named in a note and followed,
 MAY_CHANGE = set(
-    "output_dir dry_run cache_dir instance_data_dir data_df_path max_sequence_length dataloader_num_workers "
-    "class_data_dir sample_batch_size train_batch_size gradient_accumulation_steps gradient_checkpointing "
-    "prior_generation_precision local_rank validation_prompt negative_prompt num_validation_images validation_epochs "
-    "validation_steps num_inference_steps guidance_scale checkpointing_steps checkpoints_total_limit "
-    "resume_from_checkpoint report_to logging_dir push_to_hub hub_private_repo hub_model_id hub_token".split()
+    "pretrained_model_name_or_path pretrained_lora_path cache_dir output_dir instance_data_dir data_df_path dry_run "
+    "max_sequence_length dataloader_num_workers class_data_dir sample_batch_size train_batch_size report_to "
+    "gradient_accumulation_steps gradient_checkpointing prior_generation_precision local_rank logging_dir "
+    "validation_prompt negative_prompt num_validation_images validation_epochs validation_steps num_inference_steps "
+    "guidance_scale checkpointing_steps checkpoints_total_limit resume_from_checkpoint push_to_hub hub_private_repo "
+    "hub_model_id hub_token".split()
 )
 # but these are refused: with them the optimizer's state or the order of the samples would mean something else.
-MUST_NOT_CHANGE = {"images and captions", "embeddings", "base model", "samples per step", "samples per micro-batch"}
-MUST_NOT_CHANGE |= set(
-    "seed variant rank lora_alpha lora_layers lora_blocks optimizer use_8bit_adam resolution aspect_ratio_buckets "
-    "center_crop random_flip alpha_mask with_prior_preservation num_class_images".split()
-)
+MUST_NOT_CHANGE = set(
+    "seed variant rank lora_alpha lora_layers optimizer use_8bit_adam resolution aspect_ratio_buckets center_crop "
+    "random_flip alpha_mask with_prior_preservation num_class_images".split()
+) | {"images and captions", "embeddings", "base model", "samples per step", "samples per micro-batch"}
 
 
 class Tolerant:
@@ -117,10 +118,10 @@ class Tolerant:
     def write(self, text: str) -> None:
         with suppress(OSError, ValueError):
             self.stream.write(text)
+            self.stream.flush()
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self.stream.flush()
+        """Nothing is left to be flushed."""
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -147,9 +148,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         """A flag whose default also gives its type; where there is no default, the type stands in its place."""
         if default is False:
             kwargs["action"] = "store_true"
+        elif callable(default):
+            kwargs = {"type": default} | kwargs
         else:
-            unset = callable(default)
-            kwargs = {"type": default if unset else type(default), "default": None if unset else default} | kwargs
+            kwargs = {"type": type(default), "default": default} | kwargs
         group.add_argument(name, help=help_text, **kwargs)
 
     group = parser.add_argument_group("model")
@@ -176,17 +178,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flag("--class_data_dir", Path, "folder of class images; unset: one under --output_dir")
     flag("--num_class_images", 100, "class images; those that are missing are generated")
     flag("--sample_batch_size", 4, "class images to generate at once")
-    flag("--prior_loss_weight", 1.0,
-         "weight of a class image in the loss; half of the samples are of the class, where diffusers' scripts add "
-         "a second half to each batch")
+    flag("--prior_loss_weight", 1.0, "weight of a class image in the loss; half of the samples are of the class, "
+         "where diffusers' scripts add a second half to each batch")
     group = parser.add_argument_group("LoRA")
     flag("--pretrained_lora_path", str, "LoRA to start from, a file, folder or repository; unset: a new one")
     flag("--rank", 4, "rank of the update matrices")
     flag("--lora_alpha", float, "LoRA scale times rank: updates are scaled by alpha / rank; unset: the rank")
     flag("--lora_dropout", 0.0, "dropout probability of the LoRA's input; above 0 a step is slower")
     flag("--lora_layers", "to_k,to_q,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj,to_add_out",
-         "linear layers to train, by the ends of their names, or patterns; the reference has the first four")
-    flag("--lora_blocks", str, "transformer blocks to train, such as 12,13,14; unset: all")
+         "linear layers to train, by the ends of their names, or patterns such as transformer_blocks.12.attn.*")
     group = parser.add_argument_group("training")
     flag("--output_dir", Path("sd3-dreambooth-lora"), "folder for everything that is written")
     flag("--dry_run", False, "check everything, say what would be done, and stop")
@@ -220,11 +220,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group = parser.add_argument_group("memory and speed")
     flag("--mixed_precision", str, "precision; unset: what accelerate is set to", choices=["no", "fp16", "bf16"])
     flag("--quantize_base", str, "4 bit for the frozen weights; needs a GPU", choices=["nf4"])
-    flag("--gradient_checkpointing", False,
-         "recompute the activations of all blocks: 1.4 times the FLOP; unset: of as few as the memory demands")
+    flag("--gradient_checkpointing", False, "recompute the activations of all blocks; unset: of as few as must be")
     flag("--allow_tf32", False, "TF32 matrix products on Ampere GPUs and later")
     flag("--prior_generation_precision", str, argparse.SUPPRESS, choices=["no", "fp32", "fp16", "bf16"])
-    flag("--local_rank", -1, argparse.SUPPRESS)
+    flag("--local_rank", str, argparse.SUPPRESS)
     group = parser.add_argument_group("previews")
     flag("--validation_prompt", [], "prompts of previews", nargs="+", type=str, metavar="PROMPT")
     flag("--negative_prompt", "", "negative prompt of the previews")
@@ -237,15 +236,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flag("--checkpointing_steps", 100, "save a checkpoint every so many optimizer steps")
     flag("--checkpoints_total_limit", int, "how many checkpoints to keep; unset: all")
     flag("--resume_from_checkpoint", str, "continue from the newest or from this one", metavar="latest|PATH")
-    flag("--report_to", "tensorboard", "where losses and previews are logged",
-         choices=["none", *(str(tracker.value) for tracker in LoggerType)])
+    flag("--report_to", "tensorboard", "tracker of losses and previews that accelerate knows, or all, or none")
     flag("--logging_dir", "logs", "folder of TensorBoard's files, under --output_dir")
     group = parser.add_argument_group("Hub")
     flag("--push_to_hub", False, "upload the LoRA, its card and its samples at the end")
     flag("--hub_private_repo", False, "make the repository private, if it is new")
     flag("--hub_model_id", str, "repository to upload to; unset: the name of --output_dir")
-    flag("--hub_token", str.strip,
-         "token to use; `hf auth login` or HF_TOKEN is safer: command lines are seen and logged")
+    flag("--hub_token", str.strip, "token; `hf auth login` or HF_TOKEN is safer: command lines are seen and logged")
     # fmt: on
     try:
         args = parser.parse_args(argv)
@@ -259,7 +256,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def command_line_problems(args: Namespace) -> Iterator[str]:
     """Everything that is wrong with the flags whatever the folders hold."""
     for name, value in vars(args).items():
-        low, high = LIMITS.get(name, (1, 10**7) if type(value) is int else (1e-30, 1e30))
+        usual = (1, 10**7) if type(value) is int else (1e-30, 1e30)
+        low, high = next((limits for limits, names in LIMITS.items() if name in names.split()), usual)
         if type(value) in (int, float) and not low <= value <= high:  # nor is nan
             yield f"--{name} {value} is not between {low} and {high}"
         if "\\udc" in repr(value) or (value == [] and name != "validation_prompt"):  # argparse makes [] of --flag=--
@@ -271,15 +269,12 @@ def command_line_problems(args: Namespace) -> Iterator[str]:
         yield f"{given}: sides are multiples of 16, and shapes are given as height,width;height,width"
     if args.hub_token and args.report_to in ("wandb", "all"):
         yield "--hub_token with --report_to wandb could expose the token; use `hf auth login` instead"
-    if args.lora_blocks and not re.fullmatch(r"[0-9]{1,6}( *, *[0-9]{1,6})*", args.lora_blocks):
-        yield f"--lora_blocks {args.lora_blocks} is not a list of numbers such as 12,13,14"
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
         yield "--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'"
-    if args.with_prior_preservation:
-        if not args.class_prompt:
-            yield "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'"
-        if os.path.realpath(class_folder(args)) == os.path.realpath(args.instance_data_dir):
-            yield f"--class_data_dir {args.class_data_dir} is the folder of the subject"
+    if args.with_prior_preservation and not args.class_prompt:
+        yield "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'"
+    if os.path.realpath(class_folder(args)) == os.path.realpath(args.instance_data_dir):
+        yield f"--class_data_dir {args.class_data_dir} is the folder of the subject"
 
 
 def training_shapes(args: Namespace) -> list[tuple[int, int]]:
@@ -304,6 +299,34 @@ def class_folder(args: Namespace) -> Path:
     return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
 
 
+class Run:
+    """What the checks find out, and then the model as it is trained."""
+
+    state: dict  # of the checkpoint to resume from, or {}
+    noise_scheduler: diffusers.FlowMatchEulerDiscreteScheduler
+    base_model: str  # what identifies its weights
+    start: dict[str, Tensor]  # the LoRA to start from, or {}
+    embeddings: PromptEmbeddings
+    examples: list[Example]  # of the subject
+    class_examples: list[Example]
+    seed: int
+    max_train_steps: int
+    samples_per_step: int
+    samples_per_epoch: int  # in which every image of the subject comes once
+    preview_steps: set[int]  # after which previews are made; the end has its own
+    settings: dict[str, object]  # what a run that resumes this one is compared with
+    lora_params: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    def __init__(self, args: Namespace, accelerator: Accelerator) -> None:
+        self.args, self.accelerator = args, accelerator
+        self.weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
+        self.transformer: Any = None  # without weights while checks run, then the model inside the prepared one
+        self.signals: list[int] = []  # that came in while training
+        self.global_step = 0
+
+
 # ------------------------------------------------------------------------------------------------------------ data
 
 
@@ -321,8 +344,9 @@ class Example:
 
 def find_images(folder: Path) -> list[Path]:
     """The images directly in a folder, sorted by name; masks and hidden files are none."""
-    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not path.name.startswith("."))
-    return [path for path in files if path.suffix.lower() in FORMATS and not path.stem.endswith(".mask")]
+    format_of = Image.registered_extensions()
+    files = sorted(path for path in folder.glob("[!.]*") if format_of.get(path.suffix.lower()) in FORMATS)
+    return [path for path in files if not path.is_dir() and not path.stem.endswith(".mask")]
 
 
 def sha256_of(path: Path) -> str:
@@ -336,7 +360,7 @@ def open_image(path: Path) -> Image.Image:
     path.name.encode()  # what is not UTF-8 is a ValueError
     if not path.is_file():  # a pipe would be waited for forever
         raise OSError("it is not a regular file")
-    image = Image.open(path, formats=list(FORMATS.values()))
+    image = Image.open(path, formats=FORMATS)
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits a channel; save it with 8 or 16")
     return image
@@ -361,12 +385,13 @@ class PromptEmbeddings:
         if not path.is_file():  # a pipe would be waited for forever
             raise OSError("it is not a regular file")
         self.path, self.file = path, pq.ParquetFile(path, memory_map=True)
-        self.about: dict = json.loads((self.file.schema_arrow.metadata or {}).get(b"sd3_embeddings", b"{}"))
         rows = self.file.read(["prompt", "image_hashes"]).to_pylist()
-        if self.file.num_row_groups != len(rows) or not isinstance(self.about, dict):
-            raise ValueError("compute_embeddings.py has not written it")
         self.row_of_prompt = {row["prompt"]: number for number, row in enumerate(rows)}
         self.prompt_of_image = {sha256: row["prompt"] for row in rows for sha256 in row["image_hashes"]}
+        about = json.loads((self.file.schema_arrow.metadata or {}).get(b"sd3_embeddings", b"[]"))
+        if self.file.num_row_groups != len(rows) or not isinstance(about, dict):
+            raise ValueError("compute_embeddings.py has not written it")
+        self.about = about
 
     def __reduce__(self) -> tuple:
         return PromptEmbeddings, (self.path,)  # worker processes open the file themselves
@@ -435,8 +460,8 @@ def encode_image(vae: diffusers.AutoencoderKL, example: Example, args: Namespace
     if not args.alpha_mask:
         mask = Image.new("L", image.size, "white")
     height, width = example.shape
-    scale = min(image.width / width, image.height / height)
-    slack = max(image.width / scale - width, image.height / scale - height)  # of the side that is too long, in pixels
+    ratio = image.width * height / (image.height * width)
+    slack = max(width * (ratio - 1), height * (1 / ratio - 1))  # of the side that is too long, in pixels
     varied = slack >= 8 and not args.center_crop  # a latent pixel is 8 wide
     variants = []
     centers = np.linspace(0, 1, CROPS_PER_IMAGE) if varied else [0.5]
@@ -453,20 +478,21 @@ def encode_image(vae: diffusers.AutoencoderKL, example: Example, args: Namespace
     return {name: tensor.half().cpu() for name, tensor in default_collate(variants).items()}
 
 
-def encode_latents(args: Namespace, accelerator: Accelerator, examples: list[Example]) -> Checks[None]:
+def encode_latents(run: Run, examples: list[Example]) -> Iterator[str]:
     """Write the latents that are not there yet, a safetensors file an image; every process encodes its share.
 
     In fp32, as `force_upcast` in the VAE's config asks, and untiled: tiles move latents by 11 to 34 % of their std.
     """
+    accelerator = run.accelerator
     missing = list({each.latents: each for each in examples if not each.latents.exists()}.values())
     accelerator.wait_for_everyone()  # until all have looked
     if share := missing[accelerator.process_index :: accelerator.num_processes]:
-        vae = load_vae(args, torch.float32)
+        vae = load_vae(run.args, torch.float32)
         del vae.decoder  # 0.2 GB that encoding does not need
         vae.to(accelerator.device)
         for example in tqdm(share, "Encoding images", unit="image", disable=not accelerator.is_main_process):
             try:
-                latents = encode_image(vae, example, args)
+                latents = encode_image(vae, example, run.args)
             except UNREADABLE as error:
                 yield f"{example.path} is not a readable image ({error}). Repair it or take it out."
                 continue
@@ -493,9 +519,9 @@ def sample_order(kinds: list[list[Example]], seed: int, micro_batch: int, length
 
     turns = []
     for kind in kinds:
-        shapes = dict.fromkeys(example.shape for example in kind)
-        of_shape = {shape: endless([each for each in kind if each.shape == shape]) for shape in shapes}
-        turns.append(endless([of_shape[example.shape] for example in kind]))
+        shapes = [example.shape for example in kind]
+        of_shape = {shape: endless([each for each in kind if each.shape == shape]) for shape in dict.fromkeys(shapes)}
+        turns.append(endless([of_shape[shape] for shape in shapes]))
     together = micro_batch if len({example.shape for kind in kinds for example in kind}) > 1 else 1
     order: list[Example] = []
     while len(order) < length:
@@ -535,13 +561,11 @@ class SampleDataset(Dataset):
 # ------------------------------------------------------------------------------------------------ model and objective
 
 
-def lora_targets(transformer: nn.Module, layers: str, blocks: str | None) -> list[str]:
-    """Full names of the linear layers whose names end with one of `layers`, in the given transformer blocks."""
-    starts = tuple(f"transformer_blocks.{int(block)}." for block in blocks.split(",")) if blocks else ""
-    patterns = [f"*.{layer.strip()}" for layer in layers.split(",")]
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    inside = [name for name in linear if name.startswith(starts)]
-    return [name for name in inside if any(fnmatch.fnmatchcase(f".{name}", pattern) for pattern in patterns)]
+def lora_targets(transformer: nn.Module, layers: str) -> list[str]:
+    """Full names of the linear layers whose names end with one of `layers`, or with what such a pattern matches."""
+    linear = [f".{name}" for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    found = [fnmatch.filter(linear, f"*.{layer.strip()}") for layer in layers.split(",")]
+    return sorted(name[1:] for name in set().union(*found))
 
 
 def load_transformer(args: Namespace, weight_dtype: torch.dtype) -> diffusers.SD3Transformer2DModel:
@@ -561,7 +585,7 @@ def add_lora(transformer: diffusers.SD3Transformer2DModel, args: Namespace, seed
 
     torch.manual_seed(seed)
     config = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "lora_dropout": args.lora_dropout}
-    config["target_modules"] = lora_targets(transformer, args.lora_layers, args.lora_blocks)
+    config["target_modules"] = lora_targets(transformer, args.lora_layers)
     transformer.add_adapter(LoraConfig(init_lora_weights="gaussian", **config))
     diffusers.training_utils.cast_training_params(transformer, dtype=torch.float32)
     for layer in transformer.modules():
@@ -611,19 +635,17 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Namespace, samples_per
     return kind(lora_params, **kwargs)
 
 
-def flow_matching_loss(
-    velocity_error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str, precondition: bool
-) -> Tensor:
+def flow_matching_loss(error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str, precondition: bool) -> Tensor:
     """Per-sample weighted squared error of the velocity, (B,). Rectified flow, arXiv 2403.03206 §3.1.
 
-    velocity_error (B, 16, H, W), sigmas (B, 1, 1, 1). mask (B, 1, H, W) multiplies the error; the mean is a plain one
-    over all pixels, so that a small subject counts less. With precondition it is the reference's error of the latents
-    that the velocity implies, noisy - sigma * velocity: sigma² times ours.
+    error (B, 16, H, W), sigmas (B, 1, 1, 1). mask (B, 1, H, W) multiplies the error; the mean is a plain one over all
+    pixels, so that a small subject counts less. With precondition it is the reference's error of the latents that the
+    velocity implies, noisy - sigma * velocity: sigma² times ours.
     """
     weighting = diffusers.training_utils.compute_loss_weighting_for_sd3(scheme, sigmas)
     if precondition:
         weighting = weighting * sigmas**2
-    return (weighting * mask * velocity_error**2).mean(dim=(1, 2, 3))
+    return (weighting * mask * error**2).mean(dim=(1, 2, 3))
 
 
 def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Namespace) -> Tensor:
@@ -643,42 +665,12 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
     return (batch["loss_weight"] * losses).mean()
 
 
-@dataclass
-class Run:
-    """What follows from the command line, the folders and the base model; then the model as it is trained."""
-
-    args: Namespace
-    accelerator: Accelerator
-    noise_scheduler: diffusers.FlowMatchEulerDiscreteScheduler
-    vae: str  # what identifies the VAE's weights
-    embeddings: PromptEmbeddings
-    examples: list[Example]  # of the subject
-    seed: int
-    max_train_steps: int
-    samples_per_step: int
-    samples_per_epoch: int  # in which every image of the subject comes once
-    preview_steps: set[int]  # after which previews are made; the end has its own
-    settings: dict[str, object]  # what a run that resumes this one is compared with
-    state: dict  # of the checkpoint to resume from, or {}
-    lora: dict[str, Tensor]  # weights to start from, or {}
-    signals: list[int] = field(default_factory=list)  # that came in while training
-    global_step: int = 0
-    transformer: diffusers.SD3Transformer2DModel = field(init=False)  # the model inside the prepared one
-    lora_params: list[nn.Parameter] = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler = field(init=False)
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return WEIGHT_DTYPES[self.accelerator.mixed_precision]
-
-
 def start_or_resume(run: Run) -> None:
     """The LoRA, the optimizer and the learning rate schedule, new or where a checkpoint left them."""
     from peft import set_peft_model_state_dict
 
     args, state, scaler = run.args, run.state, run.accelerator.scaler
-    if lora := state.get("lora", run.lora):
+    if lora := state.get("lora", run.start):
         set_peft_model_state_dict(run.transformer, lora)
     run.lora_params = [parameter for parameter in run.transformer.parameters() if parameter.requires_grad]
     run.optimizer = make_optimizer(run.lora_params, args, run.samples_per_step)
@@ -718,19 +710,23 @@ def write_lora(path: Path, run: Run) -> None:
         raise SystemExit(f"The LoRA has weights that are not finite: not saved. Older files beside {path} are good.")
     scale = config.lora_alpha / config.r
     lora = {f"transformer.{name}": value * scale if "lora_B" in name else value for name, value in lora.items()}
-    adapter = {"r": config.r, "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
-    adapter |= {"rank_pattern": {}, "alpha_pattern": {}}
-    adapter_json = json.dumps({f"transformer.{name}": value for name, value in adapter.items()}, indent=2)
+    adapter = {
+        "transformer.r": config.r,
+        "transformer.lora_alpha": config.r,
+        "transformer.target_modules": sorted(config.target_modules),
+        "transformer.rank_pattern": {},
+        "transformer.alpha_pattern": {},
+    }
     about = {
         "format": "pt",
-        "lora_adapter_metadata": adapter_json,
+        "lora_adapter_metadata": json.dumps(adapter, indent=2),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture(run)}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": run.args.output_dir.resolve().name,
         "modelspec.trigger_phrase": run.args.instance_prompt,
         "modelspec.resolution": f"{run.args.resolution}x{run.args.resolution}",
-        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     save_file(lora, path, about)
     path.chmod(0o644)  # safetensors makes files that only their owner can read
@@ -785,16 +781,19 @@ def make_pipeline(run: Run) -> diffusers.StableDiffusion3Pipeline:
 
 
 @torch.no_grad()
-def generate_images(run: Run, pipeline: Any, prompts: list[str], numbers: list[tuple]) -> list[Image.Image]:
-    """An image per tuple of numbers that seed it, early after a signal. prompts: what to show, the negative prompt."""
+def generate_images(run: Run, pipeline: Any, prompts: list[str], seeds: dict[Path, tuple]) -> list[Image.Image]:
+    """Write an image to each path, from the noise that its numbers seed, all at once; [] after a signal.
+
+    prompts: what to show and the negative prompt.
+    """
 
     def end_early(pipeline: Any, step: int, timestep: Tensor, tensors: dict) -> dict:
         pipeline._interrupt = bool(run.signals)
         return tensors
 
-    args = run.args
+    args, device = run.args, run.accelerator.device
     inputs = {
-        f"{role}{name}": torch.stack([embeds] * len(numbers)).to(run.accelerator.device, run.weight_dtype)
+        f"{role}{name}": torch.stack([embeds] * len(seeds)).to(device, run.weight_dtype)
         for role, prompt in zip(("", "negative_"), prompts, strict=True)
         for name, embeds in run.embeddings[prompt].items()
     }
@@ -804,11 +803,15 @@ def generate_images(run: Run, pipeline: Any, prompts: list[str], numbers: list[t
         width=args.resolution,
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
-        generator=[seeded_generator(run.seed, *each) for each in numbers],
+        generator=[seeded_generator(run.seed, *numbers) for numbers in seeds.values()],
         callback_on_step_end=end_early,
         **inputs,
     ).images
     run.transformer.train()
+    if run.signals:
+        return []
+    for path, image in zip(seeds, images, strict=True):
+        save_image(image, path)
     return images
 
 
@@ -817,28 +820,25 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(partial)
 
 
-def make_class_images(run: Run) -> Checks[list[Example]]:
+def make_class_images(run: Run) -> Iterator[str]:
     """The class's images; those that are missing are generated, with the LoRA switched off."""
     args, accelerator, folder = run.args, run.accelerator, class_folder(run.args)
     lacking = max(0, args.num_class_images - len(find_images(folder)))
-    paths = [folder / f"class-{number:05}.png" for number in range(args.num_class_images)]
-    missing = [number for number, path in enumerate(paths) if not path.exists()][:lacking]
+    seeds = {folder / f"class-{number:05}.png": (3, number) for number in range(args.num_class_images)}
+    missing = [path for path in seeds if not path.exists()][:lacking]
     batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
     accelerator.wait_for_everyone()  # until all have counted
     if share := batches[accelerator.process_index :: accelerator.num_processes]:
         pipeline = make_pipeline(run)
         run.transformer.disable_adapters()
         for batch in tqdm(share, "Class images", unit="batch", disable=not accelerator.is_main_process):
-            images = generate_images(run, pipeline, [args.class_prompt, ""], [(3, number) for number in batch])
-            for number, image in zip(batch, images, strict=True):
-                save_image(image, paths[number])
+            generate_images(run, pipeline, [args.class_prompt, ""], {path: seeds[path] for path in batch})
         run.transformer.enable_adapters()
     accelerator.wait_for_everyone()
-    found = yield from check_images(args, accelerator, folder, run.vae)
+    found = yield from read_examples(run, folder)
     prior = {"prompt": args.class_prompt, "loss_weight": args.prior_loss_weight}
-    examples = [replace(example, **prior) for example in found[: args.num_class_images]]
-    yield from encode_latents(args, accelerator, examples)
-    return examples
+    run.class_examples = [replace(example, **prior) for example in found[: args.num_class_images]]
+    yield from encode_latents(run, run.class_examples)
 
 
 def make_previews(run: Run, count: int) -> list[tuple[str, Path]]:
@@ -847,11 +847,11 @@ def make_previews(run: Run, count: int) -> list[tuple[str, Path]]:
     for row, prompt in enumerate(run.args.validation_prompt):
         images: list[Image.Image] = []
         for number in range(count):
-            images += generate_images(run, pipeline, [prompt, run.args.negative_prompt], [(2, number)])
+            path = folder / f"step-{run.global_step:06d}-prompt-{row}-{number}.png"
+            images += generate_images(run, pipeline, [prompt, run.args.negative_prompt], {path: (2, number)})
             if run.signals:
                 return []
-            written.append((prompt, folder / f"step-{run.global_step:06d}-prompt-{row}-{number}.png"))
-            save_image(images[-1], written[-1][1])
+            written.append((prompt, path))
         log_images(run, prompt, images)
     save_image(draw_progress(run, folder), folder / "progress.png")
     return written
@@ -883,11 +883,10 @@ def write_model_card(run: Run, name: str, previews: list[tuple[str, Path]]) -> N
     if path.exists() and CARD_MARK not in path.read_text("utf-8", errors="replace"):
         print(f"note: {path} was written by somebody else and stays as it is")
         return
-    family = "sd3.5" if "v3.5" in architecture(run) else "sd3"
-    known, local = base.startswith("stabilityai/"), Path(base).is_dir()
+    family, local = "sd3.5" if "v3.5" in architecture(run) else "sd3", Path(base).is_dir()
     data = ModelCardData(
         license="other",
-        license_name="stabilityai-ai-community" if known else "license-of-the-base-model",
+        license_name="stabilityai-ai-community" if base.startswith("stabilityai/") else "license-of-the-base-model",
         license_link=None if local else f"https://huggingface.co/{base}/blob/main/LICENSE.md",
         base_model=None if local else base,
         library_name="diffusers",
@@ -896,8 +895,6 @@ def write_model_card(run: Run, name: str, previews: list[tuple[str, Path]]) -> N
         tags=["text-to-image", "diffusers-training", "diffusers", "lora", family, f"{family}-diffusers"],
         widget=[{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in previews],
     )
-    hidden = {"images and captions", "base model", "pretrained_model_name_or_path", "pretrained_lora_path"}
-    settings = {key: value for key, value in run.settings.items() if key not in hidden and value is not None}
     text = CARD.format(
         data=data.to_yaml(),
         name=name,
@@ -906,7 +903,7 @@ def write_model_card(run: Run, name: str, previews: list[tuple[str, Path]]) -> N
         prompt=args.instance_prompt,
         quoted=json.dumps(args.instance_prompt, ensure_ascii=False),
         steps=run.global_step,
-        settings=json.dumps(settings, indent=2, ensure_ascii=False),
+        settings=json.dumps(run.settings, indent=2, ensure_ascii=False),
     )
     with appearing(path) as partial:
         partial.write_text(text, "utf-8")
@@ -955,9 +952,7 @@ def create_repository(args: Namespace) -> str:
     try:
         return HfApi(token=args.hub_token).create_repo(name, private=private, exist_ok=True).repo_id
     except Exception as error:  # the Hub's, or the network's
-        raise SystemExit(
-            f"--push_to_hub: {first_line(error)}. With a token that may write, run: hf auth login"
-        ) from error
+        raise SystemExit(HUB_REFUSES.format(first_line(error))) from error
 
 
 def push_to_hub(run: Run, name: str) -> None:
@@ -976,29 +971,55 @@ def push_to_hub(run: Run, name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
-# A check yields problems and notes, and returns what it found; it creates nothing, prints nothing, raises nothing.
+# A check yields problems, and notes, which begin with "note: "; it creates nothing, prints nothing, raises nothing.
+# What it finds out goes into the Run.
 
 
-def find_checkpoint(args: Namespace) -> Checks[dict]:
-    """The state of the checkpoint to resume from, or {}."""
-    if not (wanted := args.resume_from_checkpoint):
-        return {}
-    found = list_checkpoints(args.output_dir)
-    for path in reversed(found) if wanted == "latest" else [Path(wanted), args.output_dir / wanted]:
+def check_machine(run: Run) -> Iterator[str]:
+    """Whether this machine can do it: the precision, the tracker, writing the folder, reaching the Hub."""
+    args, accelerator = run.args, run.accelerator
+    precision, folder = accelerator.mixed_precision, args.output_dir.absolute()
+    if precision not in WEIGHT_DTYPES:
+        yield f"Precision {precision} is not available: use fp16 or bf16."
+    on_cuda = accelerator.device.type == "cuda"
+    if precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16."
+    if args.quantize_base and not on_cuda:
+        yield "--quantize_base needs a GPU."
+    if args.report_to not in ("none", "all") and not accelerator.log_with:
+        yield f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}"
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        yield f"--output_dir {args.output_dir} cannot be written: {nearest} is not a folder, or may not be changed."
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            HfApi(token=args.hub_token).whoami()
+        except Exception as error:  # the Hub's, or the network's
+            yield HUB_REFUSES.format(first_line(error))
+
+
+def check_checkpoint(run: Run) -> Iterator[str]:
+    """The state to resume from."""
+    folder, wanted, run.state = run.args.output_dir, run.args.resume_from_checkpoint, {}
+    if not wanted:
+        return
+    found = list_checkpoints(folder)
+    for path in reversed(found) if wanted == "latest" else [Path(wanted), folder / wanted]:
         if state := read_state(path):
-            return state
+            run.state = state
+            return
         if path.exists():
             yield f"note: skipped, not a complete checkpoint: {path}"
     if wanted == "latest":
-        yield f"note: no checkpoint in {args.output_dir} yet: starting from the beginning"
+        yield f"note: no checkpoint in {folder} yet: starting from the beginning"
     else:
         names = ", ".join(path.name for path in found) or "none"
-        yield f"--resume_from_checkpoint {wanted} is not a complete checkpoint. {args.output_dir} has: {names}."
-    return {}
+        yield f"--resume_from_checkpoint {wanted} is not a complete checkpoint. {folder} has: {names}."
 
 
-def check_model(args: Namespace) -> Checks[tuple[Any, Any, dict[str, str]]]:
-    """The transformer without its weights, the noise scheduler, and what identifies the weights of both parts."""
+def check_model(run: Run) -> Iterator[str]:
+    """The transformer without its weights, the noise scheduler, and what identifies the weights."""
+    args, run.base_model = run.args, ""
 
     def load_empty(*names: str, **kwargs: object) -> tuple[Any, str | None]:
         config, commit = diffusers.SD3Transformer2DModel.load_config(*names, return_commit_hash=True, **kwargs)
@@ -1007,59 +1028,55 @@ def check_model(args: Namespace) -> Checks[tuple[Any, Any, dict[str, str]]]:
 
     try:
         transformer, commit = load_part(load_empty, args, "transformer")
-        scheduler = load_part(diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained, args, "scheduler")
+        run.noise_scheduler = load_part(diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained, args, "scheduler")
     except SystemExit as message:
         yield str(message)
-        return None, None, {}
-    identities = {}
-    for part in ("transformer", "vae"):  # in a folder: the first MiB of each file, which tells when others come
-        files = sorted(Path(args.pretrained_model_name_or_path, part).glob("*.safetensors"))
-        files = [path for path in files if ("." in path.stem) == bool(args.variant)]
-        identities[part] = commit or digest([np.fromfile(path, np.uint8, 2**20).tobytes().hex() for path in files])
-    config = transformer.config
+        return
+    # Of a folder the first MiB of each file, which tells when others come in their place.
+    files = sorted(Path(args.pretrained_model_name_or_path).glob("*/diffusion_pytorch_model*.safetensors"))
+    files = [path for path in files if ("." in path.stem) == bool(args.variant)]
+    run.base_model = commit or digest([np.fromfile(path, np.uint8, 2**20).tobytes().hex() for path in files])
+    run.transformer, config = transformer, transformer.config
     largest = config.pos_embed_max_size * config.patch_size * 8  # the VAE makes one latent of 8 x 8 pixels
     if (side := max(map(max, training_shapes(args)))) > largest:
         yield f"--resolution {args.resolution} has a side of {side} pixels, above the model's {largest}."
     for layer in args.lora_layers.split(","):
-        if not lora_targets(transformer, layer, None):
+        if not lora_targets(transformer, layer):
             yield f"--lora_layers: the transformer has no linear layer {layer}."
-    for block in args.lora_blocks.split(",") if args.lora_blocks else []:
-        if not lora_targets(transformer, args.lora_layers, block):
-            yield f"--lora_blocks {block} has none of --lora_layers; the last block is {config.num_layers - 1}."
-    return transformer, scheduler, identities
 
 
-def check_lora(args: Namespace, transformer: Any) -> Checks[dict[str, Tensor]]:
-    """The weights of --pretrained_lora_path for a LoRA of these layers, at their strength, or {}."""
-    path, rank = args.pretrained_lora_path, args.rank
-    if not path or not transformer:
-        return {}
+def check_lora(run: Run) -> Iterator[str]:
+    """The weights of --pretrained_lora_path, at their strength."""
+    args, path, run.start = run.args, run.args.pretrained_lora_path, {}
+    if not path or not run.transformer:
+        return
     try:
         file, metadata = diffusers.StableDiffusion3Pipeline.lora_state_dict(
             path, cache_dir=args.cache_dir, token=args.hub_token, use_safetensors=True, return_lora_metadata=True
         )
     except Exception as error:  # of the file system, safetensors or the Hub
         yield f"The LoRA {path} cannot be loaded: {first_line(error)}."
-        return {}
-    targets = lora_targets(transformer, args.lora_layers, args.lora_blocks)
+        return
+    targets = lora_targets(run.transformer, args.lora_layers)
     wanted = {f"transformer.{target}.lora_{side}.weight" for target in targets for side in "AB"}
     if others := sorted(file.keys() ^ wanted):
-        yield f"{path} is no LoRA in diffusers' layout of these --lora_layers and --lora_blocks: see {others[0]}."
-    elif {file[name].shape["lora_B" in name] for name in wanted} != {rank}:
-        yield f"{path} has another rank than --rank {rank}."
-    alpha = (metadata or {}).get("transformer.lora_alpha", rank)  # without metadata, alpha is the rank
-    factor = alpha / (args.lora_alpha or rank)
+        yield f"{path} is no LoRA in diffusers' layout of these --lora_layers: see {others[0]}."
+    elif {file[name].shape["lora_B" in name] for name in wanted} != {args.rank}:
+        yield f"{path} has another rank than --rank {args.rank}."
+    alpha = (metadata or {}).get("transformer.lora_alpha", args.rank)  # without metadata, alpha is the rank
+    factor = alpha / (args.lora_alpha or args.rank)
     lora = {name.removeprefix("transformer."): tensor.float() for name, tensor in file.items()}
-    return {name: tensor * factor if "lora_B" in name else tensor for name, tensor in lora.items()}
+    run.start = {name: tensor * factor if "lora_B" in name else tensor for name, tensor in lora.items()}
 
 
-def check_images(args: Namespace, accelerator: Accelerator, folder: Path, vae: str) -> Checks[list[Example]]:
+def read_examples(run: Run, folder: Path) -> Generator[str, None, list[Example]]:
     """The images of a folder, without their prompts; every process reads its share.
 
     The latents' file is named by a digest of everything that the latents depend on.
     """
+    args, accelerator, shapes = run.args, run.accelerator, training_shapes(run.args)
+    found, masked = [], False
     images = find_images(folder) if folder.is_dir() else []
-    found, masked, shapes = [], False, training_shapes(args)
     for path in images[accelerator.process_index :: accelerator.num_processes]:
         mask_path = path.with_suffix(".mask.png")
         try:
@@ -1073,9 +1090,8 @@ def check_images(args: Namespace, accelerator: Accelerator, folder: Path, vae: s
             yield f"{path} is not a readable image ({error}). Repair it or take it out of the folder."
             continue
         shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
-        name = digest([sha256, mask, vae, shape, args.center_crop or CROPS_PER_IMAGE, args.random_flip])
-        latents = args.output_dir / "latents" / f"{name}.safetensors"
-        found.append(Example(path, sha256, latents, shape))
+        name = digest([sha256, mask, run.base_model, shape, args.center_crop or CROPS_PER_IMAGE, args.random_flip])
+        found.append(Example(path, sha256, args.output_dir / "latents" / f"{name}.safetensors", shape))
     if args.alpha_mask and folder == args.instance_data_dir and not any(gather_object([masked])):
         yield f"--alpha_mask: no image in {folder} has an alpha channel or a NAME.mask.png."
     return sorted(gather_object(found), key=lambda example: example.path)
@@ -1086,17 +1102,19 @@ def embeddings_command(args: Namespace, about: dict) -> str:
     flags = vars(args) | {"prompt": args.instance_prompt, "local_data_dir": args.instance_data_dir}
     flags["output_path"] = args.data_df_path.with_suffix(".parquet")
     flags["max_sequence_length"] = args.max_sequence_length or about.get("max_sequence_length")
-    flags["t5_precision"] = "exact" if about.get("t5") == "exact" else None
+    flags["t5_precision"] = about.get("t5")
     names = "prompt local_data_dir output_path pretrained_model_name_or_path variant revision cache_dir t5_precision "
     names += "max_sequence_length class_prompt validation_prompt negative_prompt"
     given = [[f"--{name}", *map(str, np.ravel(flags[name]))] for name in names.split() if flags[name]]
-    no_t5 = ["--no_t5"] if about.get("t5") == "none" else []
-    return shlex.join(["python", "compute_embeddings.py", *itertools.chain(*given), *no_t5])
+    return shlex.join(["python", "compute_embeddings.py", *itertools.chain(*given)])
 
 
-def check_embeddings(args: Namespace, config: Any, examples: list[Example]) -> Checks[PromptEmbeddings | None]:
-    """The embeddings, if they can be read; what they lack is said with the command that mends it."""
-    path = args.data_df_path
+def check_embeddings(run: Run) -> Iterator[str]:
+    """The embeddings, and the images with their prompts; what is missing is said with the command that mends it."""
+    args, path, folder = run.args, run.args.data_df_path, run.args.instance_data_dir
+    examples = yield from read_examples(run, folder)
+    if not examples:
+        yield f"--instance_data_dir {folder} has no images ({', '.join(FORMATS)})."
     wanted = [args.instance_prompt, *([args.class_prompt, ""] if args.with_prior_preservation else [])]
     wanted += [*args.validation_prompt, args.negative_prompt] if args.validation_prompt else []
     wanted += [""] if args.caption_dropout else []
@@ -1107,112 +1125,69 @@ def check_embeddings(args: Namespace, config: Any, examples: list[Example]) -> C
         widths = [tensor.shape[-1] for tensor in embeds[0].values()]
     except Exception as error:  # of the file system, of Arrow, or of another form than ours
         yield f"--data_df_path {path} cannot be read ({first_line(error)}). Run: {embeddings_command(args, {})}"
-        return None
-    cure = f"Run: {embeddings_command(args, embeddings.about)}"
-    length, prompt_of = embeddings.about.get("max_sequence_length"), embeddings.prompt_of_image
+        return
+    run.embeddings, prompt_of = embeddings, embeddings.prompt_of_image
+    run.examples = [replace(example, prompt=prompt_of.get(example.sha256, "")) for example in examples]
+    cure, length = f"Run: {embeddings_command(args, embeddings.about)}", embeddings.about.get("max_sequence_length")
+    config = run.transformer and run.transformer.config
     if config and widths != [config.joint_attention_dim, config.pooled_projection_dim]:
         yield f"{path} was computed with another kind of model. {cure}"
     if args.max_sequence_length not in (None, length):
         yield f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {cure}"
     if missing := [example.path.name for example in examples if example.sha256 not in prompt_of]:
-        count = f"{len(missing)} of {len(examples)} images in {args.instance_data_dir}"
+        count = f"{len(missing)} of {len(examples)} images in {folder}"
         yield f"{count} have no embeddings in {path} (first: {missing[0]}). {cure}"
-    captions = {prompt_of.get(example.sha256) for example in examples}
-    if args.instance_prompt not in {embeddings.about.get("prompt"), *captions, *unknown}:
+    captions = [example.prompt for example in run.examples]
+    if args.instance_prompt not in [embeddings.about.get("prompt"), *captions, *unknown]:
         yield f"In {path} --instance_prompt {args.instance_prompt!r} captions none of the images. {cure}"
     if unknown:
         yield f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}"
-    return embeddings
 
 
-def check_machine(args: Namespace, accelerator: Accelerator) -> Iterator[str]:
-    """Whether this machine can do it: the precision, the tracker, writing the folders, reaching the Hub."""
-    precision, device = accelerator.mixed_precision, accelerator.device.type
-    if precision not in WEIGHT_DTYPES:
-        yield f"Precision {precision} is not available: use fp16 or bf16."
-    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        yield f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16."
-    if args.quantize_base and device != "cuda":
-        yield "--quantize_base needs a GPU."
-    if device == "mps" and (args.use_8bit_adam or args.optimizer != "adamw"):
-        yield "8-bit optimizers do not run on a Mac's GPU; use --optimizer adamw, without --use_8bit_adam."
-    if args.report_to not in ("none", "all") and not accelerator.log_with:
-        yield f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}"
-    folders = [args.output_dir / "samples", *([class_folder(args)] if args.with_prior_preservation else [])]
-    for folder in {next(path for path in [each, *each.absolute().parents] if path.exists()) for each in folders}:
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            yield f"--output_dir {args.output_dir} cannot be written: {folder} is not a folder, or may not be changed."
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            HfApi(token=args.hub_token).whoami()
-        except Exception as error:  # the Hub's, or the network's
-            yield f"--push_to_hub: {first_line(error)}. With a token that may write, run: hf auth login"
-
-
-def compare_settings(saved: dict[str, object], now: dict[str, object]) -> Iterator[str]:
-    """Refuse what a resumed run must share with the one that it continues, and note what else differs."""
-    names = [name for name in saved if saved[name] != now.get(name)]
-    differing = {name: f"{name} {saved[name]}, this run has {now.get(name)}" for name in names}
+def plan(run: Run) -> Iterator[str]:
+    """Steps, seed and settings, and whether a checkpoint may be continued with them."""
+    args, precision = run.args, run.accelerator.mixed_precision
+    [drawn] = broadcast_object_list([random.randrange(2**31)])
+    if not (run.transformer and getattr(run, "examples", None)):
+        return
+    saved, about = run.state.get("settings", {}), run.embeddings.about
+    run.seed = saved.get("seed", drawn) if args.seed is None else args.seed
+    per_micro_batch = args.train_batch_size * run.accelerator.num_processes
+    run.samples_per_step = per_step = per_micro_batch * args.gradient_accumulation_steps
+    run.samples_per_epoch = per_epoch = len(run.examples) * (2 if args.with_prior_preservation else 1)
+    run.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * per_epoch / per_step)
+    period = args.validation_steps * per_step if args.validation_steps else args.validation_epochs * per_epoch
+    considered = range(1, run.max_train_steps) if args.validation_prompt else ()
+    run.preview_steps = {step for step in considered if step * per_step % period < per_step}
+    run.settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
+        "seed": run.seed,
+        "max_train_steps": run.max_train_steps,
+        "mixed_precision": precision,
+        "samples per step": per_step,
+        "samples per micro-batch": per_micro_batch if args.aspect_ratio_buckets else None,  # of one shape
+        "images and captions": digest([(example.latents.name, example.prompt) for example in run.examples]),
+        "embeddings": f"T5 {about.get('t5')}, {about.get('max_sequence_length')} tokens",
+        "base model": run.base_model,
+    }
+    names = [name for name in saved if saved[name] != run.settings.get(name)]
+    differing = {name: f"{name} {saved[name]}, this run has {run.settings.get(name)}" for name in names}
     for name in sorted(differing.keys() & MUST_NOT_CHANGE):
         yield f"The checkpoint was trained with {differing[name]}."
     if followed := [differing[name] for name in differing if name not in MUST_NOT_CHANGE]:
         yield f"note: the checkpoint was trained with {'; '.join(followed)}, which is followed"
 
 
-def make_run(args: Namespace, accelerator: Accelerator, drawn: int) -> Checks[Any]:
-    """The Run, with all that is found out before anything big is loaded. drawn: the seed where there is no other."""
-    state = yield from find_checkpoint(args)
-    transformer, scheduler, identities = yield from check_model(args)
-    lora = yield from check_lora(args, transformer)
-    examples = yield from check_images(args, accelerator, args.instance_data_dir, identities.get("vae", ""))
-    if not examples:
-        yield f"--instance_data_dir {args.instance_data_dir} has no images ({', '.join(FORMATS)})."
-    embeddings = yield from check_embeddings(args, transformer and transformer.config, examples)
-    yield from check_machine(args, accelerator)
-    if not (transformer and embeddings and examples):
-        return None
-    prompt_of, saved = embeddings.prompt_of_image, state.get("settings", {})
-    examples = [replace(example, prompt=prompt_of.get(example.sha256, "")) for example in examples]
-    seed = saved.get("seed", drawn) if args.seed is None else args.seed
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    per_epoch = len(examples) * (2 if args.with_prior_preservation else 1)
-    steps = args.max_train_steps or math.ceil(args.num_train_epochs * per_epoch / per_step)
-    period = args.validation_steps * per_step if args.validation_steps else args.validation_epochs * per_epoch
-    considered = range(1, steps) if args.validation_prompt else ()
-    preview_steps = {step for step in considered if step * per_step % period < per_step}
-    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
-        "seed": seed,
-        "max_train_steps": steps,
-        "mixed_precision": accelerator.mixed_precision,
-        "samples per step": per_step,
-        "images and captions": digest([(example.latents.name, example.prompt) for example in examples]),
-        "embeddings": f"T5 {embeddings.about.get('t5')}, {embeddings.about.get('max_sequence_length')} tokens",
-        "base model": identities["transformer"],
-    }
-    if args.aspect_ratio_buckets:  # decides which images meet in a micro-batch
-        settings["samples per micro-batch"] = args.train_batch_size * accelerator.num_processes
-    yield from compare_settings(saved, settings)
-    fixed = scheduler, identities["vae"], embeddings, examples, seed
-    counts = steps, per_step, per_epoch, preview_steps
-    return Run(args, accelerator, *fixed, *counts, settings, state, lora)
-
-
-def collect(checks: Checks[T], accelerator: Accelerator) -> T:
-    """What checks return; notes are printed, and with a problem in any process the run ends in one message."""
-    returned: list[T] = []
-
-    def run_checks() -> Iterator[str]:
-        returned.append((yield from checks))
-
-    said = list(run_checks())
-    for note in said:
-        if note.startswith("note: "):
-            accelerator.print(note)
-    problems = [problem for problem in said if not problem.startswith("note: ")]
+def stop_at_problems(run: Run, checks: Iterable[str]) -> None:
+    """Print what checks note; if they found a problem in any process, end the run in one message."""
+    problems = []
+    for said in checks:
+        if said.startswith("note: "):
+            run.accelerator.print(said)
+        else:
+            problems.append(said)
     if problems := list(dict.fromkeys(gather_object(problems))):
         message = "".join(f"\n- {problem}" for problem in problems)
-        raise SystemExit(f"Cannot start:{message}" if accelerator.is_main_process else 1)
-    return returned[0]
+        raise SystemExit(f"Cannot start:{message}" if run.accelerator.is_main_process else 1)
 
 
 # ----------------------------------------------------------------------------------------------------- training loop
@@ -1322,12 +1297,10 @@ def make_accelerator(args: Namespace) -> Accelerator:
             dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),  # on a Mac: wrong data
             kwargs_handlers=handlers,
         )
-    except ValueError as error:  # a precision that this device or this torch cannot do
+    except ValueError as error:  # a precision that this device or this torch cannot do, or an unknown tracker
         raise SystemExit(f"Cannot start: {error}") from error
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # with one thread, unless the launcher is told otherwise
-    if launched and accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(cores or 1)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and accelerator.num_processes == 1:
+        torch.set_num_threads(os.cpu_count() or 1)  # the launcher gives it one
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -1347,7 +1320,7 @@ def explained_errors() -> Iterator[None]:
         if re.search("No space left|File too large|quota exceeded|PytorchStreamWriter", str(error)):
             raise SystemExit(f"The disk is full ({error}). {good}: make room and resume.") from error
         if isinstance(error, OSError):
-            raise SystemExit(f"{error}. {good}: run the same command again.") from error
+            raise SystemExit(f"{error}. {good}: mend that and run the same command again.") from error
         if "DataLoader worker (pid" in str(error):  # killed; what one raises says so itself
             raise SystemExit(f"{error} Usually RAM is short: use --dataloader_num_workers 0.") from error
         raise
@@ -1357,9 +1330,8 @@ def explained_errors() -> Iterator[None]:
 def owned_folder(run: Run) -> Iterator[None]:
     """Make the output folder for this run alone; the system frees the lock when a process dies."""
     folder = run.args.output_dir
-    places = [folder, folder / "latents", folder / "samples"]
-    places += [class_folder(run.args)] if run.args.with_prior_preservation else []
-    for place in places:
+    places = [folder, folder / "latents", folder / "samples", class_folder(run.args)]
+    for place in places if run.args.with_prior_preservation else places[:-1]:
         place.mkdir(parents=True, exist_ok=True)
     if not run.accelerator.is_main_process:
         yield
@@ -1370,9 +1342,8 @@ def owned_folder(run: Run) -> Iterator[None]:
                 shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
             yield
     except Timeout:
-        raise SystemExit(
-            f"Another training is writing to {folder}: wait for it, or use another --output_dir."
-        ) from None
+        message = f"Another training is writing to {folder}: wait for it, or use another --output_dir."
+        raise SystemExit(message) from None
 
 
 def note_signals(noted: list[int]) -> None:
@@ -1391,23 +1362,24 @@ def train_and_publish(run: Run, started: float) -> None:
     """Everything that costs time, on what the checks have found to be good."""
     args, accelerator = run.args, run.accelerator
     repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else ""
-    collect(encode_latents(args, accelerator, run.examples), accelerator)
+    stop_at_problems(run, encode_latents(run, run.examples))
     diffusers.training_utils.free_memory()
     run.transformer = load_transformer(args, run.weight_dtype).to(accelerator.device)
     add_lora(run.transformer, args, run.seed)
     kinds = [run.examples]
     if args.with_prior_preservation:
-        kinds.append(collect(make_class_images(run), accelerator))
+        stop_at_problems(run, make_class_images(run))
+        kinds.append(run.class_examples)
     if not all(example.latents.exists() for kind in kinds for example in kind):
         raise SystemExit(f"The latents are not visible here: share --output_dir {args.output_dir}.")
     start_or_resume(run)
     length = run.max_train_steps * run.samples_per_step
     order = sample_order(kinds, run.seed, args.train_batch_size * accelerator.num_processes, length)
     dataset = SampleDataset(order, run.embeddings, run.noise_scheduler.sigmas, args, run.seed)
-    lora_size = sum(map(Tensor.numel, run.lora_params))
-    accelerator.print(f"{len(run.examples)} images, {lora_size:,} parameters to train, seed {run.seed}")
     left = range(min(run.global_step * run.samples_per_step, length), length)
     steps = len(left) // run.samples_per_step
+    about = f"{len(run.examples)} images, {sum(map(Tensor.numel, run.lora_params)):,} parameters to train"
+    accelerator.print(f"{about}, seed {run.seed}")
     accelerator.print(f"{steps} steps of {run.samples_per_step} samples, from step {run.global_step}")
     if steps > 0:
         seconds = choose_recomputation(run, dataset) * args.gradient_accumulation_steps
@@ -1464,18 +1436,17 @@ def main(args: Namespace) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for message in (".*broadcast_buffers.*", r"Detected call of `lr_scheduler.step\(\)` before"):  # fp16 skips steps
         warnings.filterwarnings("ignore", message=message)
-    accelerator = make_accelerator(args)
-    stdout: Any = Tolerant(sys.stdout)
-    stderr: Any = Tolerant(sys.stderr)
-    with explained_errors(), redirect_stdout(stdout), redirect_stderr(stderr):
-        [drawn] = broadcast_object_list([secrets.randbelow(2**31)])
-        run = collect(make_run(args, accelerator, drawn), accelerator)
+    run = Run(args, make_accelerator(args))
+    checks = [check_machine, check_checkpoint, check_model, check_lora, check_embeddings, plan]
+    streams: list[Any] = [Tolerant(sys.stdout), Tolerant(sys.stderr)]
+    with explained_errors(), redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        stop_at_problems(run, itertools.chain.from_iterable(check(run) for check in checks))
         if not args.dry_run:
             with owned_folder(run):
                 train_and_publish(run, started)
-        elif accelerator.is_main_process:
+        elif run.accelerator.is_main_process:
             print_plan(run)
-    accelerator.end_training()
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -108,7 +108,6 @@ SPECIAL = {  # values that mean something to a flag that takes any text
     "pretrained_model_name_or_path": ["model", "owner/name", "owner", "a/b/c", "model/", "./model", "photos", "lora"],
     "pretrained_lora_path": ["lora", "lora/pytorch_lora_weights.safetensors", "owner/name", "photos/a.png", "missing"],
     "lora_layers": ["to_q", "attn2.*", "ff.*", "*", "to_q,to_q", "to_q,", "[", "to_x", "attn.to_k,add_k_proj"],
-    "lora_blocks": ["0", "1", "0,1", "2", "0,0", " 0 , 1 ", "²", "-1", "0,", "1-2", "9" * 6, "0;1"],
     "aspect_ratio_buckets": ["64,64", "64,96;96,64", "64,96;", "0,64", "-64,64", "64", "63,64", "auto", "64,9999999"],
     "resume_from_checkpoint": ["latest", "checkpoint-1", "out/checkpoint-1", "checkpoint-²", "checkpoint-9", "torn"],
     "variant": ["fp16", "fp32", "*", "../x"],

@@ -169,8 +169,12 @@ def test_a_mask_of_another_size_is_an_error(tmp_path: Path) -> None:
 
 def latents_names(folder: Path, *flags: str, vae: str = "vae") -> list[str]:
     args = make_args(*flags)
-    accelerator = trainer.make_accelerator(args)
-    found = trainer.collect(trainer.check_images(args, accelerator, folder, vae), accelerator)
+    run = trainer.Run(args, trainer.make_accelerator(args))
+    run.base_model = vae
+    reading = trainer.read_examples(run, folder)
+    with pytest.raises(StopIteration) as end:
+        next(reading)
+    found = end.value.value
     return [example.latents.name for example in found]
 
 

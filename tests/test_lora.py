@@ -110,12 +110,12 @@ def test_the_transformer_is_never_in_fp32_first(tiny: Path, monkeypatch: pytest.
     [
         ([f"--lora_layers={','.join(FOUR)}"], FOUR, {0, 1}),
         (["--lora_layers=attn.to_q,add_k_proj"], {"to_q", "add_k_proj"}, {0, 1}),
-        (["--lora_layers=attn.to_*", "--lora_blocks=1"], FOUR, {1}),
-        (["--lora_layers=attn.add_*", "--lora_blocks=0"], {"add_q_proj", "add_k_proj", "add_v_proj"}, {0}),
+        (["--lora_layers=transformer_blocks.1.attn.to_*"], FOUR, {1}),
+        (["--lora_layers=0.attn.add_*"], {"add_q_proj", "add_k_proj", "add_v_proj"}, {0}),
     ],
 )
 def test_layers_and_blocks_choose_what_is_trained(tiny: Path, flags: list[str], layers: set, blocks: set) -> None:
-    """By the ends of the layers' names, and by the numbers of the blocks."""
+    """By the ends of the layers' names, or by patterns with the numbers of blocks."""
     trained = {name.split(".lora_A")[0] for name, _ in load(tiny, *flags).named_parameters() if "lora_A" in name}
     assert trained == {f"transformer_blocks.{block}.attn.{layer}" for block in blocks for layer in layers}
 
@@ -218,7 +218,7 @@ def test_dropout_is_pefts_own(tiny: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the file
 
 
-@pytest.mark.parametrize("flags", [[], ["--lora_alpha=16"], ["--lora_blocks=0", "--lora_alpha=100"]])
+@pytest.mark.parametrize("flags", [[], ["--lora_alpha=16"], ["--lora_layers=0.attn.*", "--lora_alpha=100"]])
 def test_diffusers_applies_the_trained_strength(
     train: Train, tiny: Path, trained: list[SD3Transformer2DModel], flags: list[str]
 ) -> None:

@@ -36,21 +36,22 @@ PREVIEWS = f"--validation_prompt={PREVIEW_PROMPT}"
 LATEST = "--resume_from_checkpoint=latest"
 # What another value of each flag does to a run that resumes, and such a value ({0} is a folder).
 REFUSED = {  # with it the state of the optimizer, the latents or the order of the samples would mean something else
-    "seed": 1, "variant": "fp16", "rank": 32, "lora_alpha": 7, "lora_layers": "to_q", "lora_blocks": "1",
+    "seed": 1, "variant": "fp16", "rank": 32, "lora_alpha": 7, "lora_layers": "to_q",
     "optimizer": "paged_adamw_8bit", "use_8bit_adam": True, "resolution": 80, "aspect_ratio_buckets": "64,64;80,48",
     "center_crop": True, "random_flip": True, "alpha_mask": True, "with_prior_preservation": True,
     "num_class_images": 3,
 }  # fmt: skip
 NOTED = {  # it is followed, and the user hears of it
-    "pretrained_model_name_or_path": "{0}/moved", "revision": "main", "instance_prompt": PREVIEW_PROMPT,
+    "revision": "main", "instance_prompt": PREVIEW_PROMPT,
     "caption_dropout": 0.1, "class_prompt": "a dog", "prior_loss_weight": 0.5, "lora_dropout": 0.1,
-    "pretrained_lora_path": "{0}/out/checkpoint-1", "num_train_epochs": 7, "max_train_steps": 3, "learning_rate": 1e-4,
+    "num_train_epochs": 7, "max_train_steps": 3, "learning_rate": 1e-4,
     "scale_lr": True, "lr_scheduler": "linear", "lr_warmup_steps": 2, "lr_num_cycles": 3, "lr_power": 2,
     "weighting_scheme": "mode", "logit_mean": 0.5, "logit_std": 0.5, "mode_scale": 1, "precondition_outputs": 1,
     "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0.1, "adam_epsilon": 1e-6, "max_grad_norm": 2,
     "mixed_precision": "bf16", "quantize_base": "nf4", "allow_tf32": True,
 }  # fmt: skip
 SILENT = {  # the LoRA stays the same, to the bit
+    "pretrained_model_name_or_path": "{0}/moved", "pretrained_lora_path": "{0}/out/checkpoint-1",
     "output_dir": "{0}/elsewhere", "cache_dir": "{0}/cache", "instance_data_dir": "{0}/moved photos",
     "data_df_path": "{0}/moved.parquet", "max_sequence_length": 77, "dataloader_num_workers": 1,
     "class_data_dir": "{0}/class", "sample_batch_size": 2, "gradient_checkpointing": True,
@@ -191,7 +192,6 @@ def test_what_is_followed_is_noted(
 ) -> None:
     """Every difference is named, in one note."""
     quantized_on_cpu.allow(monkeypatch.setattr)
-    shutil.copytree(tmp_path / "model", tmp_path / "moved")
     resume(*command(NOTED, tmp_path), "--dry_run")
     [note] = [line for line in capsys.readouterr().out.splitlines() if "was trained with" in line]
     assert [name for name in NOTED if not re.search(rf"\b{name} .*, this run has", note)] == []
@@ -202,6 +202,7 @@ def test_what_makes_no_other_lora_is_not_mentioned(
 ) -> None:
     """With all of it changed the resumed run ends with the same LoRA, to the bit."""
     monkeypatch.setattr(trainer.HfApi, "whoami", lambda *_: {})
+    shutil.copytree(tmp_path / "model", tmp_path / "moved")
     shutil.copytree(tmp_path / "photos", tmp_path / "moved photos")
     shutil.copy(tmp_path / "embeddings.parquet", tmp_path / "moved.parquet")
     resume(*command(SILENT | SILENT_BUT_FOR_THE_BITS | SILENT_AND_NO_TRAINING, tmp_path))
@@ -584,12 +585,12 @@ def test_all_problems_are_told_at_once(train: Train, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "bad.jpg").write_text("not an image")
     Image.new("RGB", (64, 64)).save(folder / "new.png")
-    flags = ["--lora_layers=to_q,nothing", "--validation_prompt", "unknown prompt", "--lora_blocks=7"]
+    flags = ["--lora_layers=to_q,nothing", "--validation_prompt", "unknown prompt"]
     with pytest.raises(SystemExit) as exit_info:
         train(*flags, instance_data_dir=folder)
     message = str(exit_info.value)
     parts = ["bad.jpg is not a readable image", "1 of 1 images", "first: new.png", "'unknown prompt'"]
-    parts += ["no linear layer nothing", "the last block is 1", f"compute_embeddings.py --prompt '{PROMPT}'"]
+    parts += ["no linear layer nothing", f"compute_embeddings.py --prompt '{PROMPT}'"]
     assert [part for part in parts if part not in message] == [] and f"--local_data_dir '{folder}'" in message
     assert not (tmp_path / "out").exists()
 
@@ -643,7 +644,7 @@ def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     t4 = types.SimpleNamespace(mixed_precision="bf16", device=torch.device("cuda"), is_main_process=True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    problems = list(trainer.check_machine(parse("--report_to=none"), t4))
+    problems = list(trainer.check_machine(trainer.Run(parse("--report_to=none"), t4)))
     assert problems == ["Tesla T4 only emulates bf16; use --mixed_precision fp16."]
 
 
