@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -53,8 +53,11 @@ with suppress(ImportError):  # for the photos of phones
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
-SIDECARS = (".txt", ".caption")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
+NOT_USED = (
+    "not an image (HEIC needs pip install pillow-heif), nor NAME.txt, NAME.caption or NAME.mask.png of one, "
+    "nor metadata.csv, .jsonl or .parquet in the images' folder"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,9 +81,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--revision", help="branch, tag or commit of the repository; unset: its main branch")
     add("--variant", help="variant of the weight files, such as fp16; unset: the plain files")
     add("--cache_dir", help="where downloads are kept; unset: the Hugging Face cache")
-    add("--t5_precision", choices=["int8", "exact"], default="int8",
-        help="int8: LLM.int8(), 7.4 GiB; exact: fp32, streamed from disk a block at a time, 1.7 GiB")
-    add("--no_t5", action="store_true", help="zeros for T5, as SD3 accepts; saves a 9.5 GB download")
+    add("--t5_precision", choices=["int8", "exact", "none"], default="int8",
+        help="int8: LLM.int8(), 7.4 GiB; exact: fp32, streamed from disk, 1.7 GiB; none: zeros, as SD3 accepts")
+    add("--no_t5", action="store_const", dest="t5_precision", const="none", help="the same as --t5_precision none")
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", default="a photo of sks dog", help="instance prompt, for every image without a caption of its own")
     add("--class_prompt", help="prompt of prior preservation, such as 'a photo of a dog'")
@@ -251,7 +254,7 @@ def encode_prompts(args: Namespace, prompts: list[str], scratch: Path) -> tuple[
         pooled_prompt_embeds[chunk] = to_float16(pooled_embeds, "CLIP")
     del pipeline
     diffusers.training_utils.free_memory()
-    if not args.no_t5:
+    if args.t5_precision != "none":
         tokenizer = load_tokenizer(transformers.T5TokenizerFast, args, "tokenizer_3")
         report_cut(tokenizer, prompts, length, "T5")
         encoder = load_t5(args, device, scratch)
@@ -285,60 +288,52 @@ def write_embeddings(path: Path, captions: dict[str, list[str]], embeds: tuple[n
         os.fsync(file.fileno())
 
 
-def read_metadata(path: Path) -> list[tuple[str, object]]:
-    """(file name, caption) of every row of a table with the columns file_name and text."""
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metadata file."""
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    elif path.suffix == ".csv":
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-    else:
-        rows = pq.read_table(path).to_pylist()
-    for row in rows:
-        if missing := [name for name in ("file_name", "text") if name not in row]:
-            raise ValueError(f"a row has {', '.join(map(str, row))}, but no {missing[0]}")
-    return [(str(PurePosixPath(str(row["file_name"]))), row["text"]) for row in rows]
+        return [json.loads(line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    if path.suffix == ".csv":
+        return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    return pq.read_table(path).to_pylist()
 
 
 def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[str, str]:
-    """Captions by file name, of images that have their own: NAME.txt or NAME.caption, or a row of a metadata file."""
+    """Captions by file name, of images that have their own: NAME.txt or NAME.caption, or a row of a metadata file.
+
+    What is not used is named, for whoever wonders where an image or a caption went.
+    """
     captions: dict[str, str] = {}
-    names, of_stem = {image.name for image in images}, defaultdict(list)
+    names_of: dict[str, list[str]] = defaultdict(list)  # by stem
     for image in images:
-        of_stem[image.stem].append(image.name)
-    sidecars = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SIDECARS and path.stem in of_stem]
-    for path in [*(folder / name for name in METADATA if (folder / name).exists()), *sidecars]:
+        names_of[image.stem].append(image.name)
+    known = {image.name for image in images} | {f"{stem}.mask.png" for stem in names_of}
+    above = [folder.parent / name for name in METADATA if (folder.parent / name).exists()]
+    for path in [*sorted(folder.glob("[!.]*"), key=lambda path: path.name not in METADATA), *above]:
         try:
-            rows = (
-                read_metadata(path)
-                if path.name in METADATA
-                else [(name, path.read_text("utf-8-sig")) for name in of_stem[path.stem]]
-            )
+            if path.name in METADATA and path.parent == folder:
+                rows = [(str(PurePosixPath(str(row["file_name"]))), row["text"]) for row in read_rows(path)]
+            elif path.suffix.lower() in (".txt", ".caption") and path.stem in names_of:
+                rows = [(name, path.read_text("utf-8-sig")) for name in names_of[path.stem]]
+            elif path.name in known or path.is_dir():
+                continue
+            else:
+                print(f"note: skipped {path}: {NOT_USED}")
+                continue
         except Exception as error:  # of pandas, Arrow, JSON or the file system
-            problems.append(f"{path} cannot be read: {error}. Captions are UTF-8; tables have file_name and text.")
+            problems.append(f"{path} cannot be read: {error!r}. Captions are UTF-8; tables have file_name and text.")
             continue
-        for name, count in Counter(name for name, _ in rows).items():
-            if count > 1:
-                problems.append(f"{path} has {count} rows for {name}. Leave one of them.")
+        found: dict[str, str] = {}
         for name, text in rows:
-            if name not in names:
+            if name in found:
+                problems.append(f"{path} has two rows for {name}. Leave one of them.")
+            elif name not in known:
                 problems.append(f"{path} has a caption of {name}; only images directly in {folder} are read.")
             elif not isinstance(text, str | int | float) or text != text or not str(text).strip():
                 problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
             else:
-                captions[name] = " ".join(str(text).split())
+                found[name] = " ".join(str(text).split())
+        captions |= found
     return captions
-
-
-def print_skipped(folder: Path, images: list[Path]) -> None:
-    """Name the files that are not used, for whoever wonders where an image or a caption went."""
-    stems = {image.stem for image in images}
-    used = {*METADATA, *(image.name for image in images), *(f"{stem}.mask.png" for stem in stems)}
-    files = [path for path in sorted(folder.iterdir()) if path.name not in used and not path.name.startswith(".")]
-    files = [path for path in files if not (path.is_dir() or path.suffix.lower() in SIDECARS and path.stem in stems)]
-    for path in [*files, *(folder.parent / name for name in METADATA if (folder.parent / name).exists())]:
-        hint = "not an image, nor NAME.txt, NAME.caption or NAME.mask.png of one, nor metadata.csv in its folder"
-        heic = "hei" in path.suffix.lower()
-        print(f"note: skipped {path}: {'HEIC needs pip install pillow-heif' if heic else hint}")
 
 
 def caption_images(args: Namespace) -> dict[str, list[str]]:
@@ -350,13 +345,12 @@ def caption_images(args: Namespace) -> dict[str, list[str]]:
     if not folder.is_dir():
         raise SystemExit(f"{folder} is not a folder. Name the folder with the images: --local_data_dir.")
     images = find_images(folder)
-    print_skipped(folder, images)
     if not images:
-        problems.append(f"{folder} has no images. Put {', '.join(FORMATS)} files there.")
+        problems.append(f"{folder} has no images ({', '.join(FORMATS)}).")
     own = read_captions(folder, images, problems)
     prompts = [args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, ""]
     captions: dict[str, list[str]] = {prompt: [] for prompt in prompts if prompt is not None}
-    first_of: dict[str, Path] = {}
+    seen: dict[str, tuple[Path, str]] = {}
     for path in tqdm(images, desc="Reading images", unit="image", leave=False):
         try:
             with open_image(path) as image:
@@ -365,10 +359,11 @@ def caption_images(args: Namespace) -> dict[str, list[str]]:
         except UNREADABLE as error:
             problems.append(f"{path} is not a readable image ({error}). Repair it or take it out of the folder.")
             continue
-        caption, first = own.get(path.name, args.prompt), first_of.setdefault(sha256, path)
+        caption = own.get(path.name, args.prompt)
+        first, its_caption = seen.setdefault(sha256, (path, caption))
         if first == path:
             captions.setdefault(caption, []).append(sha256)
-        elif caption != own.get(first.name, args.prompt):
+        elif caption != its_caption:
             problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
     if problems:
         raise SystemExit("\n".join(problems))
@@ -394,7 +389,7 @@ def compute(args: Namespace) -> None:
         "revision": args.revision,
         "prompt": args.prompt,
         "max_sequence_length": args.max_sequence_length,
-        "t5": "none" if args.no_t5 else args.t5_precision,
+        "t5": args.t5_precision,
         "versions": {library: version(library) for library in libraries},
     }
     with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent) as scratch:
