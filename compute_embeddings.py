@@ -52,7 +52,8 @@ with suppress(ImportError):  # for the photos of phones
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+# What Pillow raises for a file that is no image, or a broken one.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, Image.DecompressionBombError)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
 NOT_USED = (
     "not an image (HEIC needs pip install pillow-heif), nor NAME.txt, NAME.caption or NAME.mask.png of one, "
@@ -365,6 +366,7 @@ def caption_images(args: Namespace) -> dict[str, list[str]]:
             captions.setdefault(caption, []).append(sha256)
         elif caption != its_caption:
             problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
+    captions[""] = captions.pop("")  # the last row
     if problems:
         raise SystemExit("\n".join(problems))
     with_own = f", {len(own)} with their own captions" if own else ""
@@ -394,8 +396,9 @@ def compute(args: Namespace) -> None:
     }
     with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent) as scratch:
         embeds = encode_prompts(args, list(captions), Path(scratch))
-        write_embeddings(Path(scratch, path.name), captions, embeds, about)
-        os.replace(Path(scratch, path.name), path)
+        table = Path(scratch, "table.parquet")
+        write_embeddings(table, captions, embeds, about)
+        os.replace(table, path)
     images = sum(map(len, captions.values()))
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {len(captions)} prompts, {images} distinct images")
     print(f"{peak_memory()}, {time.monotonic() - started:.0f} s")

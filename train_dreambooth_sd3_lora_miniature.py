@@ -65,7 +65,8 @@ with suppress(ImportError):  # for the photos of phones
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+# What Pillow raises for a file that is no image, or a broken one.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, Image.DecompressionBombError)
 CROPS_PER_IMAGE = 4  # random cropping chooses among this many places, since latents are encoded ahead
 LORA_NAME, STATE_NAME = "pytorch_lora_weights.safetensors", "training_state.pt"
 CARD_MARK = "<!-- written by train_dreambooth_sd3_lora_miniature.py -->"
@@ -82,7 +83,7 @@ NOT_FINITE = (
     "Start again with a lower --learning_rate or another --mixed_precision."
 )
 LIMITS = {  # of flags that are numbers, both ends included; others: integers from 1 to 10 million, reals above 0
-    (0, 10**7): "lr_warmup_steps num_validation_images dataloader_num_workers precondition_outputs adam_weight_decay "
+    (0, 10**7): "lr_warmup_steps dataloader_num_workers precondition_outputs adam_weight_decay "
     "prior_loss_weight guidance_scale",
     (0, 0.999999): "caption_dropout lora_dropout adam_beta1 adam_beta2",
     (0, 2**63 - 1): "seed",
@@ -271,6 +272,8 @@ def command_line_problems(args: Namespace) -> Iterator[str]:
         yield "--hub_token with --report_to wandb could expose the token; use `hf auth login` instead"
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
         yield "--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'"
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+        yield f"--lr_scheduler polynomial ends at 1e-07, which --learning_rate {args.learning_rate} is not above"
     if args.with_prior_preservation and not args.class_prompt:
         yield "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'"
     if os.path.realpath(class_folder(args)) == os.path.realpath(args.instance_data_dir):
@@ -279,13 +282,14 @@ def command_line_problems(args: Namespace) -> Iterator[str]:
 
 def training_shapes(args: Namespace) -> list[tuple[int, int]]:
     """The shapes that images are trained in, (height, width) in pixels: the square, or aspect-ratio buckets."""
-    if args.aspect_ratio_buckets == "auto":
-        return diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution)
-    text = args.aspect_ratio_buckets or f"{args.resolution},{args.resolution}"
+    square = f"{args.resolution},{args.resolution}"
+    text = square if args.aspect_ratio_buckets in (None, "auto") else f"{args.aspect_ratio_buckets};{square}"
     shapes = [(int(height), int(width)) for height, width in (shape.split(",") for shape in text.split(";"))]
     if any(side < 16 or side % 16 for shape in shapes for side in shape):
         raise ValueError
-    return shapes
+    if args.aspect_ratio_buckets == "auto":
+        return diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution)
+    return shapes[:-1] or shapes
 
 
 def digest(value: object) -> str:
@@ -314,6 +318,7 @@ class Run:
     samples_per_step: int
     samples_per_epoch: int  # in which every image of the subject comes once
     preview_steps: set[int]  # after which previews are made; the end has its own
+    repository: str  # to push to, or ""
     settings: dict[str, object]  # what a run that resumes this one is compared with
     lora_params: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -366,13 +371,18 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
-    """An upright RGB image, white where it is transparent, and its mask: NAME.mask.png, or else its alpha channel."""
-    image, mask_path = ImageOps.exif_transpose(open_image(path)), path.with_suffix(".mask.png")
+def upright(path: Path, mode: str) -> Image.Image:
+    """An image as it is to be seen, with 8 bits a channel."""
+    image = ImageOps.exif_transpose(open_image(path))
     if image.mode.startswith("I;16"):  # convert would cut values off
         image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-    image = image.convert("RGBA")
-    mask = ImageOps.exif_transpose(open_image(mask_path)).convert("L") if mask_path.exists() else image.getchannel("A")
+    return image.convert(mode)
+
+
+def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
+    """An upright RGB image, white where it is transparent, and its mask: NAME.mask.png, or else its alpha channel."""
+    image, mask_path = upright(path, "RGBA"), path.with_suffix(".mask.png")
+    mask = upright(mask_path, "L") if mask_path.exists() else image.getchannel("A")
     if mask.size != image.size:
         raise ValueError(f"its mask has {mask.size} pixels, not {image.size}")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"), mask
@@ -673,6 +683,7 @@ def start_or_resume(run: Run) -> None:
     if lora := state.get("lora", run.start):
         set_peft_model_state_dict(run.transformer, lora)
     run.lora_params = [parameter for parameter in run.transformer.parameters() if parameter.requires_grad]
+    run.accelerator.print(f"{sum(map(Tensor.numel, run.lora_params)):,} parameters to train")
     run.optimizer = make_optimizer(run.lora_params, args, run.samples_per_step)
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": run.max_train_steps}
     shape = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
@@ -838,7 +849,6 @@ def make_class_images(run: Run) -> Iterator[str]:
     found = yield from read_examples(run, folder)
     prior = {"prompt": args.class_prompt, "loss_weight": args.prior_loss_weight}
     run.class_examples = [replace(example, **prior) for example in found[: args.num_class_images]]
-    yield from encode_latents(run, run.class_examples)
 
 
 def make_previews(run: Run, count: int) -> list[tuple[str, Path]]:
@@ -877,7 +887,7 @@ def draw_progress(run: Run, folder: Path) -> Image.Image:
     return diffusers.utils.make_image_grid([column[i] for i in range(rows) for column in columns], rows, len(columns))
 
 
-def write_model_card(run: Run, name: str, previews: list[tuple[str, Path]]) -> None:
+def write_model_card(run: Run, previews: list[tuple[str, Path]]) -> None:
     """README.md for the Hub: base model, trigger words, gallery, how to load it, license and settings."""
     args, path, base = run.args, run.args.output_dir / "README.md", run.args.pretrained_model_name_or_path
     if path.exists() and CARD_MARK not in path.read_text("utf-8", errors="replace"):
@@ -897,7 +907,7 @@ def write_model_card(run: Run, name: str, previews: list[tuple[str, Path]]) -> N
     )
     text = CARD.format(
         data=data.to_yaml(),
-        name=name,
+        name=run.repository or args.output_dir.resolve().name,
         base=Path(base).name if local else base,
         source="FOLDER OR REPOSITORY OF THE BASE MODEL" if local else base,
         prompt=args.instance_prompt,
@@ -946,19 +956,21 @@ The license is that of the base model. Trained for {{steps}} steps with:
 """
 
 
-def create_repository(args: Namespace) -> str:
-    """The repository to push to, made if it is new; its full name."""
-    name, private = args.hub_model_id or args.output_dir.resolve().name, args.hub_private_repo or None
-    try:
-        return HfApi(token=args.hub_token).create_repo(name, private=private, exist_ok=True).repo_id
-    except Exception as error:  # the Hub's, or the network's
-        raise SystemExit(HUB_REFUSES.format(first_line(error))) from error
+def create_repository(run: Run) -> Iterator[str]:
+    """The repository to push to, made if it is new."""
+    args, run.repository = run.args, ""
+    if args.push_to_hub and run.accelerator.is_main_process:
+        name, private = args.hub_model_id or args.output_dir.resolve().name, args.hub_private_repo or None
+        try:
+            run.repository = HfApi(token=args.hub_token).create_repo(name, private=private, exist_ok=True).repo_id
+        except Exception as error:  # the Hub's, or the network's
+            yield HUB_REFUSES.format(first_line(error))
 
 
-def push_to_hub(run: Run, name: str) -> None:
-    """Upload the LoRA, its card and the card's samples, and nothing else."""
-    folder = run.args.output_dir
-    files = [LORA_NAME, "README.md", "samples/progress.png", f"samples/step-{run.global_step:06d}-*.png"]
+def push_to_hub(run: Run, samples: list[Path]) -> None:
+    """Upload the LoRA, its card and its samples, and nothing else."""
+    folder, name = run.args.output_dir, run.repository
+    files = [LORA_NAME, "README.md", *(f"samples/{path.name}" for path in samples)]
     try:
         api = HfApi(token=run.args.hub_token)
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message="Add a LoRA")
@@ -1038,7 +1050,7 @@ def check_model(run: Run) -> Iterator[str]:
     run.base_model = commit or digest([np.fromfile(path, np.uint8, 2**20).tobytes().hex() for path in files])
     run.transformer, config = transformer, transformer.config
     largest = config.pos_embed_max_size * config.patch_size * 8  # the VAE makes one latent of 8 x 8 pixels
-    if (side := max(map(max, training_shapes(args)))) > largest:
+    if (side := max(args.resolution, *map(max, training_shapes(args)))) > largest:
         yield f"--resolution {args.resolution} has a side of {side} pixels, above the model's {largest}."
     for layer in args.lora_layers.split(","):
         if not lora_targets(transformer, layer):
@@ -1057,12 +1069,14 @@ def check_lora(run: Run) -> Iterator[str]:
     except Exception as error:  # of the file system, safetensors or the Hub
         yield f"The LoRA {path} cannot be loaded: {first_line(error)}."
         return
-    targets = lora_targets(run.transformer, args.lora_layers)
-    wanted = {f"transformer.{target}.lora_{side}.weight" for target in targets for side in "AB"}
-    if others := sorted(file.keys() ^ wanted):
-        yield f"{path} is no LoRA in diffusers' layout of these --lora_layers: see {others[0]}."
-    elif {file[name].shape["lora_B" in name] for name in wanted} != {args.rank}:
-        yield f"{path} has another rank than --rank {args.rank}."
+    wanted: dict[str, tuple[int, int]] = {}
+    for target in lora_targets(run.transformer, args.lora_layers):
+        layer = run.transformer.get_submodule(target)
+        wanted[f"transformer.{target}.lora_A.weight"] = (args.rank, layer.in_features)
+        wanted[f"transformer.{target}.lora_B.weight"] = (layer.out_features, args.rank)
+    if others := sorted(wanted.items() ^ {name: tuple(tensor.shape) for name, tensor in file.items()}.items()):
+        known = f"diffusers' layout, --rank {args.rank} and these --lora_layers"
+        yield f"{path} is no LoRA in {known}: see {others[0][0]}."
     alpha = (metadata or {}).get("transformer.lora_alpha", args.rank)  # without metadata, alpha is the rank
     factor = alpha / (args.lora_alpha or args.rank)
     lora = {name.removeprefix("transformer."): tensor.float() for name, tensor in file.items()}
@@ -1081,7 +1095,7 @@ def read_examples(run: Run, folder: Path) -> Generator[str, None, list[Example]]
         mask_path = path.with_suffix(".mask.png")
         try:
             with open_image(path) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
                 size = image.size if turned else image.size[::-1]  # (height, width)
                 masked |= mask_path.exists() or image.has_transparency_data
             mask = sha256_of(mask_path) if args.alpha_mask and mask_path.exists() else args.alpha_mask
@@ -1100,7 +1114,7 @@ def read_examples(run: Run, folder: Path) -> Generator[str, None, list[Example]]
 def embeddings_command(args: Namespace, about: dict) -> str:
     """The command line that writes the embeddings this run needs."""
     flags = vars(args) | {"prompt": args.instance_prompt, "local_data_dir": args.instance_data_dir}
-    flags["output_path"] = args.data_df_path.with_suffix(".parquet")
+    flags["output_path"] = args.data_df_path
     flags["max_sequence_length"] = args.max_sequence_length or about.get("max_sequence_length")
     flags["t5_precision"] = about.get("t5")
     names = "prompt local_data_dir output_path pretrained_model_name_or_path variant revision cache_dir t5_precision "
@@ -1226,6 +1240,7 @@ def choose_recomputation(run: Run, dataset: SampleDataset) -> float:
 
 def train(run: Run, model: nn.Module, dataloader: DataLoader) -> None:
     """Every micro-batch of `dataloader` once, with checkpoints and previews; after a signal it saves and ends."""
+    note_signals(run.signals)
     args, accelerator = run.args, run.accelerator
     loss_sum, skipped, is_main = torch.zeros((), device=accelerator.device), 0, accelerator.is_main_process
     progress = tqdm(None, "Training", run.max_train_steps, initial=run.global_step, unit="step", disable=not is_main)
@@ -1329,21 +1344,23 @@ def explained_errors() -> Iterator[None]:
 @contextmanager
 def owned_folder(run: Run) -> Iterator[None]:
     """Make the output folder for this run alone; the system frees the lock when a process dies."""
-    folder = run.args.output_dir
-    places = [folder, folder / "latents", folder / "samples", class_folder(run.args)]
+    folder, lock = run.args.output_dir, FileLock(run.args.output_dir / ".lock", timeout=0)
+    places = [folder / "latents", folder / "samples", class_folder(run.args)]
     for place in places if run.args.with_prior_preservation else places[:-1]:
         place.mkdir(parents=True, exist_ok=True)
-    if not run.accelerator.is_main_process:
-        yield
-        return
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            for unfinished in (each for place in places for each in place.glob(".unfinished-*")):
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-            yield
-    except Timeout:
+    with suppress(Timeout):
+        if run.accelerator.is_main_process:
+            lock.acquire()
+    if not any(gather_object([lock.is_locked])):
         message = f"Another training is writing to {folder}: wait for it, or use another --output_dir."
-        raise SystemExit(message) from None
+        raise SystemExit(message if run.accelerator.is_main_process else 1)
+    try:
+        for part in (".", "latents", "samples", "class_images-*") if lock.is_locked else ():
+            for unfinished in folder.glob(f"{part}/.unfinished-*"):  # of a run that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
 
 
 def note_signals(noted: list[int]) -> None:
@@ -1361,7 +1378,7 @@ def note_signals(noted: list[int]) -> None:
 def train_and_publish(run: Run, started: float) -> None:
     """Everything that costs time, on what the checks have found to be good."""
     args, accelerator = run.args, run.accelerator
-    repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else ""
+    stop_at_problems(run, create_repository(run))
     stop_at_problems(run, encode_latents(run, run.examples))
     diffusers.training_utils.free_memory()
     run.transformer = load_transformer(args, run.weight_dtype).to(accelerator.device)
@@ -1369,6 +1386,7 @@ def train_and_publish(run: Run, started: float) -> None:
     kinds = [run.examples]
     if args.with_prior_preservation:
         stop_at_problems(run, make_class_images(run))
+        stop_at_problems(run, encode_latents(run, run.class_examples))
         kinds.append(run.class_examples)
     if not all(example.latents.exists() for kind in kinds for example in kind):
         raise SystemExit(f"The latents are not visible here: share --output_dir {args.output_dir}.")
@@ -1378,8 +1396,7 @@ def train_and_publish(run: Run, started: float) -> None:
     dataset = SampleDataset(order, run.embeddings, run.noise_scheduler.sigmas, args, run.seed)
     left = range(min(run.global_step * run.samples_per_step, length), length)
     steps = len(left) // run.samples_per_step
-    about = f"{len(run.examples)} images, {sum(map(Tensor.numel, run.lora_params)):,} parameters to train"
-    accelerator.print(f"{about}, seed {run.seed}")
+    accelerator.print(f"{len(run.examples)} images, seed {run.seed}")
     accelerator.print(f"{steps} steps of {run.samples_per_step} samples, from step {run.global_step}")
     if steps > 0:
         seconds = choose_recomputation(run, dataset) * args.gradient_accumulation_steps
@@ -1394,14 +1411,13 @@ def train_and_publish(run: Run, started: float) -> None:
         for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):  # of another run
             earlier.unlink()
         make_previews(run, count=1)  # what the model makes of the prompts before it is trained
-    note_signals(run.signals)
     train(run, model, dataloader)
     if accelerator.is_main_process:
-        publish(run, repository, started)
+        publish(run, started)
     accelerator.wait_for_everyone()  # a process that left would end the others' group
 
 
-def publish(run: Run, repository: str, started: float) -> None:
+def publish(run: Run, started: float) -> None:
     """Write the LoRA, its samples and its card, say so, and upload them if that is wanted."""
     args, path = run.args, run.args.output_dir / LORA_NAME
     with appearing(path) as partial:
@@ -1410,14 +1426,16 @@ def publish(run: Run, repository: str, started: float) -> None:
     previews = make_previews(run, args.num_validation_images) if args.validation_prompt else []
     if run.signals:
         raise SystemExit(f"Interrupted. The LoRA is written: {path}")
+    samples = [file for _, file in previews]
     if previews:
-        with Image.open(args.output_dir / "samples" / "progress.png") as progress:
+        samples.append(args.output_dir / "samples" / "progress.png")
+        with Image.open(samples[-1]) as progress:
             log_images(run, "progress", [progress])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is left to be saved
-    write_model_card(run, repository or args.output_dir.resolve().name, previews)
-    print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - started:.0f} s")
-    if repository:
-        push_to_hub(run, repository)
+    write_model_card(run, previews)
+    print(f"README.md and {len(samples)} samples beside it; {peak_memory()}, {time.monotonic() - started:.0f} s")
+    if run.repository:
+        push_to_hub(run, samples)
 
 
 def print_plan(run: Run) -> None:

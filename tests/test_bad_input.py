@@ -197,6 +197,18 @@ TRAINER = {  # what is spoilt, flags, exit code, what the message says; LATE: im
     "abbreviated flag": (nothing, "--resolutio 64", 2, "--resolutio"),
     "flag with nothing": (nothing, "--instance_prompt=--", 2, "--instance_prompt"),
     "resolution off the grid": (nothing, "--resolution 100", 2, "--resolution 100, .*: sides are multiples of 16"),
+    "resolution of previews off the grid": (
+        nothing,
+        "--resolution 70 --aspect_ratio_buckets 64,64",
+        2,
+        "--resolution 70, --aspect_ratio_buckets 64,64: sides are multiples of 16",
+    ),
+    "resolution of previews above the model's": (
+        nothing,
+        "--resolution 4096 --aspect_ratio_buckets 64,64",
+        1,
+        "--resolution 4096 has a side of 4096",
+    ),
     "no resolution": (nothing, "--resolution 0", 2, "--resolution 0 is not between 1 and"),
     "resolution above the model's": (nothing, "--resolution 65536", 1, "--resolution 65536 has a side of 65536"),
     "huge rank": (nothing, "--rank 1000000000", 2, "--rank 1000000000 is not between 1 and 4096"),
@@ -207,6 +219,13 @@ TRAINER = {  # what is spoilt, flags, exit code, what the message says; LATE: im
     "no decay": (nothing, "--adam_beta1 1", 2, "--adam_beta1 1.0 is not between 0 and 0.99"),
     "negative seed": (nothing, "--seed=-1", 2, "--seed -1 is not between 0 and"),
     "huge seed": (nothing, f"--seed {2**64}", 2, f"--seed {2**64} is not between 0 and"),
+    "no previews of a prompt": (nothing, "--num_validation_images 0", 2, "--num_validation_images 0 is not between 1"),
+    "rates below polynomial's end": (
+        nothing,
+        "--lr_scheduler polynomial --learning_rate 1e-8",
+        2,
+        "polynomial ends at 1e-07, which --learning_rate 1e-08",
+    ),
     "keep no checkpoint": (nothing, "--checkpoints_total_limit 0", 2, "--checkpoints_total_limit 0 is not between 1"),
     "all dropped out": (nothing, "--lora_dropout 1", 2, "--lora_dropout 1.0 is not between 0 and 0.99"),
     "buckets": (nothing, "--aspect_ratio_buckets 64x96", 2, "--aspect_ratio_buckets 64x96: .*height,width"),
@@ -246,6 +265,7 @@ TRAINER = {  # what is spoilt, flags, exit code, what the message says; LATE: im
     "truncated embeddings": (cut_short("embeddings.parquet"), "", 1, "embeddings.parquet cannot be read"),
     "text as embeddings": (write("embeddings.parquet", "hello"), "", 1, "embeddings.parquet cannot be read"),
     "FIFO as embeddings": (lambda f: os.mkfifo(f / "pipe"), "--data_df_path=pipe", 1, "pipe cannot be read"),
+    "folder as embeddings": (nothing, "--data_df_path=.", 1, r"--data_df_path \. cannot be read"),
     "other columns": (change_table(lambda t: t.select(["prompt"])), "", 1, "cannot be read.*image_hashes"),
     "embeddings with NaN": (with_column("prompt_embeds", with_nan), "", 1, "are not finite"),
     "embeddings as lists": (with_column("prompt_embeds", flat), "", 1, "embeddings.parquet cannot be read"),
@@ -490,14 +510,20 @@ def test_odd_images(tiny: Path, tmp_path: Path, train: Callable[..., Path]) -> N
     Image.new("P", (64, 64)).save(folder / "transparent palette.png", transparency=0)
     grey_with_transparency(folder / "transparent 16 bit.png")
     Image.new("RGB", (1, 1)).save(folder / "one pixel.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (70, 64)).save(folder / "turned.jpg", exif=exif)
+    data = (folder / "turned.jpg").read_bytes()
+    assert data.count(b"\x01\x12\0\x03") == 1
+    (folder / "turned.jpg").write_bytes(data.replace(b"\x01\x12\0\x03", b"\x01\x12\0\x07"))  # bytes, no number
     Image.new("RGB", (3000, 20)).save(folder / "wide.webp")
     frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
     frames[0].save(folder / "animated.webp", save_all=True, append_images=frames[1:])
     embeddings = compute(tiny, folder, tmp_path / "e.parquet", f"--prompt={PROMPT}", "--no_t5")
     output = train(instance_data_dir=folder, data_df_path=embeddings)
-    assert len(list((output / "latents").iterdir())) == 13
+    assert len(list((output / "latents").iterdir())) == 14
     assert all(value.isfinite().all() for value in load_file(output / trainer.LORA_NAME).values())
-    assert [len(hashes) for hashes in pq.read_table(embeddings)["image_hashes"].to_pylist()] == [13, 0]
+    assert [len(hashes) for hashes in pq.read_table(embeddings)["image_hashes"].to_pylist()] == [14, 0]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -66,6 +66,14 @@ def test_the_schema_is_the_contract(embeddings: Path, tiny: Path) -> None:
     assert about["format_version"] == 1 and about["versions"]["torch"] == torch.__version__
 
 
+def test_the_last_row_is_the_empty_prompt(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """The first is --prompt: README's snippet reads them so, whatever captions there are and the file is called."""
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "a.txt").write_text("sks dog asleep")
+    path = compute(tiny, folder, tmp_path / "prompt_embeds", f"--prompt={PROMPT}", "--no_t5", "--validation_prompt=")
+    assert pq.read_table(path)["prompt"].to_pylist() == [PROMPT, "sks dog asleep", ""]
+
+
 def test_the_trainer_reads_what_was_written(embeddings: Path) -> None:
     """Every prompt's row, by its text."""
     table = trainer.PromptEmbeddings(embeddings)

@@ -164,6 +164,13 @@ def test_a_mask_of_another_size_is_an_error(tmp_path: Path) -> None:
         trainer.read_image(tmp_path / "a.jpg")
 
 
+def test_a_mask_of_16_bits_is_scaled(tmp_path: Path) -> None:
+    """Not cut off, as convert would."""
+    Image.new("RGB", (3, 1)).save(tmp_path / "a.png")
+    Image.fromarray(np.array([[0, 128 * 257, 65535]], np.uint16)).save(tmp_path / "a.mask.png")
+    assert np.array(trainer.read_image(tmp_path / "a.png")[1]).tolist() == [[0, 128, 255]]
+
+
 # ------------------------------------------------------------------------------------------------ the latents' files
 
 

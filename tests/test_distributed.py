@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import quantized_on_cpu
@@ -171,6 +172,13 @@ def test_two_machines_without_a_common_folder(launch: Launch, machines: list[lis
         processes.append(launch(Path("out"), launcher=machine, cwd=tmp_path / name))
     for printed in finish(*processes, code=1):
         assert "The latents are not visible here: share --output_dir out." in printed and SCRIPT_LINE not in printed
+
+
+def test_a_folder_that_is_taken_is_one_message(launch: Launch, tmp_path: Path) -> None:
+    """Every process hears of it, and ends."""
+    with FileLock(tmp_path / ".lock"):
+        [printed] = finish(launch(tmp_path), code=1)
+    assert printed.count(f"Another training is writing to {tmp_path}") == 1 and SCRIPT_LINE not in printed
 
 
 def test_what_each_process_finds_is_one_message(launch: Launch, photos: Path, tmp_path: Path) -> None:

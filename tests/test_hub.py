@@ -56,6 +56,13 @@ def test_only_lora_card_and_samples_are_pushed(
     assert not any(b"hf_write" in text for text in [*written, printed.encode()])
 
 
+def test_samples_of_an_earlier_run_are_not_pushed(hub: ThreadingHTTPServer, train: Callable[..., Path]) -> None:
+    """Of the same folder and step, by a run without prompts."""
+    train(f"--validation_prompt={PREVIEW_PROMPT}", max_train_steps=1)
+    train("--push_to_hub", hub_token="hf_write", max_train_steps=1)
+    assert hub.repos["me/out"].keys() == {"README.md", trainer.LORA_NAME}
+
+
 def test_the_repository_is_named_and_private_if_that_is_asked(
     hub: ThreadingHTTPServer, push: Callable[..., Path]
 ) -> None:

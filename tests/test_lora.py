@@ -342,6 +342,15 @@ def test_a_lora_in_another_form_is_refused(train: Train, tmp_path: Path, program
         train(f"--pretrained_lora_path={lora}")
 
 
+def test_a_lora_of_a_model_of_another_width_is_refused(train: Train, tmp_path: Path) -> None:
+    """Though its layers have the same names and its rank is right."""
+    weights = load_file(train(max_train_steps=1) / trainer.LORA_NAME)
+    wide = {name: torch.cat([value] * 2, int("lora_A" in name)) for name, value in weights.items()}
+    save_file(wide, tmp_path / "wide")
+    with pytest.raises(SystemExit, match="is no LoRA in diffusers' layout, --rank 64 and these --lora_layers: see "):
+        train(f"--pretrained_lora_path={tmp_path / 'wide'}")
+
+
 # ------------------------------------------------------------------------------------------------------------ the card
 
 

@@ -322,10 +322,12 @@ def test_a_second_training_in_the_same_folder_is_one_message(train: Train) -> No
 
 def test_what_another_process_is_writing_stays(train: Train, tmp_path: Path) -> None:
     """A start tidies up after killed runs in its own folder, not below it, where another run may be at work."""
-    for folder in (tmp_path / "out", tmp_path / "out" / "latents", tmp_path / "out" / "another run"):
+    output, shared = tmp_path / "out", tmp_path / "class"
+    for folder in (output, output / "latents", output / "class_images-abc", output / "another run", shared):
         (folder / ".unfinished-abc" / "checkpoint-2").mkdir(parents=True)
-    output = train(max_train_steps=1)
-    assert [path.parent for path in output.rglob(".unfinished-*")] == [output / "another run"]
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=1"]
+    train(*flags, f"--class_data_dir={shared}", max_train_steps=1)
+    assert {path.parent for path in tmp_path.rglob(".unfinished-*")} == {output / "another run", shared}
 
 
 @pytest.mark.parametrize("stdout", [True, False], ids=["reader gone", "closed"])
