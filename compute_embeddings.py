@@ -25,8 +25,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import diffusers  # this and transformers load their parts on first use, so that --help answers soon
 import numpy as np
@@ -40,10 +40,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
-    from transformers import T5EncoderModel
-
 T = TypeVar("T")
 CHUNK_TOKENS = 16 * 77  # T5 tokens per pass: more prompts share one reading of a streamed T5, but need more memory
 FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
@@ -52,9 +48,11 @@ with suppress(ImportError):  # for the photos of phones
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
-# What Pillow raises for a file that is no image, or a broken one.
-UNREADABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, Image.DecompressionBombError)
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # captions, as datasets' ImageFolder reads them
+METADATA: dict[str, Callable[[Path], pd.DataFrame]] = {  # captions, as datasets' ImageFolder reads them
+    "metadata.csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
+    "metadata.jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig"),
+    "metadata.parquet": pd.read_parquet,
+}
 NOT_USED = (
     "not an image (HEIC needs pip install pillow-heif), nor NAME.txt, NAME.caption or NAME.mask.png of one, "
     "nor metadata.csv, .jsonl or .parquet in the images' folder"
@@ -88,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", default="a photo of sks dog", help="instance prompt, for every image without a caption of its own")
     add("--class_prompt", help="prompt of prior preservation, such as 'a photo of a dog'")
-    add("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="prompts of previews")
+    add("--validation_prompt", nargs="+", default=(), metavar="PROMPT", help="prompts of previews")
     add("--negative_prompt", help="negative prompt of the previews; '' is always there")
     add("--max_sequence_length", type=int, default=77, help="T5 tokens per prompt, at most 512")
     add = parser.add_argument_group("files").add_argument
@@ -104,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
         parser.error("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
     for name, value in vars(args).items():
-        if "\\udc" in repr(value) or (value == [] and name != "validation_prompt"):  # argparse makes [] of --flag=--
+        if "\\udc" in repr(value) or value == []:  # argparse makes [] of --flag=--
             parser.error(f"--{name} is not UTF-8, or empty")
     return args
 
@@ -118,12 +116,11 @@ def find_images(folder: Path) -> list[Path]:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex: how a row of the Parquet file names an image."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image as the file has it, its pixels not yet read; one of UNREADABLE if it is none that can be used."""
+    """An image as the file has it, its pixels not yet read; an error if it is none that can be used."""
     path.name.encode()  # what is not UTF-8 is a ValueError
     if not path.is_file():  # a pipe would be waited for forever
         raise OSError("it is not a regular file")
@@ -177,25 +174,22 @@ def load_tokenizer(load: Any, args: Namespace, subfolder: str) -> Any:
     return tokenizer
 
 
-def load_clip(args: Namespace, device: torch.device) -> StableDiffusion3Pipeline:
+def load_clip(args: Namespace, device: torch.device) -> diffusers.StableDiffusion3Pipeline:
     """A pipeline of nothing but both CLIPs, in fp16 on a GPU (1.6 GiB)."""
     config = load_part(diffusers.SD3Transformer2DModel.load_config, args, "transformer")
-    parts: dict[str, Any] = dict.fromkeys(["vae", "text_encoder_3", "tokenizer_3"])
-    kwargs = {"variant": args.variant, "dtype": weight_dtype(device), "use_safetensors": True}
+    parts: dict[str, Any] = dict.fromkeys(["scheduler", "vae", "text_encoder_3", "tokenizer_3"])
+    dtype = torch.float16 if device.type == "cuda" else torch.float32  # CPUs are slow in fp16
+    kwargs = {"variant": args.variant, "dtype": dtype, "use_safetensors": True}
     for number in ("", "_2"):
         parts[f"tokenizer{number}"] = load_tokenizer(transformers.CLIPTokenizer, args, f"tokenizer{number}")
         load = transformers.CLIPTextModelWithProjection.from_pretrained
         parts[f"text_encoder{number}"] = load_part(load, args, f"text_encoder{number}", **kwargs).to(device)
     with torch.device("meta"):  # encode_prompt asks the transformer for its width
         parts["transformer"] = diffusers.SD3Transformer2DModel.from_config(config)
-    return diffusers.StableDiffusion3Pipeline(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **parts)
+    return diffusers.StableDiffusion3Pipeline(**parts)
 
 
-def weight_dtype(device: torch.device) -> torch.dtype:
-    return torch.float16 if device.type == "cuda" else torch.float32  # CPUs are slow in fp16
-
-
-def load_t5(args: Namespace, device: torch.device, offload_folder: Path) -> T5EncoderModel:
+def load_t5(args: Namespace, device: torch.device, offload_folder: Path) -> transformers.T5EncoderModel:
     """T5 in 8 bit, or in fp32 with its blocks left on disk, for accelerate to fetch one at a time.
 
     What is streamed is computed in fp32, since streaming loses transformers' rule that keeps `wo`, which overflows in
@@ -203,13 +197,12 @@ def load_t5(args: Namespace, device: torch.device, offload_folder: Path) -> T5En
     """
     kwargs: dict[str, Any] = {"variant": args.variant, "use_safetensors": True}  # other files could run code
     if args.t5_precision == "int8":
-        kwargs |= {"device_map": {"": device}, "dtype": weight_dtype(device)}
-        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        kwargs |= {"device_map": device, "dtype": torch.float16, "quantization_config": config}
     else:
-        layers = load_part(transformers.T5Config.from_pretrained, args, "text_encoder_3").num_layers
-        resident = dict.fromkeys(["shared", "encoder.embed_tokens", "encoder.final_layer_norm"], device.type)
-        streamed = dict.fromkeys([f"encoder.block.{i}" for i in range(layers)], "disk")
-        kwargs |= {"device_map": resident | streamed, "offload_folder": offload_folder, "dtype": torch.float32}
+        device_map = dict.fromkeys(["shared", "encoder.embed_tokens", "encoder.final_layer_norm"], device.type)
+        device_map["encoder.block"] = "disk"
+        kwargs |= {"device_map": device_map, "offload_folder": offload_folder, "dtype": torch.float32}
     return load_part(transformers.T5EncoderModel.from_pretrained, args, "text_encoder_3", **kwargs)
 
 
@@ -217,7 +210,7 @@ def report_cut(tokenizer: Any, prompts: list[str], max_length: int, name: str) -
     """Say which end of which prompt an encoder will not see."""
     room = max_length - tokenizer.num_special_tokens_to_add()
     for prompt in prompts:
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
         if len(ids) > room:
             unseen = tokenizer.decode(ids[room:])
             print(f"note: {name} reads {max_length} tokens; of {prompt!r} it does not see {unseen!r}")
@@ -225,9 +218,10 @@ def report_cut(tokenizer: Any, prompts: list[str], max_length: int, name: str) -
 
 def to_float16(embeds: Tensor, name: str) -> np.ndarray:
     """The same numbers in fp16; an error if one of them is not finite there."""
-    if not (embeds.abs() <= torch.finfo(torch.float16).max).all():
+    embeds = embeds.half()
+    if not embeds.isfinite().all():
         raise SystemExit(f"{name} gave values that fp16 cannot hold. With T5 in 8 bit, try --t5_precision exact.")
-    return embeds.to(torch.float16).cpu().numpy()
+    return embeds.cpu().numpy()
 
 
 @torch.inference_mode()
@@ -237,38 +231,32 @@ def encode_prompts(args: Namespace, prompts: list[str], scratch: Path) -> tuple[
     The first lives in a file under `scratch`: 1.2 MB a prompt would not fit into RAM for ten thousand captions.
     """
     device, length = torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.max_sequence_length
-    size = max(1, CHUNK_TOKENS // max(77, length))
+    size = CHUNK_TOKENS // max(77, length)
     chunks = [slice(start, start + size) for start in range(0, len(prompts), size)]
-    pipeline = load_clip(args, device)
-    clip_tokens, config = pipeline.tokenizer.model_max_length, pipeline.transformer.config
-    shape = (len(prompts), clip_tokens + length, config.joint_attention_dim)
-    prompt_embeds = np.memmap(scratch / "prompt_embeds", np.float16, "w+", shape=shape)
-    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash when a mapped page is written
-        with open(scratch / "prompt_embeds", "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, prompt_embeds.nbytes)
-    pooled_prompt_embeds = np.zeros((len(prompts), config.pooled_projection_dim), np.float16)
-    report_cut(pipeline.tokenizer, prompts, clip_tokens, "CLIP")
-    options = {"device": device, "do_classifier_free_guidance": False, "max_sequence_length": length}
-    for chunk in tqdm(chunks, desc="Encoding with CLIP", unit="chunk"):
-        embeds, _, pooled_embeds, _ = pipeline.encode_prompt(prompts[chunk], None, None, **options)
-        prompt_embeds[chunk] = to_float16(embeds, "CLIP")  # zeros in T5's place
-        pooled_prompt_embeds[chunk] = to_float16(pooled_embeds, "CLIP")
+    pipeline, pooled_prompt_embeds = load_clip(args, device), []
+    report_cut(pipeline.tokenizer, prompts, pipeline.tokenizer.model_max_length, "CLIP")
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": length}
+    with open(scratch / "prompt_embeds", "wb") as file:  # a full disk would be a crash later, in a mapped page
+        for chunk in tqdm(chunks, desc="Encoding with CLIP", unit="chunk"):
+            embeds, _, pooled_embeds, _ = pipeline.encode_prompt(prompts[chunk], None, None, device, **options)
+            file.write(to_float16(embeds, "CLIP").data)  # zeros in T5's place
+            pooled_prompt_embeds.append(to_float16(pooled_embeds, "CLIP"))
+    prompt_embeds = np.memmap(file.name, np.float16, "r+", shape=(len(prompts), *embeds.shape[1:]))
     del pipeline
     diffusers.training_utils.free_memory()
     if args.t5_precision != "none":
         tokenizer = load_tokenizer(transformers.T5TokenizerFast, args, "tokenizer_3")
         report_cut(tokenizer, prompts, length, "T5")
         encoder = load_t5(args, device, scratch)
-        padding = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        with tqdm(
-            total=len(encoder.encoder.block) * len(chunks), desc="Encoding with T5", unit="layer"
-        ) as progress_bar:
+        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        layers = len(encoder.encoder.block) * len(chunks)
+        with tqdm(total=layers, desc="Encoding with T5", unit="layer") as progress_bar:
             for block in encoder.encoder.block:  # one pass of a streamed T5 can take a minute
                 block.register_forward_hook(lambda *_: progress_bar.update() and None)
             for chunk in chunks:
-                input_ids = tokenizer(prompts[chunk], **padding).input_ids.to(encoder.device)  # (n, length)
-                prompt_embeds[chunk, clip_tokens:] = to_float16(encoder(input_ids)[0], "T5")
-    return prompt_embeds, pooled_prompt_embeds
+                embeds = encoder(tokens.input_ids[chunk].to(device))[0]  # (n, length, D)
+                prompt_embeds[chunk, -length:] = to_float16(embeds, "T5")
+    return prompt_embeds, np.concatenate(pooled_prompt_embeds)
 
 
 def write_embeddings(path: Path, captions: dict[str, list[str]], embeds: tuple[np.ndarray, ...], about: dict) -> None:
@@ -276,63 +264,51 @@ def write_embeddings(path: Path, captions: dict[str, list[str]], embeds: tuple[n
 
     captions: the hashes of the images that each prompt captions; embeds: prompt_embeds (N, L, D) and pooled (N, P).
     """
-    fields = [("prompt", pa.string()), ("image_hashes", pa.list_(pa.string()))]
-    for name, array in zip(("prompt_embeds", "pooled_prompt_embeds"), embeds, strict=True):
-        fields.append((name, pa.fixed_shape_tensor(pa.float16(), array.shape[1:])))
-    schema = pa.schema(fields, metadata={"sd3_embeddings": json.dumps(about)})
+    prompt_embeds, pooled_prompt_embeds = map(pa.FixedShapeTensorArray.from_numpy_ndarray, embeds)
+    columns = {
+        "prompt": list(captions),
+        "image_hashes": pa.array(captions.values(), pa.list_(pa.string())),
+        "prompt_embeds": prompt_embeds,
+        "pooled_prompt_embeds": pooled_prompt_embeds,
+    }
+    table = pa.table(columns, metadata={"sd3_embeddings": json.dumps(about)})
     with open(path, "wb") as file:
-        with pq.ParquetWriter(file, schema) as writer:
-            for i, (prompt, image_hashes) in enumerate(captions.items()):
-                rows = [np.ascontiguousarray(array[i : i + 1]) for array in embeds]
-                tensors = [pa.FixedShapeTensorArray.from_numpy_ndarray(row) for row in rows]
-                writer.write_table(pa.table([[prompt], [image_hashes], *tensors], schema=schema))
+        pq.write_table(table, file, row_group_size=1)
         os.fsync(file.fileno())
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a metadata file."""
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    if path.suffix == ".csv":
-        return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-    return pq.read_table(path).to_pylist()
-
-
-def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[str, str]:
-    """Captions by file name, of images that have their own: NAME.txt or NAME.caption, or a row of a metadata file.
+def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
+    """Captions of images that have their own: NAME.txt or NAME.caption, or a row of a metadata file.
 
     What is not used is named, for whoever wonders where an image or a caption went.
     """
-    captions: dict[str, str] = {}
-    names_of: dict[str, list[str]] = defaultdict(list)  # by stem
+    captions: dict[Path, str] = {}
+    images_of: dict[str, list[Path]] = defaultdict(list)  # by stem
     for image in images:
-        names_of[image.stem].append(image.name)
-    known = {image.name for image in images} | {f"{stem}.mask.png" for stem in names_of}
-    above = [folder.parent / name for name in METADATA if (folder.parent / name).exists()]
-    for path in [*sorted(folder.glob("[!.]*"), key=lambda path: path.name not in METADATA), *above]:
+        images_of[image.stem].append(image)
+    known = {*images, *(folder / f"{stem}.mask.png" for stem in images_of)}
+    files = sorted(folder.glob("[!.]*"), key=lambda path: path.name not in METADATA)
+    for path in [*files, *folder.parent.glob("metadata.*")]:
+        rows, found = [], {}
         try:
             if path.name in METADATA and path.parent == folder:
-                rows = [(str(PurePosixPath(str(row["file_name"]))), row["text"]) for row in read_rows(path)]
-            elif path.suffix.lower() in (".txt", ".caption") and path.stem in names_of:
-                rows = [(name, path.read_text("utf-8-sig")) for name in names_of[path.stem]]
-            elif path.name in known or path.is_dir():
-                continue
-            else:
+                rows = METADATA[path.name](path)[["file_name", "text"]].to_numpy().tolist()
+            elif path.suffix.lower() in (".txt", ".caption") and path.stem in images_of:
+                rows = [[image.name, path.read_text("utf-8-sig")] for image in images_of[path.stem]]
+            elif path not in known and not path.is_dir():
                 print(f"note: skipped {path}: {NOT_USED}")
-                continue
-        except Exception as error:  # of pandas, Arrow, JSON or the file system
+        except Exception as error:  # of pandas, Arrow or the file system
             problems.append(f"{path} cannot be read: {error!r}. Captions are UTF-8; tables have file_name and text.")
-            continue
-        found: dict[str, str] = {}
         for name, text in rows:
-            if name in found:
-                problems.append(f"{path} has two rows for {name}. Leave one of them.")
-            elif name not in known:
+            image = folder / str(name)
+            if image in found:
+                problems.append(f"{path} has two rows for {image}. Leave one of them.")
+            elif image not in known:
                 problems.append(f"{path} has a caption of {name}; only images directly in {folder} are read.")
             elif not isinstance(text, str | int | float) or text != text or not str(text).strip():
                 problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
             else:
-                found[name] = " ".join(str(text).split())
+                found[image] = " ".join(str(text).split())
         captions |= found
     return captions
 
@@ -343,34 +319,31 @@ def caption_images(args: Namespace) -> dict[str, list[str]]:
     Every image is decoded once: mending a truncated one later would change its hash, and cost the embeddings again.
     """
     folder, problems = args.local_data_dir, []
-    if not folder.is_dir():
-        raise SystemExit(f"{folder} is not a folder. Name the folder with the images: --local_data_dir.")
     images = find_images(folder)
     if not images:
-        problems.append(f"{folder} has no images ({', '.join(FORMATS)}).")
+        problems.append(f"--local_data_dir {folder} has no images ({', '.join(FORMATS)}).")
     own = read_captions(folder, images, problems)
-    prompts = [args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, ""]
+    caption_of = dict.fromkeys(images, args.prompt) | own
+    prompts = [args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt]
     captions: dict[str, list[str]] = {prompt: [] for prompt in prompts if prompt is not None}
-    seen: dict[str, tuple[Path, str]] = {}
+    first_of: dict[str, Path] = {}  # by hash
     for path in tqdm(images, desc="Reading images", unit="image", leave=False):
         try:
             with open_image(path) as image:
                 image.load()
             sha256 = sha256_of(path)
-        except UNREADABLE as error:
+        except Exception as error:  # Pillow has no class for what makes a file unreadable
             problems.append(f"{path} is not a readable image ({error}). Repair it or take it out of the folder.")
             continue
-        caption = own.get(path.name, args.prompt)
-        first, its_caption = seen.setdefault(sha256, (path, caption))
+        first = first_of.setdefault(sha256, path)
         if first == path:
-            captions.setdefault(caption, []).append(sha256)
-        elif caption != its_caption:
+            captions.setdefault(caption_of[path], []).append(sha256)
+        elif caption_of[first] != caption_of[path]:
             problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
-    captions[""] = captions.pop("")  # the last row
+    captions[""] = captions.pop("", [])  # the last row
     if problems:
         raise SystemExit("\n".join(problems))
-    with_own = f", {len(own)} with their own captions" if own else ""
-    print(f"{len(images)} images in {folder}{with_own}; {len(captions)} distinct prompts")
+    print(f"{len(images)} images in {folder}, {len(own)} with their own captions; {len(captions)} distinct prompts")
     return captions
 
 
@@ -384,7 +357,6 @@ def compute(args: Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not (path.is_file() and path.open("rb").read(4) == b"PAR1"):
         raise SystemExit(f"--output_path {path} exists and is no Parquet file.")
-    libraries = ("torch", "diffusers", "transformers", "bitsandbytes")
     about = {
         "format_version": 1,
         "model": args.pretrained_model_name_or_path,
@@ -392,20 +364,18 @@ def compute(args: Namespace) -> None:
         "prompt": args.prompt,
         "max_sequence_length": args.max_sequence_length,
         "t5": args.t5_precision,
-        "versions": {library: version(library) for library in libraries},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
     }
     with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent) as scratch:
         embeds = encode_prompts(args, list(captions), Path(scratch))
         table = Path(scratch, "table.parquet")
         write_embeddings(table, captions, embeds, about)
         os.replace(table, path)
-    images = sum(map(len, captions.values()))
-    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {len(captions)} prompts, {images} distinct images")
-    print(f"{peak_memory()}, {time.monotonic() - started:.0f} s")
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {peak_memory()}, {time.monotonic() - started:.0f} s")
 
 
 def main(args: Namespace) -> None:
-    for number in [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]:
+    for number in signal.valid_signals() & {1, 15}:  # SIGHUP, which Windows has not, and SIGTERM
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, signal.default_int_handler)
     try:

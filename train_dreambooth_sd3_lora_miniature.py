@@ -356,12 +356,11 @@ def find_images(folder: Path) -> list[Path]:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex: how a row of the Parquet file names an image."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image as the file has it, its pixels not yet read; one of UNREADABLE if it is none that can be used."""
+    """An image as the file has it, its pixels not yet read; an error if it is none that can be used."""
     path.name.encode()  # what is not UTF-8 is a ValueError
     if not path.is_file():  # a pipe would be waited for forever
         raise OSError("it is not a regular file")

@@ -170,16 +170,16 @@ def test_what_an_encoder_does_not_see_is_said(
 # Nothing is lost: the older file stays until the new one is whole
 
 
-def at_the_first_row(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
-    """Do something when the first row is about to be written, after all the encoding."""
-    write_table = pq.ParquetWriter.write_table
+def before_the_rows(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Do something when the rows are about to be written, after all the encoding."""
+    write_table = pq.write_table
 
-    def act_and_write(*args: object) -> None:
-        monkeypatch.setattr(pq.ParquetWriter, "write_table", write_table)
+    def act_and_write(*args: object, **kwargs: object) -> None:
+        monkeypatch.setattr(pq, "write_table", write_table)
         action()
-        write_table(*args)
+        write_table(*args, **kwargs)
 
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", act_and_write)
+    monkeypatch.setattr(pq, "write_table", act_and_write)
 
 
 def prompts_of(path: Path) -> list[str]:
@@ -196,7 +196,7 @@ def test_two_runs_to_one_output_leave_a_readable_file(
         compute(tiny, photos, path, "--no_t5", "--prompt=theirs")
         assert prompts_of(path) == ["theirs", ""]
 
-    at_the_first_row(monkeypatch, other_run)
+    before_the_rows(monkeypatch, other_run)
     compute(tiny, photos, path, "--no_t5", "--prompt=ours")
     assert prompts_of(path) == ["ours", ""] and list(tmp_path.iterdir()) == [path]
 
@@ -216,7 +216,7 @@ def test_a_signal_leaves_the_older_file_and_no_scratch(
         scratch.extend(file.stat().st_size for file in path.parent.rglob("*") if file.is_file() and file != path)
         os.kill(os.getpid(), number)
 
-    at_the_first_row(monkeypatch, send_signal)
+    before_the_rows(monkeypatch, send_signal)
     with pytest.raises(SystemExit, match="Interrupted; nothing was written."):
         compute(tiny, photos, path, "--no_t5", "--prompt=another")
     assert max(scratch) == 2 * 2 * 154 * tiny_pipeline.T5_WIDTH  # bytes a number, prompts, tokens, width
@@ -227,7 +227,7 @@ def test_a_signal_leaves_the_older_file_and_no_scratch(
 def test_nohup_is_respected(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost terminal ends no run that was told to ignore it."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    at_the_first_row(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    before_the_rows(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP))
     assert prompts_of(compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")) == [PROMPT, ""]
 
 
@@ -245,17 +245,17 @@ def test_a_full_disk_is_one_message(room: int, tiny: Path, photos: Path, tmp_pat
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_room_is_claimed_before_encoding(
+def test_room_is_claimed_before_t5_is_loaded(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page of a mapped file that finds no room kills the process without a message."""
 
-    def no_room(descriptor: int, offset: int, size: int) -> None:
-        assert (offset, size) == (0, 2 * 2 * 154 * tiny_pipeline.T5_WIDTH)
+    def look(args: object, device: object, scratch: Path) -> None:
+        [file] = scratch.iterdir()
+        assert file.stat().st_blocks * 512 >= 2 * 2 * 154 * tiny_pipeline.T5_WIDTH
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", no_room)
-    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(embed, "load_t5", look)
     with pytest.raises(SystemExit, match="No space left on device"):
         compute(tiny, photos, tmp_path / "e.parquet")
     assert not list(tmp_path.iterdir())
