@@ -47,16 +47,14 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import AutocastKwargs, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import AutocastKwargs, broadcast_object_list, gather_object, send_to_device, tqdm
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData
 from PIL import ExifTags, Image, ImageOps
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
-from tqdm.auto import tqdm
 
 T = TypeVar("T")
 FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
@@ -75,7 +73,6 @@ END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 STOPPED = (
     "Stopped after step {}; a checkpoint is saved. To go on: the same command with --resume_from_checkpoint latest"
 )
-HUB_REFUSES = "--push_to_hub: {}. With a token that may write, run: hf auth login"
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high and needs a few
 NOT_FINITE = (
     f"The gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite; none was applied. Usual causes: a learning "
@@ -83,12 +80,12 @@ NOT_FINITE = (
     "Start again with a lower --learning_rate or another --mixed_precision."
 )
 LIMITS = {  # of flags that are numbers, both ends included; others: integers from 1 to 10 million, reals above 0
-    (0, 10**7): "lr_warmup_steps dataloader_num_workers precondition_outputs adam_weight_decay "
+    (0, 10_000_000): "lr_warmup_steps dataloader_num_workers precondition_outputs adam_weight_decay "
     "prior_loss_weight guidance_scale",
     (0, 0.999999): "caption_dropout lora_dropout adam_beta1 adam_beta2",
     (0, 2**63 - 1): "seed",
     (1, 4096): "rank",
-    (-(10**7), 10**7): "logit_mean",
+    (-100, 100): "logit_mean",
     (-1, 1.75): "mode_scale",
 }
 # On resume these may have other values in silence; every other flag that differs is named in a note and followed,
@@ -102,9 +99,10 @@ MAY_CHANGE = set(
 )
 # but these are refused: with them the optimizer's state or the order of the samples would mean something else.
 MUST_NOT_CHANGE = set(
-    "seed variant rank lora_alpha lora_layers optimizer use_8bit_adam resolution aspect_ratio_buckets center_crop "
-    "random_flip alpha_mask with_prior_preservation num_class_images".split()
-) | {"images and captions", "embeddings", "base model", "samples per step", "samples per micro-batch"}
+    "seed, variant, rank, lora_alpha, lora_layers, optimizer, use_8bit_adam, resolution, aspect_ratio_buckets, "
+    "center_crop, random_flip, alpha_mask, with_prior_preservation, num_class_images, images and captions, "
+    "embeddings, base model, samples per step, samples per micro-batch".split(", ")
+)
 
 
 class Tolerant:
@@ -226,7 +224,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flag("--prior_generation_precision", str, argparse.SUPPRESS, choices=["no", "fp32", "fp16", "bf16"])
     flag("--local_rank", str, argparse.SUPPRESS)
     group = parser.add_argument_group("previews")
-    flag("--validation_prompt", [], "prompts of previews", nargs="+", type=str, metavar="PROMPT")
+    flag("--validation_prompt", (), "prompts of previews", nargs="+", type=str, metavar="PROMPT")
     flag("--negative_prompt", "", "negative prompt of the previews")
     flag("--num_validation_images", 4, "images per prompt")
     flag("--validation_epochs", 50, "preview after every so many epochs")
@@ -257,11 +255,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def command_line_problems(args: Namespace) -> Iterator[str]:
     """Everything that is wrong with the flags whatever the folders hold."""
     for name, value in vars(args).items():
-        usual = (1, 10**7) if type(value) is int else (1e-30, 1e30)
+        usual = (1, 10_000_000) if type(value) is int else (1e-30, 1e30)
         low, high = next((limits for limits, names in LIMITS.items() if name in names.split()), usual)
         if type(value) in (int, float) and not low <= value <= high:  # nor is nan
             yield f"--{name} {value} is not between {low} and {high}"
-        if "\\udc" in repr(value) or (value == [] and name != "validation_prompt"):  # argparse makes [] of --flag=--
+        if "\\udc" in repr(value) or value == []:  # argparse makes [] of --flag=--
             yield f"--{name} is not UTF-8, or empty"
     try:
         training_shapes(args)
@@ -282,14 +280,14 @@ def command_line_problems(args: Namespace) -> Iterator[str]:
 
 def training_shapes(args: Namespace) -> list[tuple[int, int]]:
     """The shapes that images are trained in, (height, width) in pixels: the square, or aspect-ratio buckets."""
-    square = f"{args.resolution},{args.resolution}"
-    text = square if args.aspect_ratio_buckets in (None, "auto") else f"{args.aspect_ratio_buckets};{square}"
-    shapes = [(int(height), int(width)) for height, width in (shape.split(",") for shape in text.split(";"))]
-    if any(side < 16 or side % 16 for shape in shapes for side in shape):
-        raise ValueError
+    shapes = [(args.resolution, args.resolution)]
     if args.aspect_ratio_buckets == "auto":
-        return diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution)
-    return shapes[:-1] or shapes
+        shapes = diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution)
+    elif args.aspect_ratio_buckets:
+        shapes = diffusers.training_utils.parse_buckets_string(args.aspect_ratio_buckets)
+    if any(side < 16 or side % 16 for side in itertools.chain([args.resolution], *shapes)):
+        raise ValueError
+    return shapes
 
 
 def digest(value: object) -> str:
@@ -318,7 +316,6 @@ class Run:
     samples_per_step: int
     samples_per_epoch: int  # in which every image of the subject comes once
     preview_steps: set[int]  # after which previews are made; the end has its own
-    repository: str  # to push to, or ""
     settings: dict[str, object]  # what a run that resumes this one is compared with
     lora_params: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -326,6 +323,7 @@ class Run:
 
     def __init__(self, args: Namespace, accelerator: Accelerator) -> None:
         self.args, self.accelerator = args, accelerator
+        self.name = args.hub_model_id or args.output_dir.resolve().name  # of the LoRA, and of its repository
         self.weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
         self.transformer: Any = None  # without weights while checks run, then the model inside the prepared one
         self.signals: list[int] = []  # that came in while training
@@ -493,13 +491,13 @@ def encode_latents(run: Run, examples: list[Example]) -> Iterator[str]:
     In fp32, as `force_upcast` in the VAE's config asks, and untiled: tiles move latents by 11 to 34 % of their std.
     """
     accelerator = run.accelerator
-    missing = list({each.latents: each for each in examples if not each.latents.exists()}.values())
+    missing = [example for example in examples if not example.latents.exists()]
     accelerator.wait_for_everyone()  # until all have looked
     if share := missing[accelerator.process_index :: accelerator.num_processes]:
         vae = load_vae(run.args, torch.float32)
         del vae.decoder  # 0.2 GB that encoding does not need
         vae.to(accelerator.device)
-        for example in tqdm(share, "Encoding images", unit="image", disable=not accelerator.is_main_process):
+        for example in tqdm(share, "Encoding images", unit="image"):
             try:
                 latents = encode_image(vae, example, run.args)
             except UNREADABLE as error:
@@ -526,17 +524,14 @@ def sample_order(kinds: list[list[Example]], seed: int, micro_batch: int, length
         while True:
             yield from numbers.sample(items, len(items))
 
+    shapes = {example.shape for kind in kinds for example in kind}
+    together = micro_batch if len(shapes) > 1 else 1
     turns = []
     for kind in kinds:
-        shapes = [example.shape for example in kind]
-        of_shape = {shape: endless([each for each in kind if each.shape == shape]) for shape in dict.fromkeys(shapes)}
-        turns.append(endless([of_shape[shape] for shape in shapes]))
-    together = micro_batch if len({example.shape for kind in kinds for example in kind}) > 1 else 1
-    order: list[Example] = []
-    while len(order) < length:
-        for turn in turns:
-            order += itertools.islice(next(turn), together)
-    return order[:length]
+        of_shape = {shape: endless([each for each in kind if each.shape == shape]) for shape in shapes}
+        turns.append(endless([of_shape[each.shape] for each in kind]))
+    order = (itertools.islice(next(turn), together) for turn in itertools.cycle(turns))
+    return list(itertools.islice(itertools.chain.from_iterable(order), length))
 
 
 @dataclass
@@ -549,12 +544,12 @@ class SampleDataset(Dataset):
     args: Namespace
     seed: int
 
-    def __getitem__(self, number: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
         """Latents and noise (16, H/8, W/8), mask (1, H/8, W/8), sigma (), loss_weight (), the prompt's embeddings."""
         args, example, generator = self.args, self.order[number], seeded_generator(self.seed, 1, number)
-        with safe_open(example.latents, "pt") as file:
-            variant = int(torch.randint(file.get_slice("mean").get_shape()[0], (), generator=generator))
-            mean, std, mask = (file.get_slice(name)[variant].float() for name in ("mean", "std", "mask"))
+        variants = load_file(example.latents)  # mapped: of what is not used nothing is read
+        variant = int(torch.randint(len(variants["mean"]), (), generator=generator))
+        mean, std, mask = (variants[name][variant].float() for name in ("mean", "std", "mask"))
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         noise = torch.randn(mean.shape, generator=generator)
         density = diffusers.training_utils.compute_density_for_timestep_sampling(
@@ -562,8 +557,8 @@ class SampleDataset(Dataset):
         )
         sigma = self.sigmas[min(int(density * len(self.sigmas)), len(self.sigmas) - 1)]  # `mode` can reach the end
         dropped = torch.rand((), generator=generator) < args.caption_dropout
-        sample = {"sample_number": number, "latents": latents, "noise": noise, "mask": mask, "sigma": sigma}
-        sample["loss_weight"] = torch.tensor(example.loss_weight)
+        sample = {"latents": latents, "noise": noise, "mask": mask, "sigma": sigma}
+        sample |= {"sample_number": torch.tensor(number), "loss_weight": torch.tensor(example.loss_weight)}
         return sample | self.embeddings["" if dropped else example.prompt]
 
 
@@ -596,7 +591,7 @@ def add_lora(transformer: diffusers.SD3Transformer2DModel, args: Namespace, seed
     config = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "lora_dropout": args.lora_dropout}
     config["target_modules"] = lora_targets(transformer, args.lora_layers)
     transformer.add_adapter(LoraConfig(init_lora_weights="gaussian", **config))
-    diffusers.training_utils.cast_training_params(transformer, dtype=torch.float32)
+    diffusers.training_utils.cast_training_params(transformer)  # to fp32
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer) and not args.lora_dropout:
             layer.forward = fused_forward(layer, layer.forward)
@@ -667,10 +662,9 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
         timestep=1000 * batch["sigma"],
         encoder_hidden_states=batch["prompt_embeds"].to(dtype),  # (B, L, D)
         pooled_projections=batch["pooled_prompt_embeds"].to(dtype),  # (B, P)
-        return_dict=False,
-    )[0]
-    error, precondition = velocity_pred.float() - (noise - latents), bool(args.precondition_outputs)
-    losses = flow_matching_loss(error, sigmas, batch["mask"], args.weighting_scheme, precondition)
+    ).sample
+    error = velocity_pred.float() - (noise - latents)
+    losses = flow_matching_loss(error, sigmas, batch["mask"], args.weighting_scheme, args.precondition_outputs)
     return (batch["loss_weight"] * losses).mean()
 
 
@@ -679,8 +673,7 @@ def start_or_resume(run: Run) -> None:
     from peft import set_peft_model_state_dict
 
     args, state, scaler = run.args, run.state, run.accelerator.scaler
-    if lora := state.get("lora", run.start):
-        set_peft_model_state_dict(run.transformer, lora)
+    set_peft_model_state_dict(run.transformer, state.get("lora", run.start))
     run.lora_params = [parameter for parameter in run.transformer.parameters() if parameter.requires_grad]
     run.accelerator.print(f"{sum(map(Tensor.numel, run.lora_params)):,} parameters to train")
     run.optimizer = make_optimizer(run.lora_params, args, run.samples_per_step)
@@ -733,7 +726,7 @@ def write_lora(path: Path, run: Run) -> None:
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture(run)}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": run.args.output_dir.resolve().name,
+        "modelspec.title": run.name,
         "modelspec.trigger_phrase": run.args.instance_prompt,
         "modelspec.resolution": f"{run.args.resolution}x{run.args.resolution}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -784,13 +777,13 @@ def make_pipeline(run: Run) -> diffusers.StableDiffusion3Pipeline:
     vae = load_vae(run.args, run.weight_dtype).to(run.accelerator.device)
     vae.enable_slicing()  # decodes images one by one
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(run.noise_scheduler.config)
-    models = {"transformer": run.transformer, "vae": vae, "scheduler": scheduler}
-    pipeline = diffusers.StableDiffusion3Pipeline(**models, **dict.fromkeys(parts))
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=run.transformer, vae=vae, scheduler=scheduler, **dict.fromkeys(parts)
+    )
     pipeline.set_progress_bar_config(desc="Generating", leave=False)
     return pipeline
 
 
-@torch.no_grad()
 def generate_images(run: Run, pipeline: Any, prompts: list[str], seeds: dict[Path, tuple]) -> list[Image.Image]:
     """Write an image to each path, from the noise that its numbers seed, all at once; [] after a signal.
 
@@ -821,18 +814,15 @@ def generate_images(run: Run, pipeline: Any, prompts: list[str], seeds: dict[Pat
     if run.signals:
         return []
     for path, image in zip(seeds, images, strict=True):
-        save_image(image, path)
+        with appearing(path) as partial:
+            image.save(partial)
     return images
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    with appearing(path) as partial:
-        image.save(partial)
-
-
 def make_class_images(run: Run) -> Iterator[str]:
-    """The class's images; those that are missing are generated, with the LoRA switched off."""
+    """The class's images; those that are missing are generated, by the transformer that has no LoRA yet."""
     args, accelerator, folder = run.args, run.accelerator, class_folder(run.args)
+    folder.mkdir(parents=True, exist_ok=True)
     lacking = max(0, args.num_class_images - len(find_images(folder)))
     seeds = {folder / f"class-{number:05}.png": (3, number) for number in range(args.num_class_images)}
     missing = [path for path in seeds if not path.exists()][:lacking]
@@ -840,29 +830,31 @@ def make_class_images(run: Run) -> Iterator[str]:
     accelerator.wait_for_everyone()  # until all have counted
     if share := batches[accelerator.process_index :: accelerator.num_processes]:
         pipeline = make_pipeline(run)
-        run.transformer.disable_adapters()
-        for batch in tqdm(share, "Class images", unit="batch", disable=not accelerator.is_main_process):
+        for batch in tqdm(share, "Class images", unit="batch"):
             generate_images(run, pipeline, [args.class_prompt, ""], {path: seeds[path] for path in batch})
-        run.transformer.enable_adapters()
     accelerator.wait_for_everyone()
     found = yield from read_examples(run, folder)
     prior = {"prompt": args.class_prompt, "loss_weight": args.prior_loss_weight}
     run.class_examples = [replace(example, **prior) for example in found[: args.num_class_images]]
 
 
-def make_previews(run: Run, count: int) -> list[tuple[str, Path]]:
-    """Write samples/*.png, `count` a prompt, and progress.png; (prompt, file) of each. A signal ends it early."""
+def make_previews(run: Run) -> list[tuple[str, Path]]:
+    """Write samples/*.png and progress.png; the prompt and the file of each sample. A signal ends it early."""
     folder, pipeline, written = run.args.output_dir / "samples", make_pipeline(run), []
     for row, prompt in enumerate(run.args.validation_prompt):
         images: list[Image.Image] = []
-        for number in range(count):
+        for number in range(run.args.num_validation_images if run.global_step else 1):  # untrained, one is enough
             path = folder / f"step-{run.global_step:06d}-prompt-{row}-{number}.png"
             images += generate_images(run, pipeline, [prompt, run.args.negative_prompt], {path: (2, number)})
             if run.signals:
                 return []
             written.append((prompt, path))
         log_images(run, prompt, images)
-    save_image(draw_progress(run, folder), folder / "progress.png")
+    sheet = draw_progress(run, folder)
+    with appearing(folder / "progress.png") as partial:
+        sheet.save(partial)
+    if run.global_step >= run.max_train_steps:
+        log_images(run, "progress", [sheet])
     return written
 
 
@@ -871,67 +863,62 @@ def log_images(run: Run, title: str, images: list[Image.Image]) -> None:
     for tracker in run.accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({title: np.stack([*map(np.asarray, images)])}, step=run.global_step, **layout)
+            tracker.log_images({title: np.array(images)}, step=run.global_step, **layout)
 
 
 def draw_progress(run: Run, folder: Path) -> Image.Image:
     """A row per prompt and a column per preview so far, up to 16 of them; unreadable ones are left out."""
-    rows, columns = len(run.args.validation_prompt), []
+    rows, columns = range(len(run.args.validation_prompt)), list[np.ndarray]()
     steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png"))
     steps = [step for step in steps if step <= run.global_step]  # later ones are of an earlier run
     for step in [*steps[: -1 : 1 + len(steps) // 15], run.global_step]:
         with suppress(*UNREADABLE):
-            paths = [folder / f"step-{step:06d}-prompt-{row}-0.png" for row in range(rows)]
-            columns.append([read_image(path)[0].resize((256, 256)) for path in paths])
-    return diffusers.utils.make_image_grid([column[i] for i in range(rows) for column in columns], rows, len(columns))
+            images = [read_image(folder / f"step-{step:06d}-prompt-{row}-0.png")[0] for row in rows]
+            columns.append(np.vstack([np.asarray(image.resize((256, 256))) for image in images]))
+    return Image.fromarray(np.hstack(columns))
 
 
 def write_model_card(run: Run, previews: list[tuple[str, Path]]) -> None:
     """README.md for the Hub: base model, trigger words, gallery, how to load it, license and settings."""
-    args, path, base = run.args, run.args.output_dir / "README.md", run.args.pretrained_model_name_or_path
+    path, base = run.args.output_dir / "README.md", run.args.pretrained_model_name_or_path
     if path.exists() and CARD_MARK not in path.read_text("utf-8", errors="replace"):
         print(f"note: {path} was written by somebody else and stays as it is")
         return
-    family, local = "sd3.5" if "v3.5" in architecture(run) else "sd3", Path(base).is_dir()
+    family, repository = "sd3.5" if "v3.5" in architecture(run) else "sd3", None if Path(base).is_dir() else base
     data = ModelCardData(
         license="other",
         license_name="stabilityai-ai-community" if base.startswith("stabilityai/") else "license-of-the-base-model",
-        license_link=None if local else f"https://huggingface.co/{base}/blob/main/LICENSE.md",
-        base_model=None if local else base,
+        license_link=repository and f"https://huggingface.co/{base}/blob/main/LICENSE.md",
+        base_model=repository,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        instance_prompt=args.instance_prompt,
+        instance_prompt=run.args.instance_prompt,
         tags=["text-to-image", "diffusers-training", "diffusers", "lora", family, f"{family}-diffusers"],
         widget=[{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in previews],
     )
-    text = CARD.format(
-        data=data.to_yaml(),
-        name=run.repository or args.output_dir.resolve().name,
-        base=Path(base).name if local else base,
-        source="FOLDER OR REPOSITORY OF THE BASE MODEL" if local else base,
-        prompt=args.instance_prompt,
-        quoted=json.dumps(args.instance_prompt, ensure_ascii=False),
-        steps=run.global_step,
-        settings=json.dumps(run.settings, indent=2, ensure_ascii=False),
-    )
     with appearing(path) as partial:
-        partial.write_text(text, "utf-8")
+        partial.write_text(card_text(run, data), "utf-8")
 
 
-CARD = f"""---
-{{data}}
+def card_text(run: Run, data: ModelCardData) -> str:
+    """The card with its data; a base model that is a folder is named without its path."""
+    prompt, settings = run.args.instance_prompt, json.dumps(run.settings, indent=2, ensure_ascii=False)
+    base = data.base_model or Path(run.args.pretrained_model_name_or_path).name
+    source = data.base_model or "FOLDER OR REPOSITORY OF THE BASE MODEL"
+    return f"""---
+{data.to_yaml()}
 ---
 
 {CARD_MARK}
-# {{name}}
+# {run.name}
 
 <Gallery />
 
-A LoRA of {{base}} that knows what **{{prompt}}** looks like, trained with DreamBooth.
+A LoRA of {base} that knows what **{prompt}** looks like, trained with DreamBooth.
 
 ## Trigger words
 
-You should use `{{prompt}}` to trigger the image generation.
+You should use `{prompt}` to trigger the image generation.
 
 ## Use it
 
@@ -941,35 +928,38 @@ With diffusers 0.33 or later and peft 0.17 or later (0.18 with transformers 5), 
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained("{{source}}", torch_dtype=torch.float16)
-pipeline.load_lora_weights("{{name}}", weight_name="{LORA_NAME}")
+pipeline = StableDiffusion3Pipeline.from_pretrained("{source}", torch_dtype=torch.float16)
+pipeline.load_lora_weights("{run.name}", weight_name="{LORA_NAME}")
 pipeline.enable_model_cpu_offload()
-image = pipeline({{quoted}}).images[0]
+image = pipeline({json.dumps(prompt, ensure_ascii=False)}).images[0]
 ```
 
-The license is that of the base model. Trained for {{steps}} steps with:
+The license is that of the base model. Trained for {run.global_step} steps with:
 
 ```json
-{{settings}}
+{settings}
 ```
 """
 
 
-def create_repository(run: Run) -> Iterator[str]:
-    """The repository to push to, made if it is new."""
-    args, run.repository = run.args, ""
+def reach_hub(run: Run, create: bool = False) -> Iterator[str]:
+    """Whether the Hub knows the token; with `create` the repository to push to is made if it is new."""
+    args, api = run.args, HfApi(token=run.args.hub_token)
     if args.push_to_hub and run.accelerator.is_main_process:
-        name, private = args.hub_model_id or args.output_dir.resolve().name, args.hub_private_repo or None
         try:
-            run.repository = HfApi(token=args.hub_token).create_repo(name, private=private, exist_ok=True).repo_id
+            if create:
+                run.name = api.create_repo(run.name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+            else:
+                api.whoami()
         except Exception as error:  # the Hub's, or the network's
-            yield HUB_REFUSES.format(first_line(error))
+            yield f"--push_to_hub: {first_line(error)}. With a token that may write, run: hf auth login"
 
 
-def push_to_hub(run: Run, samples: list[Path]) -> None:
+def push_to_hub(run: Run, previews: list[tuple[str, Path]]) -> None:
     """Upload the LoRA, its card and its samples, and nothing else."""
-    folder, name = run.args.output_dir, run.repository
-    files = [LORA_NAME, "README.md", *(f"samples/{path.name}" for path in samples)]
+    folder, name = run.args.output_dir, run.name
+    files = [LORA_NAME, "README.md", *(f"samples/{file.name}" for _, file in previews)]
+    files += ["samples/progress.png"] if previews else []
     try:
         api = HfApi(token=run.args.hub_token)
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message="Add a LoRA")
@@ -987,7 +977,7 @@ def push_to_hub(run: Run, samples: list[Path]) -> None:
 
 
 def check_machine(run: Run) -> Iterator[str]:
-    """Whether this machine can do it: the precision, the tracker, writing the folder, reaching the Hub."""
+    """Whether this machine can do it: the precision, the tracker, writing the folder."""
     args, accelerator = run.args, run.accelerator
     precision, folder = accelerator.mixed_precision, args.output_dir.absolute()
     if precision not in WEIGHT_DTYPES:
@@ -1002,11 +992,6 @@ def check_machine(run: Run) -> Iterator[str]:
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         yield f"--output_dir {args.output_dir} cannot be written: {nearest} is not a folder, or may not be changed."
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            HfApi(token=args.hub_token).whoami()
-        except Exception as error:  # the Hub's, or the network's
-            yield HUB_REFUSES.format(first_line(error))
 
 
 def check_checkpoint(run: Run) -> Iterator[str]:
@@ -1030,15 +1015,11 @@ def check_checkpoint(run: Run) -> Iterator[str]:
 
 def check_model(run: Run) -> Iterator[str]:
     """The transformer without its weights, the noise scheduler, and what identifies the weights."""
-    args, run.base_model = run.args, ""
-
-    def load_empty(*names: str, **kwargs: object) -> tuple[Any, str | None]:
-        config, commit = diffusers.SD3Transformer2DModel.load_config(*names, return_commit_hash=True, **kwargs)
-        with torch.device("meta"):
-            return diffusers.SD3Transformer2DModel.from_config(config), commit
-
+    args, run.base_model, model_class = run.args, "", diffusers.SD3Transformer2DModel
     try:
-        transformer, commit = load_part(load_empty, args, "transformer")
+        config, commit = load_part(model_class.load_config, args, "transformer", return_commit_hash=True)
+        with torch.device("meta"):
+            transformer = load_part(lambda *_, **__: model_class.from_config(config), args, "transformer")
         run.noise_scheduler = load_part(diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained, args, "scheduler")
     except SystemExit as message:
         yield str(message)
@@ -1057,28 +1038,28 @@ def check_model(run: Run) -> Iterator[str]:
 
 
 def check_lora(run: Run) -> Iterator[str]:
-    """The weights of --pretrained_lora_path, at their strength."""
+    """The weights of --pretrained_lora_path, at their strength, if they fit the LoRA that is to be trained."""
     args, path, run.start = run.args, run.args.pretrained_lora_path, {}
     if not path or not run.transformer:
         return
+    from peft import get_peft_model_state_dict
+
     try:
         file, metadata = diffusers.StableDiffusion3Pipeline.lora_state_dict(
             path, cache_dir=args.cache_dir, token=args.hub_token, use_safetensors=True, return_lora_metadata=True
         )
-    except Exception as error:  # of the file system, safetensors or the Hub
+        add_lora(run.transformer, args, seed=0)
+    except Exception as error:  # of the file system, safetensors, the Hub, or PEFT without layers to train
         yield f"The LoRA {path} cannot be loaded: {first_line(error)}."
         return
-    wanted: dict[str, tuple[int, int]] = {}
-    for target in lora_targets(run.transformer, args.lora_layers):
-        layer = run.transformer.get_submodule(target)
-        wanted[f"transformer.{target}.lora_A.weight"] = (args.rank, layer.in_features)
-        wanted[f"transformer.{target}.lora_B.weight"] = (layer.out_features, args.rank)
-    if others := sorted(wanted.items() ^ {name: tuple(tensor.shape) for name, tensor in file.items()}.items()):
+    lora = {name.removeprefix("transformer."): tensor.float() for name, tensor in file.items()}
+    given = {(name, *tensor.shape) for name, tensor in lora.items()}
+    wanted = {(name, *tensor.shape) for name, tensor in get_peft_model_state_dict(run.transformer).items()}
+    if others := sorted(given ^ wanted):
         known = f"diffusers' layout, --rank {args.rank} and these --lora_layers"
         yield f"{path} is no LoRA in {known}: see {others[0][0]}."
     alpha = (metadata or {}).get("transformer.lora_alpha", args.rank)  # without metadata, alpha is the rank
     factor = alpha / (args.lora_alpha or args.rank)
-    lora = {name.removeprefix("transformer."): tensor.float() for name, tensor in file.items()}
     run.start = {name: tensor * factor if "lora_B" in name else tensor for name, tensor in lora.items()}
 
 
@@ -1089,8 +1070,7 @@ def read_examples(run: Run, folder: Path) -> Generator[str, None, list[Example]]
     """
     args, accelerator, shapes = run.args, run.accelerator, training_shapes(run.args)
     found, masked = [], False
-    images = find_images(folder) if folder.is_dir() else []
-    for path in images[accelerator.process_index :: accelerator.num_processes]:
+    for path in find_images(folder)[accelerator.process_index :: accelerator.num_processes]:
         mask_path = path.with_suffix(".mask.png")
         try:
             with open_image(path) as image:
@@ -1128,13 +1108,13 @@ def check_embeddings(run: Run) -> Iterator[str]:
     examples = yield from read_examples(run, folder)
     if not examples:
         yield f"--instance_data_dir {folder} has no images ({', '.join(FORMATS)})."
-    wanted = [args.instance_prompt, *([args.class_prompt, ""] if args.with_prior_preservation else [])]
-    wanted += [*args.validation_prompt, args.negative_prompt] if args.validation_prompt else []
-    wanted += [""] if args.caption_dropout else []
+    wanted = {"", args.instance_prompt, *args.validation_prompt, args.negative_prompt}
+    if args.with_prior_preservation:
+        wanted.add(args.class_prompt)
     try:
         embeddings = PromptEmbeddings(path)
-        unknown = [prompt for prompt in dict.fromkeys(wanted) if prompt not in embeddings.row_of_prompt]
-        embeds = [embeddings[prompt] for prompt in {"": 0} | dict.fromkeys(wanted) if prompt not in unknown]
+        unknown = sorted(wanted - embeddings.row_of_prompt.keys())
+        embeds = [embeddings[prompt] for prompt in wanted.difference(unknown)]
         widths = [tensor.shape[-1] for tensor in embeds[0].values()]
     except Exception as error:  # of the file system, of Arrow, or of another form than ours
         yield f"--data_df_path {path} cannot be read ({first_line(error)}). Run: {embeddings_command(args, {})}"
@@ -1159,23 +1139,23 @@ def check_embeddings(run: Run) -> Iterator[str]:
 
 def plan(run: Run) -> Iterator[str]:
     """Steps, seed and settings, and whether a checkpoint may be continued with them."""
-    args, precision = run.args, run.accelerator.mixed_precision
+    args, accelerator = run.args, run.accelerator
     [drawn] = broadcast_object_list([random.randrange(2**31)])
     if not (run.transformer and getattr(run, "examples", None)):
         return
     saved, about = run.state.get("settings", {}), run.embeddings.about
     run.seed = saved.get("seed", drawn) if args.seed is None else args.seed
-    per_micro_batch = args.train_batch_size * run.accelerator.num_processes
+    per_micro_batch = args.train_batch_size * accelerator.num_processes
     run.samples_per_step = per_step = per_micro_batch * args.gradient_accumulation_steps
     run.samples_per_epoch = per_epoch = len(run.examples) * (2 if args.with_prior_preservation else 1)
     run.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * per_epoch / per_step)
     period = args.validation_steps * per_step if args.validation_steps else args.validation_epochs * per_epoch
-    considered = range(1, run.max_train_steps) if args.validation_prompt else ()
-    run.preview_steps = {step for step in considered if step * per_step % period < per_step}
+    steps = range(1, run.max_train_steps if args.validation_prompt else 1)
+    run.preview_steps = {step for step in steps if step * per_step % period < per_step}
     run.settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
         "seed": run.seed,
         "max_train_steps": run.max_train_steps,
-        "mixed_precision": precision,
+        "mixed_precision": accelerator.mixed_precision,
         "samples per step": per_step,
         "samples per micro-batch": per_micro_batch if args.aspect_ratio_buckets else None,  # of one shape
         "images and captions": digest([(example.latents.name, example.prompt) for example in run.examples]),
@@ -1212,9 +1192,9 @@ def choose_recomputation(run: Run, dataset: SampleDataset) -> float:
     Tried on a micro-batch of the largest shape, its gradients dropped, beside room for the optimizer's states. Which
     blocks recompute changes no bit of the result, so every process decides for itself.
     """
-    largest = max(range(len(dataset.order)), key=lambda number: math.prod(dataset.order[number].shape))
+    largest = int(np.argmax([math.prod(example.shape) for example in dataset.order]))
     batch = default_collate([dataset[largest]] * run.args.train_batch_size)
-    batch = {name: value.to(run.accelerator.device) for name, value in batch.items()}
+    batch = send_to_device(batch, run.accelerator.device)
     states = [torch.empty_like(parameter) for parameter in run.lora_params * 2]
     blocks = len(run.transformer.transformer_blocks)
     for count in [blocks] if run.args.gradient_checkpointing else [0, blocks // 2, blocks]:
@@ -1223,7 +1203,7 @@ def choose_recomputation(run: Run, dataset: SampleDataset) -> float:
             for _ in range(2):  # the first pass loads kernels
                 started = time.monotonic()
                 training_loss(run.transformer, batch, run.weight_dtype, run.args).backward()
-                float(run.lora_params[0].grad.sum())  # type: ignore[union-attr]  # waits for the GPU
+                states[0].sum().item()  # waits for the GPU
                 seconds = time.monotonic() - started
             break
         except torch.OutOfMemoryError:
@@ -1232,7 +1212,6 @@ def choose_recomputation(run: Run, dataset: SampleDataset) -> float:
         finally:
             run.transformer.zero_grad()
             diffusers.training_utils.free_memory()
-    del states
     run.accelerator.print(f"{count} of {blocks} blocks recompute their activations, {peak_memory()}")
     return seconds
 
@@ -1242,7 +1221,7 @@ def train(run: Run, model: nn.Module, dataloader: DataLoader) -> None:
     note_signals(run.signals)
     args, accelerator = run.args, run.accelerator
     loss_sum, skipped, is_main = torch.zeros((), device=accelerator.device), 0, accelerator.is_main_process
-    progress = tqdm(None, "Training", run.max_train_steps, initial=run.global_step, unit="step", disable=not is_main)
+    progress = tqdm(None, "Training", run.max_train_steps, initial=run.global_step, unit="step")
     for batch in dataloader:
         with accelerator.accumulate(model):
             if args.lora_dropout:  # the one random thing that happens inside the model
@@ -1256,8 +1235,8 @@ def train(run: Run, model: nn.Module, dataloader: DataLoader) -> None:
                 finite, loss_mean, signaled = accelerator.reduce(values, "mean").tolist()  # the step's only wait
                 loss_sum.zero_()
                 skipped = 0 if finite else skipped + 1
-                if not finite and not accelerator.scaler:  # fp16's loss scaler skips such a step by itself
-                    run.optimizer.zero_grad()
+                if not finite:
+                    run.optimizer.zero_grad()  # without gradients nothing is stepped; fp16's scale goes down
                 if skipped == MAX_SKIPPED_STEPS:
                     raise SystemExit(NOT_FINITE if is_main else 1)
             run.optimizer.step()
@@ -1275,7 +1254,7 @@ def train(run: Run, model: nn.Module, dataloader: DataLoader) -> None:
             accelerator.wait_for_everyone()  # until the checkpoint is saved
             raise SystemExit(STOPPED.format(run.global_step) if is_main else 1)
         if is_main and run.global_step in run.preview_steps:
-            make_previews(run, args.num_validation_images)
+            make_previews(run)
     progress.close()
 
 
@@ -1297,19 +1276,18 @@ def peak_memory() -> str:
 
 def make_accelerator(args: Namespace) -> Accelerator:
     """accelerate's engine, at the precision of --mixed_precision or else of the launcher."""
-    handlers = [
-        AutocastKwargs(enabled=False),  # weights and activations have the training dtype, the LoRA casts for itself
-        DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
-        InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the others wait for previews and the upload
-    ]
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir / args.logging_dir),
+            project_dir=args.output_dir / args.logging_dir,
             dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),  # on a Mac: wrong data
-            kwargs_handlers=handlers,
+            kwargs_handlers=[
+                AutocastKwargs(enabled=False),  # all has the training dtype, the LoRA casts for itself
+                DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
+                InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the others wait for previews and the upload
+            ],
         )
     except ValueError as error:  # a precision that this device or this torch cannot do, or an unknown tracker
         raise SystemExit(f"Cannot start: {error}") from error
@@ -1343,18 +1321,17 @@ def explained_errors() -> Iterator[None]:
 @contextmanager
 def owned_folder(run: Run) -> Iterator[None]:
     """Make the output folder for this run alone; the system frees the lock when a process dies."""
-    folder, lock = run.args.output_dir, FileLock(run.args.output_dir / ".lock", timeout=0)
-    places = [folder / "latents", folder / "samples", class_folder(run.args)]
-    for place in places if run.args.with_prior_preservation else places[:-1]:
-        place.mkdir(parents=True, exist_ok=True)
-    with suppress(Timeout):
+    folder, lock, problems = run.args.output_dir, FileLock(run.args.output_dir / ".lock", timeout=0), []
+    for name in ("latents", "samples"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    try:
         if run.accelerator.is_main_process:
             lock.acquire()
-    if not any(gather_object([lock.is_locked])):
-        message = f"Another training is writing to {folder}: wait for it, or use another --output_dir."
-        raise SystemExit(message if run.accelerator.is_main_process else 1)
+    except Timeout:
+        problems.append(f"Another training is writing to {folder}: wait for it, or use another --output_dir.")
+    stop_at_problems(run, problems)
     try:
-        for part in (".", "latents", "samples", "class_images-*") if lock.is_locked else ():
+        for part in (".", "latents", "samples", "class_images-*"):
             for unfinished in folder.glob(f"{part}/.unfinished-*"):  # of a run that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
         yield
@@ -1377,11 +1354,10 @@ def note_signals(noted: list[int]) -> None:
 def train_and_publish(run: Run, started: float) -> None:
     """Everything that costs time, on what the checks have found to be good."""
     args, accelerator = run.args, run.accelerator
-    stop_at_problems(run, create_repository(run))
+    stop_at_problems(run, reach_hub(run, create=True))
     stop_at_problems(run, encode_latents(run, run.examples))
     diffusers.training_utils.free_memory()
     run.transformer = load_transformer(args, run.weight_dtype).to(accelerator.device)
-    add_lora(run.transformer, args, run.seed)
     kinds = [run.examples]
     if args.with_prior_preservation:
         stop_at_problems(run, make_class_images(run))
@@ -1389,19 +1365,19 @@ def train_and_publish(run: Run, started: float) -> None:
         kinds.append(run.class_examples)
     if not all(example.latents.exists() for kind in kinds for example in kind):
         raise SystemExit(f"The latents are not visible here: share --output_dir {args.output_dir}.")
+    add_lora(run.transformer, args, run.seed)
     start_or_resume(run)
     length = run.max_train_steps * run.samples_per_step
     order = sample_order(kinds, run.seed, args.train_batch_size * accelerator.num_processes, length)
     dataset = SampleDataset(order, run.embeddings, run.noise_scheduler.sigmas, args, run.seed)
-    left = range(min(run.global_step * run.samples_per_step, length), length)
+    left = range(run.global_step * run.samples_per_step, length)  # empty if the run is over
     steps = len(left) // run.samples_per_step
     accelerator.print(f"{len(run.examples)} images, seed {run.seed}")
     accelerator.print(f"{steps} steps of {run.samples_per_step} samples, from step {run.global_step}")
     if steps > 0:
         seconds = choose_recomputation(run, dataset) * args.gradient_accumulation_steps
         accelerator.print(f"about {seconds:.2g} s a step, {steps * seconds / 60:.0f} minutes in all")
-    shown = {name: value if isinstance(value, int | float) else str(value) for name, value in run.settings.items()}
-    accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=shown)
+    accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=run.settings)
     loading = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
     dataloader = DataLoader(Subset(dataset, left), args.train_batch_size, **loading)
     model, run.optimizer, dataloader = accelerator.prepare(run.transformer, run.optimizer, dataloader)
@@ -1409,7 +1385,7 @@ def train_and_publish(run: Run, started: float) -> None:
     if accelerator.is_main_process and args.validation_prompt and not run.global_step:
         for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):  # of another run
             earlier.unlink()
-        make_previews(run, count=1)  # what the model makes of the prompts before it is trained
+        make_previews(run)  # what the model makes of the prompts before it is trained
     train(run, model, dataloader)
     if accelerator.is_main_process:
         publish(run, started)
@@ -1422,19 +1398,14 @@ def publish(run: Run, started: float) -> None:
     with appearing(path) as partial:
         write_lora(partial, run)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
-    previews = make_previews(run, args.num_validation_images) if args.validation_prompt else []
+    previews = make_previews(run) if args.validation_prompt else []
     if run.signals:
         raise SystemExit(f"Interrupted. The LoRA is written: {path}")
-    samples = [file for _, file in previews]
-    if previews:
-        samples.append(args.output_dir / "samples" / "progress.png")
-        with Image.open(samples[-1]) as progress:
-            log_images(run, "progress", [progress])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is left to be saved
     write_model_card(run, previews)
-    print(f"README.md and {len(samples)} samples beside it; {peak_memory()}, {time.monotonic() - started:.0f} s")
-    if run.repository:
-        push_to_hub(run, samples)
+    print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - started:.0f} s")
+    if args.push_to_hub:
+        push_to_hub(run, previews)
 
 
 def print_plan(run: Run) -> None:
@@ -1454,7 +1425,7 @@ def main(args: Namespace) -> None:
     for message in (".*broadcast_buffers.*", r"Detected call of `lr_scheduler.step\(\)` before"):  # fp16 skips steps
         warnings.filterwarnings("ignore", message=message)
     run = Run(args, make_accelerator(args))
-    checks = [check_machine, check_checkpoint, check_model, check_lora, check_embeddings, plan]
+    checks = [check_machine, reach_hub, check_checkpoint, check_model, check_lora, check_embeddings, plan]
     streams: list[Any] = [Tolerant(sys.stdout), Tolerant(sys.stderr)]
     with explained_errors(), redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         stop_at_problems(run, itertools.chain.from_iterable(check(run) for check in checks))

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 from safetensors import safe_open
+from tqdm.auto import tqdm
 
 import compute_embeddings as embed
 import tiny_pipeline
@@ -66,7 +67,7 @@ def make_inputs(folder: Path) -> list[str]:
 def train(flags: list[str], output: Path, sync: Callable[[int], None]) -> None:
     """Be a process that trains, on a disk that syncs so."""
     signal.alarm(HANGS_AFTER)
-    trainer.tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes, and one was killed with it
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes, and one was killed with it
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)

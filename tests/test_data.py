@@ -338,7 +338,7 @@ def test_crops_and_flips_vary_between_epochs(samples: Callable[..., trainer.Samp
     """The reference froze them at load. Here all eight variants of an oblong image come in turn."""
     dataset = samples("--random_flip", max_train_steps=200)
     numbers = [number for number, example in enumerate(dataset.order) if example.path.name == "a.jpg"]
-    means = trainer.safe_open(dataset.order[numbers[0]].latents, "pt").get_tensor("mean").float().flatten(1)
+    means = trainer.load_file(dataset.order[numbers[0]].latents)["mean"].float().flatten(1)
     drawn = torch.stack([dataset[number]["latents"].flatten() for number in numbers])  # (40, 1024)
     nearest = torch.cdist(drawn, means).argmin(dim=1)
     assert len(numbers) == 40 and len(means) == 8 and set(nearest.tolist()) == set(range(8))

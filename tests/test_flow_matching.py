@@ -38,9 +38,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.velocity = velocity
 
-    def forward(self, **inputs: Tensor) -> tuple[Tensor]:
+    def forward(self, **inputs: Tensor) -> Namespace:
         self.inputs = inputs
-        return (torch.zeros_like(inputs["hidden_states"]) if self.velocity is None else self.velocity,)
+        return Namespace(sample=torch.zeros_like(inputs["hidden_states"]) if self.velocity is None else self.velocity)
 
 
 def args(*flags: str) -> Namespace:
