@@ -48,10 +48,10 @@ with suppress(ImportError):  # for the photos of phones
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
-METADATA: dict[str, Callable[[Path], pd.DataFrame]] = {  # captions, as datasets' ImageFolder reads them
-    "metadata.csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
-    "metadata.jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig"),
-    "metadata.parquet": pd.read_parquet,
+METADATA: dict[str, Callable[[Path], list[dict]]] = {  # captions, as datasets' ImageFolder reads them
+    "metadata.csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"),
+    "metadata.jsonl": lambda path: list(map(json.loads, filter(str.strip, path.read_text("utf-8-sig").split("\n")))),
+    "metadata.parquet": lambda path: pq.read_table(path).to_pylist(),
 }
 NOT_USED = (
     "not an image (HEIC needs pip install pillow-heif), nor NAME.txt, NAME.caption or NAME.mask.png of one, "
@@ -248,13 +248,14 @@ def encode_prompts(args: Namespace, prompts: list[str], scratch: Path) -> tuple[
         tokenizer = load_tokenizer(transformers.T5TokenizerFast, args, "tokenizer_3")
         report_cut(tokenizer, prompts, length, "T5")
         encoder = load_t5(args, device, scratch)
-        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        padding = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
         layers = len(encoder.encoder.block) * len(chunks)
         with tqdm(total=layers, desc="Encoding with T5", unit="layer") as progress_bar:
             for block in encoder.encoder.block:  # one pass of a streamed T5 can take a minute
                 block.register_forward_hook(lambda *_: progress_bar.update() and None)
             for chunk in chunks:
-                embeds = encoder(tokens.input_ids[chunk].to(device))[0]  # (n, length, D)
+                input_ids = tokenizer(prompts[chunk], **padding).input_ids  # (n, length)
+                embeds = encoder(input_ids.to(device))[0]  # (n, length, D)
                 prompt_embeds[chunk, -length:] = to_float16(embeds, "T5")
     return prompt_embeds, np.concatenate(pooled_prompt_embeds)
 
@@ -292,9 +293,9 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
         rows, found = [], {}
         try:
             if path.name in METADATA and path.parent == folder:
-                rows = METADATA[path.name](path)[["file_name", "text"]].to_numpy().tolist()
+                rows = [(row["file_name"], row["text"]) for row in METADATA[path.name](path)]
             elif path.suffix.lower() in (".txt", ".caption") and path.stem in images_of:
-                rows = [[image.name, path.read_text("utf-8-sig")] for image in images_of[path.stem]]
+                rows = [(image.name, path.read_text("utf-8-sig")) for image in images_of[path.stem]]
             elif path not in known and not path.is_dir():
                 print(f"note: skipped {path}: {NOT_USED}")
         except Exception as error:  # of pandas, Arrow or the file system
@@ -303,7 +304,7 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
             image = folder / str(name)
             if image in found:
                 problems.append(f"{path} has two rows for {image}. Leave one of them.")
-            elif image not in known:
+            elif image not in known or image.stem.endswith(".mask"):
                 problems.append(f"{path} has a caption of {name}; only images directly in {folder} are read.")
             elif not isinstance(text, str | int | float) or text != text or not str(text).strip():
                 problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")

@@ -386,7 +386,7 @@ def test_metadata(name: str, folder: Path) -> None:
         folder / name,
     )
     if name == "metadata.parquet":
-        table.to_parquet(path)
+        table.set_index("file_name").to_parquet(path)
     else:
         text = table.to_csv(index=False) if name == "metadata.csv" else table.to_json(orient="records", lines=True)
         path.write_text(text, "utf-8-sig")
@@ -401,12 +401,12 @@ def test_words_that_pandas_takes_for_nothing_are_text(folder: Path) -> None:
     assert list(captions_of(folder).values()) == expected
     (folder / "metadata.csv").unlink()
     rows = [
-        {"file_name": "a.jpg", "text": 7},
-        {"file_name": "b.JPEG", "text": 0.5},
+        {"file_name": "a.jpg", "text": 7, "id": 2**70},
+        {"file_name": "b.JPEG", "text": 0.7},
         {"file_name": "c.png", "text": "NA"},
     ]
     (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-    assert list(captions_of(folder).values()) == ["7", "0.5", "NA", PROMPT, PROMPT]
+    assert list(captions_of(folder).values()) == ["7", "0.7", "NA", PROMPT, PROMPT]
 
 
 @pytest.mark.parametrize("name", ["a.jpg.txt", "a.jpg.caption", "a.json", "b.txt.bak", "z.txt", "notes.pdf", "d.heic"])
