@@ -314,7 +314,6 @@ class Run:
     seed: int
     max_train_steps: int
     samples_per_step: int
-    samples_per_epoch: int  # in which every image of the subject comes once
     preview_steps: set[int]  # after which previews are made; the end has its own
     settings: dict[str, object]  # what a run that resumes this one is compared with
     lora_params: list[nn.Parameter]
@@ -1147,7 +1146,7 @@ def plan(run: Run) -> Iterator[str]:
     run.seed = saved.get("seed", drawn) if args.seed is None else args.seed
     per_micro_batch = args.train_batch_size * accelerator.num_processes
     run.samples_per_step = per_step = per_micro_batch * args.gradient_accumulation_steps
-    run.samples_per_epoch = per_epoch = len(run.examples) * (2 if args.with_prior_preservation else 1)
+    per_epoch = len(run.examples) * (2 if args.with_prior_preservation else 1)  # every image of the subject once
     run.max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * per_epoch / per_step)
     period = args.validation_steps * per_step if args.validation_steps else args.validation_epochs * per_epoch
     steps = range(1, run.max_train_steps if args.validation_prompt else 1)
@@ -1168,6 +1167,8 @@ def plan(run: Run) -> Iterator[str]:
         yield f"The checkpoint was trained with {differing[name]}."
     if followed := [differing[name] for name in differing if name not in MUST_NOT_CHANGE]:
         yield f"note: the checkpoint was trained with {'; '.join(followed)}, which is followed"
+    epochs = run.max_train_steps * per_step / per_epoch
+    yield f"note: {run.max_train_steps} steps of {per_step} samples: {epochs:.1f} epochs, seed {run.seed}"
 
 
 def stop_at_problems(run: Run, checks: Iterable[str]) -> None:
@@ -1372,7 +1373,6 @@ def train_and_publish(run: Run, started: float) -> None:
     dataset = SampleDataset(order, run.embeddings, run.noise_scheduler.sigmas, args, run.seed)
     left = range(run.global_step * run.samples_per_step, length)  # empty if the run is over
     steps = len(left) // run.samples_per_step
-    accelerator.print(f"{len(run.examples)} images, seed {run.seed}")
     accelerator.print(f"{steps} steps of {run.samples_per_step} samples, from step {run.global_step}")
     if steps > 0:
         seconds = choose_recomputation(run, dataset) * args.gradient_accumulation_steps
@@ -1408,13 +1408,11 @@ def publish(run: Run, started: float) -> None:
         push_to_hub(run, previews)
 
 
-def print_plan(run: Run) -> None:
-    """What --dry_run says: images with their shapes and captions, and steps."""
+def print_examples(run: Run) -> None:
+    """What --dry_run says: images with their shapes and captions."""
     for example in run.examples:
         height, width = example.shape
         print(f"{example.path.name}: trained as {width} x {height}, {example.prompt!r}")
-    epochs = run.max_train_steps * run.samples_per_step / run.samples_per_epoch
-    print(f"{run.max_train_steps} steps of {run.samples_per_step} samples: {epochs:.1f} epochs, seed {run.seed}")
 
 
 def main(args: Namespace) -> None:
@@ -1433,7 +1431,7 @@ def main(args: Namespace) -> None:
             with owned_folder(run):
                 train_and_publish(run, started)
         elif run.accelerator.is_main_process:
-            print_plan(run)
+            print_examples(run)
     run.accelerator.end_training()
 
 
