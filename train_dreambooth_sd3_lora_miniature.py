@@ -33,6 +33,7 @@ import tempfile
 import time
 import warnings
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
@@ -840,29 +841,25 @@ def make_class_images(run: Run) -> Iterator[str]:
 def make_previews(run: Run) -> list[tuple[str, Path]]:
     """Write samples/*.png and progress.png; the prompt and the file of each sample. A signal ends it early."""
     folder, pipeline, written = run.args.output_dir / "samples", make_pipeline(run), []
+    shown: dict[str, list[Image.Image]] = defaultdict(list)
     for row, prompt in enumerate(run.args.validation_prompt):
-        images: list[Image.Image] = []
         for number in range(run.args.num_validation_images if run.global_step else 1):  # untrained, one is enough
             path = folder / f"step-{run.global_step:06d}-prompt-{row}-{number}.png"
-            images += generate_images(run, pipeline, [prompt, run.args.negative_prompt], {path: (2, number)})
+            shown[prompt] += generate_images(run, pipeline, [prompt, run.args.negative_prompt], {path: (2, number)})
             if run.signals:
                 return []
             written.append((prompt, path))
-        log_images(run, prompt, images)
     sheet = draw_progress(run, folder)
     with appearing(folder / "progress.png") as partial:
         sheet.save(partial)
     if run.global_step >= run.max_train_steps:
-        log_images(run, "progress", [sheet])
-    return written
-
-
-def log_images(run: Run, title: str, images: list[Image.Image]) -> None:
-    """Hand images to the trackers that show some."""
+        shown["progress"].append(sheet)
     for tracker in run.accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({title: np.array(images)}, step=run.global_step, **layout)
+            images = {title: np.array(images) for title, images in shown.items()}
+            tracker.log_images(images, step=run.global_step, **layout)
+    return written
 
 
 def draw_progress(run: Run, folder: Path) -> Image.Image:
