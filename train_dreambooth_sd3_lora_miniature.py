@@ -115,10 +115,11 @@ class Tolerant:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         with suppress(OSError, ValueError):
             self.stream.write(text)
             self.stream.flush()
+        return len(text)
 
     def flush(self) -> None:
         """Nothing is left to be flushed."""
@@ -1421,8 +1422,7 @@ def main(args: Namespace) -> None:
         warnings.filterwarnings("ignore", message=message)
     run = Run(args, make_accelerator(args))
     checks = [check_machine, reach_hub, check_checkpoint, check_model, check_lora, check_embeddings, plan]
-    streams: list[Any] = [Tolerant(sys.stdout), Tolerant(sys.stderr)]
-    with explained_errors(), redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+    with explained_errors(), redirect_stdout(Tolerant(sys.stdout)), redirect_stderr(Tolerant(sys.stderr)):
         stop_at_problems(run, itertools.chain.from_iterable(check(run) for check in checks))
         if not args.dry_run:
             with owned_folder(run):
