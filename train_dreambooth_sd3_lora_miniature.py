@@ -1134,7 +1134,7 @@ def check_embeddings(run: Run) -> Iterator[str]:
 
 
 def plan(run: Run) -> Iterator[str]:
-    """Steps, seed and settings, and whether a checkpoint may be continued with them."""
+    """Steps, seed and settings, whether a checkpoint may be continued with them, and what --dry_run says of images."""
     args, accelerator = run.args, run.accelerator
     [drawn] = broadcast_object_list([random.randrange(2**31)])
     if not (run.transformer and getattr(run, "examples", None)):
@@ -1164,8 +1164,11 @@ def plan(run: Run) -> Iterator[str]:
         yield f"The checkpoint was trained with {differing[name]}."
     if followed := [differing[name] for name in differing if name not in MUST_NOT_CHANGE]:
         yield f"note: the checkpoint was trained with {'; '.join(followed)}, which is followed"
-    epochs = run.max_train_steps * per_step / per_epoch
-    yield f"note: {run.max_train_steps} steps of {per_step} samples: {epochs:.1f} epochs, seed {run.seed}"
+    for example in run.examples if args.dry_run else []:
+        height, width = example.shape
+        yield f"note: {example.path.name}: trained as {width} x {height}, {example.prompt!r}"
+    size = f"{len(run.examples)} images, {run.max_train_steps} steps of {per_step} samples"
+    yield f"note: {size}: {run.max_train_steps * per_step / per_epoch:.1f} epochs, seed {run.seed}"
 
 
 def stop_at_problems(run: Run, checks: Iterable[str]) -> None:
@@ -1405,13 +1408,6 @@ def publish(run: Run, started: float) -> None:
         push_to_hub(run, previews)
 
 
-def print_examples(run: Run) -> None:
-    """What --dry_run says: images with their shapes and captions."""
-    for example in run.examples:
-        height, width = example.shape
-        print(f"{example.path.name}: trained as {width} x {height}, {example.prompt!r}")
-
-
 def main(args: Namespace) -> None:
     started = time.monotonic()
     transformers.utils.logging.set_verbosity_error()
@@ -1426,8 +1422,6 @@ def main(args: Namespace) -> None:
         if not args.dry_run:
             with owned_folder(run):
                 train_and_publish(run, started)
-        elif run.accelerator.is_main_process:
-            print_examples(run)
     run.accelerator.end_training()
 
 
