@@ -58,6 +58,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 T = TypeVar("T")
+STARTED = time.monotonic()
 FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
 with suppress(ImportError):  # for the photos of phones
     import pillow_heif
@@ -1352,7 +1353,7 @@ def note_signals(noted: list[int]) -> None:
             signal.signal(number, note)
 
 
-def train_and_publish(run: Run, started: float) -> None:
+def train_and_publish(run: Run) -> None:
     """Everything that costs time, on what the checks have found to be good."""
     args, accelerator = run.args, run.accelerator
     stop_at_problems(run, reach_hub(run, create=True))
@@ -1388,11 +1389,11 @@ def train_and_publish(run: Run, started: float) -> None:
         make_previews(run)  # what the model makes of the prompts before it is trained
     train(run, model, dataloader)
     if accelerator.is_main_process:
-        publish(run, started)
+        publish(run)
     accelerator.wait_for_everyone()  # a process that left would end the others' group
 
 
-def publish(run: Run, started: float) -> None:
+def publish(run: Run) -> None:
     """Write the LoRA, its samples and its card, say so, and upload them if that is wanted."""
     args, path = run.args, run.args.output_dir / LORA_NAME
     with appearing(path) as partial:
@@ -1403,13 +1404,12 @@ def publish(run: Run, started: float) -> None:
         raise SystemExit(f"Interrupted. The LoRA is written: {path}")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is left to be saved
     write_model_card(run, previews)
-    print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - started:.0f} s")
+    print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
     if args.push_to_hub:
         push_to_hub(run, previews)
 
 
 def main(args: Namespace) -> None:
-    started = time.monotonic()
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -1421,7 +1421,7 @@ def main(args: Namespace) -> None:
         stop_at_problems(run, itertools.chain.from_iterable(check(run) for check in checks))
         if not args.dry_run:
             with owned_folder(run):
-                train_and_publish(run, started)
+                train_and_publish(run)
     run.accelerator.end_training()
 
 
