@@ -1105,9 +1105,8 @@ def check_embeddings(run: Run) -> Iterator[str]:
     examples = yield from read_examples(run, folder)
     if not examples:
         yield f"--instance_data_dir {folder} has no images ({', '.join(FORMATS)})."
-    wanted = {"", args.instance_prompt, *args.validation_prompt, args.negative_prompt}
-    if args.with_prior_preservation:
-        wanted.add(args.class_prompt)
+    class_prompt = args.class_prompt if args.with_prior_preservation else ""
+    wanted = {"", args.instance_prompt, *args.validation_prompt, args.negative_prompt, class_prompt}
     try:
         embeddings = PromptEmbeddings(path)
         unknown = sorted(wanted - embeddings.row_of_prompt.keys())
@@ -1124,7 +1123,7 @@ def check_embeddings(run: Run) -> Iterator[str]:
         yield f"{path} was computed with another kind of model. {cure}"
     if args.max_sequence_length not in (None, length):
         yield f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {cure}"
-    if missing := [example.path.name for example in examples if example.sha256 not in prompt_of]:
+    if missing := [example.path.name for example in run.examples if not example.prompt]:
         count = f"{len(missing)} of {len(examples)} images in {folder}"
         yield f"{count} have no embeddings in {path} (first: {missing[0]}). {cure}"
     captions = [example.prompt for example in run.examples]
