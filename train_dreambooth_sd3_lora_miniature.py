@@ -589,9 +589,14 @@ def add_lora(transformer: diffusers.SD3Transformer2DModel, args: Namespace, seed
     from peft.tuners.lora import LoraLayer
 
     torch.manual_seed(seed)
-    config = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "lora_dropout": args.lora_dropout}
-    config["target_modules"] = lora_targets(transformer, args.lora_layers)
-    transformer.add_adapter(LoraConfig(init_lora_weights="gaussian", **config))
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha or args.rank,
+        lora_dropout=args.lora_dropout,
+        target_modules=lora_targets(transformer, args.lora_layers),
+        init_lora_weights="gaussian",
+    )
+    transformer.add_adapter(config)
     diffusers.training_utils.cast_training_params(transformer)  # to fp32
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer) and not args.lora_dropout:
@@ -678,9 +683,14 @@ def start_or_resume(run: Run) -> None:
     run.lora_params = [parameter for parameter in run.transformer.parameters() if parameter.requires_grad]
     run.accelerator.print(f"{sum(map(Tensor.numel, run.lora_params)):,} parameters to train")
     run.optimizer = make_optimizer(run.lora_params, args, run.samples_per_step)
-    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": run.max_train_steps}
-    shape = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
-    run.lr_scheduler = diffusers.optimization.get_scheduler(args.lr_scheduler, run.optimizer, **steps, **shape)
+    run.lr_scheduler = diffusers.optimization.get_scheduler(
+        args.lr_scheduler,
+        run.optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=run.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
     if state:
         run.global_step = state["global_step"]
         groups = run.optimizer.state_dict()["param_groups"]  # those of this run: a lower learning rate is followed
