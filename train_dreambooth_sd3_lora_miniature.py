@@ -1422,8 +1422,8 @@ def main(args: Namespace) -> None:
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for message in (".*broadcast_buffers.*", r"Detected call of `lr_scheduler.step\(\)` before"):  # fp16 skips steps
-        warnings.filterwarnings("ignore", message=message)
+    # Of a flag that accelerate passes to DDP, and of an optimizer without a step, since fp16 skips some.
+    warnings.filterwarnings("ignore", r".*broadcast_buffers|Detected call of `lr_scheduler.step\(\)` before")
     run = Run(args, make_accelerator(args))
     checks = [check_machine, reach_hub, check_checkpoint, check_model, check_lora, check_embeddings, plan]
     with explained_errors(), redirect_stdout(Tolerant(sys.stdout)), redirect_stderr(Tolerant(sys.stderr)):
