@@ -277,7 +277,7 @@ def command_line_problems(args: Namespace) -> Iterator[str]:
         yield f"--lr_scheduler polynomial ends at 1e-07, which --learning_rate {args.learning_rate} is not above"
     if args.with_prior_preservation and not args.class_prompt:
         yield "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'"
-    if os.path.realpath(class_folder(args)) == os.path.realpath(args.instance_data_dir):
+    if args.with_prior_preservation and class_folder(args).resolve() == args.instance_data_dir.resolve():
         yield f"--class_data_dir {args.class_data_dir} is the folder of the subject"
 
 
@@ -295,7 +295,7 @@ def training_shapes(args: Namespace) -> list[tuple[int, int]]:
 
 def digest(value: object) -> str:
     """A short name for the contents of something that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def class_folder(args: Namespace) -> Path:
@@ -325,7 +325,8 @@ class Run:
 
     def __init__(self, args: Namespace, accelerator: Accelerator) -> None:
         self.args, self.accelerator = args, accelerator
-        self.name = args.hub_model_id or args.output_dir.resolve().name  # of the LoRA, and of its repository
+        repository = args.hub_model_id if args.push_to_hub else None
+        self.name = repository or args.output_dir.resolve().name  # of the LoRA
         self.weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
         self.transformer: Any = None  # without weights while checks run, then the model inside the prepared one
         self.signals: list[int] = []  # that came in while training
@@ -876,8 +877,8 @@ def make_previews(run: Run) -> list[tuple[str, Path]]:
 def draw_progress(run: Run, folder: Path) -> Image.Image:
     """A row per prompt and a column per preview so far, up to 16 of them; unreadable ones are left out."""
     rows, columns = range(len(run.args.validation_prompt)), list[np.ndarray]()
-    steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png"))
-    steps = [step for step in steps if step <= run.global_step]  # later ones are of an earlier run
+    found = [int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png")]
+    steps = sorted(step for step in found if step <= run.global_step)  # later ones are of an earlier run
     for step in [*steps[: -1 : 1 + len(steps) // 15], run.global_step]:
         with suppress(*UNREADABLE):
             images = [read_image(folder / f"step-{step:06d}-prompt-{row}-0.png")[0] for row in rows]
@@ -984,9 +985,9 @@ def push_to_hub(run: Run, previews: list[tuple[str, Path]]) -> None:
 
 
 def check_machine(run: Run) -> Iterator[str]:
-    """Whether this machine can do it: the precision, the tracker, writing the folder."""
+    """Whether this machine can do it: the precision, the tracker, writing the folders."""
     args, accelerator = run.args, run.accelerator
-    precision, folder = accelerator.mixed_precision, args.output_dir.absolute()
+    precision = accelerator.mixed_precision
     if precision not in WEIGHT_DTYPES:
         yield f"Precision {precision} is not available: use fp16 or bf16."
     on_cuda = accelerator.device.type == "cuda"
@@ -996,9 +997,10 @@ def check_machine(run: Run) -> Iterator[str]:
         yield "--quantize_base needs a GPU."
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         yield f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}"
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        yield f"--output_dir {args.output_dir} cannot be written: {nearest} is not a folder, or may not be changed."
+    for folder in filter(None, (args.output_dir, args.class_data_dir)):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            yield f"{folder} cannot be written: {nearest} is not a folder, or may not be changed."
 
 
 def check_checkpoint(run: Run) -> Iterator[str]:
@@ -1047,7 +1049,7 @@ def check_model(run: Run) -> Iterator[str]:
 def check_lora(run: Run) -> Iterator[str]:
     """The weights of --pretrained_lora_path, at their strength, if they fit the LoRA that is to be trained."""
     args, path, run.start = run.args, run.args.pretrained_lora_path, {}
-    if not path or not run.transformer:
+    if not (path and run.transformer and lora_targets(run.transformer, args.lora_layers)):
         return
     from peft import get_peft_model_state_dict
 
@@ -1059,15 +1061,15 @@ def check_lora(run: Run) -> Iterator[str]:
     except Exception as error:  # of the file system, safetensors, the Hub, or PEFT without layers to train
         yield f"The LoRA {path} cannot be loaded: {first_line(error)}."
         return
-    lora = {name.removeprefix("transformer."): tensor.float() for name, tensor in file.items()}
-    given = {(name, *tensor.shape) for name, tensor in lora.items()}
-    wanted = {(name, *tensor.shape) for name, tensor in get_peft_model_state_dict(run.transformer).items()}
+    lora = get_peft_model_state_dict(run.transformer)
+    given = {(name, *tensor.shape) for name, tensor in file.items()}
+    wanted = {(f"transformer.{name}", *tensor.shape) for name, tensor in lora.items()}
     if others := sorted(given ^ wanted):
-        known = f"diffusers' layout, --rank {args.rank} and these --lora_layers"
-        yield f"{path} is no LoRA in {known}: see {others[0][0]}."
+        yield f"{path} is no LoRA in diffusers' layout, --rank {args.rank} and these --lora_layers: see {others[0][0]}"
     alpha = (metadata or {}).get("transformer.lora_alpha", args.rank)  # without metadata, alpha is the rank
     factor = alpha / (args.lora_alpha or args.rank)
-    run.start = {name: tensor * factor if "lora_B" in name else tensor for name, tensor in lora.items()}
+    for name, tensor in file.items():
+        run.start[name.removeprefix("transformer.")] = tensor.float() * (factor if "lora_B" in name else 1)
 
 
 def read_examples(run: Run, folder: Path) -> Generator[str, None, list[Example]]:
@@ -1120,24 +1122,24 @@ def check_embeddings(run: Run) -> Iterator[str]:
     try:
         embeddings = PromptEmbeddings(path)
         unknown = sorted(wanted - embeddings.row_of_prompt.keys())
-        embeds = [embeddings[prompt] for prompt in wanted.difference(unknown)]
+        embeds = [embeddings[prompt] for prompt in wanted.difference(unknown) or embeddings.row_of_prompt]
         widths = [tensor.shape[-1] for tensor in embeds[0].values()]
     except Exception as error:  # of the file system, of Arrow, or of another form than ours
         yield f"--data_df_path {path} cannot be read ({first_line(error)}). Run: {embeddings_command(args, {})}"
         return
     run.embeddings, prompt_of = embeddings, embeddings.prompt_of_image
     run.examples = [replace(example, prompt=prompt_of.get(example.sha256, "")) for example in examples]
-    cure, length = f"Run: {embeddings_command(args, embeddings.about)}", embeddings.about.get("max_sequence_length")
+    about, cure = embeddings.about, f"Run: {embeddings_command(args, embeddings.about)}"
     config = run.transformer and run.transformer.config
     if config and widths != [config.joint_attention_dim, config.pooled_projection_dim]:
         yield f"{path} was computed with another kind of model. {cure}"
-    if args.max_sequence_length not in (None, length):
+    if args.max_sequence_length not in (None, length := about.get("max_sequence_length")):
         yield f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {cure}"
-    if missing := [example.path.name for example in run.examples if not example.prompt]:
+    if missing := [example.path.name for example in examples if example.sha256 not in prompt_of]:
         count = f"{len(missing)} of {len(examples)} images in {folder}"
         yield f"{count} have no embeddings in {path} (first: {missing[0]}). {cure}"
     captions = [example.prompt for example in run.examples]
-    if args.instance_prompt not in [embeddings.about.get("prompt"), *captions, *unknown]:
+    if args.instance_prompt not in [about.get("prompt"), *captions, *unknown]:
         yield f"In {path} --instance_prompt {args.instance_prompt!r} captions none of the images. {cure}"
     if unknown:
         yield f"{path} has no embeddings of {', '.join(map(repr, unknown))}. {cure}"
@@ -1168,8 +1170,11 @@ def plan(run: Run) -> Iterator[str]:
         "embeddings": f"T5 {about.get('t5')}, {about.get('max_sequence_length')} tokens",
         "base model": run.base_model,
     }
-    names = [name for name in saved if saved[name] != run.settings.get(name)]
-    differing = {name: f"{name} {saved[name]}, this run has {run.settings.get(name)}" for name in names}
+    differing = {
+        name: f"{name} {saved[name]}, this run has {value}"
+        for name, value in run.settings.items()
+        if saved.get(name, value) != value
+    }
     for name in sorted(differing.keys() & MUST_NOT_CHANGE):
         yield f"The checkpoint was trained with {differing[name]}."
     if followed := [differing[name] for name in differing if name not in MUST_NOT_CHANGE]:
@@ -1320,7 +1325,7 @@ def explained_errors() -> Iterator[None]:
         cures = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
         raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {cures}.") from error
     except Exception as error:
-        if re.search("No space left|File too large|quota exceeded|PytorchStreamWriter", str(error)):
+        if re.search("No space left|File too large|quota exceeded|PytorchStreamWriter|inline_container", str(error)):
             raise SystemExit(f"The disk is full ({error}). {good}: make room and resume.") from error
         if isinstance(error, OSError):
             raise SystemExit(f"{error}. {good}: mend that and run the same command again.") from error

@@ -317,6 +317,12 @@ TRAINER = {  # what is spoilt, flags, exit code, what the message says; LATE: im
     "output is a file": (nothing, "--output_dir=embeddings.parquet", 1, "embeddings.parquet cannot be written"),
     "output under a file": (nothing, "--output_dir=embeddings.parquet/out", 1, "out cannot be written"),
     "output with a long name": (nothing, f"--output_dir={'x' * 300}", 1, "File name too long: .*xxx"),
+    "class folder is a file": (
+        nothing,
+        f"{PRIOR} --class_data_dir=embeddings.parquet --class_prompt '{PROMPT}'",
+        1,
+        "embeddings.parquet cannot be written",
+    ),
     "samples is a file": (write("out/samples", ""), "", 1, "File exists: 'out/samples'.*mend that"),
     "no such checkpoint": (nothing, RESUME, 1, "--resume_from_checkpoint checkpoint-9 is not a complete checkpoint"),
     "empty state": (write(f"out/checkpoint-9/{trainer.STATE_NAME}", ""), RESUME, 1, "is not a complete checkpoint"),

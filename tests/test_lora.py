@@ -342,6 +342,13 @@ def test_a_lora_in_another_form_is_refused(train: Train, tmp_path: Path, program
         train(f"--pretrained_lora_path={lora}")
 
 
+def test_a_lora_without_the_prefix_is_refused(train: Train, tiny: Path, tmp_path: Path) -> None:
+    """Such as save_lora_adapter writes: where its alpha stands, we would not look."""
+    spread(load(tiny, f"--rank={RANK}", "--lora_alpha=16")).save_lora_adapter(tmp_path / "adapter")
+    with pytest.raises(SystemExit, match="is no LoRA in diffusers' layout"):
+        train(f"--pretrained_lora_path={tmp_path / 'adapter'}")
+
+
 def test_a_lora_of_a_model_of_another_width_is_refused(train: Train, tmp_path: Path) -> None:
     """Though its layers have the same names and its rank is right."""
     weights = load_file(train(max_train_steps=1) / trainer.LORA_NAME)

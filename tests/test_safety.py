@@ -237,7 +237,7 @@ def small_files() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [10_000, 100_000, 270_000])
+@pytest.mark.parametrize("size", [10_000, 100_000, 270_000, 900_000])
 def test_a_full_disk_is_one_message(train: Train, small_files: Callable[[int], None], size: int) -> None:
     """Whichever file it hits, latents, LoRA or state: only unfinished files of this run go, and none is taken."""
     output = train("--checkpointing_steps=2")
