@@ -71,7 +71,7 @@ CROPS_PER_IMAGE = 4  # random cropping chooses among this many places, since lat
 LORA_NAME, STATE_NAME = "pytorch_lora_weights.safetensors", "training_state.pt"
 CARD_MARK = "<!-- written by train_dreambooth_sd3_lora_miniature.py -->"
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+END_SIGNALS = signal.valid_signals() & {1, 2, 15}  # SIGHUP, which Windows has not, SIGINT and SIGTERM
 STOPPED = (
     "Stopped after step {}; a checkpoint is saved. To go on: the same command with --resume_from_checkpoint latest"
 )
@@ -191,7 +191,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
          "linear layers to train, by the ends of their names, or patterns such as transformer_blocks.12.attn.*")
     group = parser.add_argument_group("training")
     flag("--output_dir", Path("sd3-dreambooth-lora"), "folder for everything that is written")
-    flag("--dry_run", False, "check everything, say what would be done, and stop")
+    flag("--dry_run", False, "check all that takes seconds, say what would be done, and stop")
     flag("--seed", int, "makes the run repeatable; unset: one is drawn and printed")
     flag("--train_batch_size", 4, "images per device and forward pass")
     flag("--gradient_accumulation_steps", 1, "forward passes per optimizer step")
@@ -869,8 +869,8 @@ def make_previews(run: Run) -> list[tuple[str, Path]]:
     for tracker in run.accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            images = {title: np.array(images) for title, images in shown.items()}
-            tracker.log_images(images, step=run.global_step, **layout)
+            values = {title: np.array(images) for title, images in shown.items()}
+            tracker.log_images(values, step=run.global_step, **layout)
     return written
 
 
@@ -1347,7 +1347,7 @@ def owned_folder(run: Run) -> Iterator[None]:
         problems.append(f"Another training is writing to {folder}: wait for it, or use another --output_dir.")
     stop_at_problems(run, problems)
     try:
-        for part in (".", "latents", "samples", "class_images-*"):
+        for part in (".", "latents", "samples", "class_images-*") if lock.is_locked else ():
             for unfinished in folder.glob(f"{part}/.unfinished-*"):  # of a run that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
         yield
