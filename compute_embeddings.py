@@ -2,9 +2,16 @@
 
     python compute_embeddings.py --prompt "a photo of sks dog" --local_data_dir dog
 
-Stable Diffusion 3 reads a prompt with three text encoders: both CLIPs first, then T5, each gone before the next comes.
-Peak on a GPU: 7.4 GiB with T5 in 8 bit, 1.7 GiB with --t5_precision exact (counted by tests/step_cost.py). One row is
-written per distinct prompt, and one for the empty prompt.
+Stable Diffusion 3 reads a prompt with three text encoders: the two CLIPs run first, then T5, and each is gone before
+the next one comes. Peak on a GPU: 7.4 GiB with T5 in 8 bits, 1.7 GiB with --t5_precision exact (counted by
+tests/tools/step_cost.py). The file has one row per distinct prompt, and one for the empty prompt.
+
+A map of this file, from top to bottom:
+
+    Flags             every command-line flag, declared once, in the dataclass Args
+    Images, captions  which prompt belongs to which image
+    Text encoders     both CLIPs, then T5, into fp16 embeddings
+    Main              the Parquet file, errors, and the order in which everything happens
 """
 
 from __future__ import annotations
@@ -20,15 +27,14 @@ import signal
 import sys
 import tempfile
 import time
-from argparse import Namespace
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-import diffusers  # this and transformers load their parts on first use, so that --help answers soon
+import diffusers  # this and transformers load their parts on first use, so --help answers soon
 import numpy as np
 import pandas as pd
 import psutil
@@ -41,26 +47,80 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
-CHUNK_TOKENS = 16 * 77  # T5 tokens per pass: more prompts share one reading of a streamed T5, but need more memory
-FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
-with suppress(ImportError):  # for the photos of phones
-    import pillow_heif
 
-    pillow_heif.register_heif_opener()
-    FORMATS.append("HEIF")
-METADATA: dict[str, Callable[[Path], list[dict]]] = {  # captions, as datasets' ImageFolder reads them
-    "metadata.csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"),
-    "metadata.jsonl": lambda path: list(map(json.loads, filter(str.strip, path.read_text("utf-8-sig").split("\n")))),
-    "metadata.parquet": lambda path: pq.read_table(path).to_pylist(),
+# ------------------------------------------------------------------------------------------------------------- flags
+# Each flag is declared once, as a field of Args; the parser and the checks of limits are derived from it.
+
+
+FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what holds if it says nothing
+    "minimum": None,  # lowest value of a number; None: 1 for integers, 1e-30 for real numbers
+    "maximum": None,  # highest value of a number; None: 10 million for integers, 1e30 for real numbers
+    "choices": None,
+    "metavar": None,  # what --help shows in place of a value
+    "const": None,  # the value if the flag is given without one
+    "parse": None,  # converts the text from the command line; None: the field's type does
 }
-NOT_USED = (
-    "not an image (HEIC needs pip install pillow-heif), nor NAME.txt, NAME.caption or NAME.mask.png of one, "
-    "nor metadata.csv, .jsonl or .parquet in the images' folder"
-)
+
+
+def flag(group: str, default: Any, help_text: str, **details: Any) -> Any:
+    """Declare a command-line flag as a field of a dataclass; FLAG_DETAILS lists the details.
+
+    A default of MISSING makes the flag required.
+    """
+    if not details.keys() <= FLAG_DETAILS.keys():
+        raise TypeError(f"a flag has no {details.keys() - FLAG_DETAILS.keys()}; see FLAG_DETAILS")
+    metadata = {"group": group, "help": help_text, **FLAG_DETAILS, **details}
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Args:
+    """The command line; without flags it does the reference's job."""
+
+    # model
+    pretrained_model_name_or_path: str = flag(
+        "model", "stabilityai/stable-diffusion-3-medium-diffusers",
+        "SD3 or SD3.5: a Hub repository, or a folder in diffusers' layout", metavar="MODEL")
+    revision: str | None = flag("model", None, "branch, tag or commit of the repository; unset: its main branch")
+    variant: str | None = flag("model", None, "variant of the weight files, such as fp16; unset: the plain files")
+    cache_dir: str | None = flag(
+        "model", None, "where downloads are kept; unset: the Hugging Face cache", metavar="DIR")
+    t5_precision: str = flag(
+        "model", "int8", "int8: LLM.int8(), 7.4 GiB; exact: fp32, streamed from disk, 1.7 GiB; none: zeros in T5's "
+        "place, which SD3 accepts", choices=("int8", "exact", "none"))
+
+    # prompts
+    prompt: str = flag(
+        "prompts", "a photo of sks dog", "instance prompt, for every image without a caption of its own")
+    class_prompt: str | None = flag(
+        "prompts", None, "prompt of prior preservation, such as 'a photo of a dog'", metavar="PROMPT")
+    validation_prompt: tuple[str, ...] = flag("prompts", (), "prompts of previews", metavar="PROMPT")
+    negative_prompt: str | None = flag(
+        "prompts", None, "negative prompt of the previews; the empty prompt is always included", metavar="PROMPT")
+    max_sequence_length: int = flag("prompts", 77, "number of T5 tokens per prompt, at most 512", maximum=512)
+
+    # files
+    local_data_dir: Path = flag("files", Path("dog"), "folder with the images of the subject", metavar="DIR")
+    output_path: Path = flag("files", Path("sample_embeddings.parquet"), "file to write", metavar="FILE")
+# fmt: on
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reads flags from @FILE, a flag and its value a line, and repeats no token in its messages."""
+    """argparse for a dataclass of flags. It reads flags from @FILE too, and repeats no token in its messages."""
+
+    def __init__(self, flags: type, description: str) -> None:
+        epilog = "Flags can also be read from a file, one with its value per line: @FILE."
+        super().__init__(description=description, allow_abbrev=False, fromfile_prefix_chars="@", epilog=epilog)
+        types = get_type_hints(flags)
+        groups: dict[str, Any] = {}
+        for each in fields(flags):
+            name = each.metadata["group"]
+            if name not in groups:
+                groups[name] = self.add_argument_group(name)
+            groups[name].add_argument(f"--{each.name}", **argparse_options(each, types[each.name]))
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
@@ -68,93 +128,442 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(re.sub(r"hf_\w+", "hf_...", message))
 
+    def parse_values(self, argv: list[str] | None) -> dict[str, Any]:
+        """Parse a command line; flags that take several values get a tuple."""
+        try:
+            values = vars(self.parse_args(argv))
+        except ValueError as error:  # --flag=--, or a file of flags with an open quote
+            self.error(f"cannot be read: {error}")
+        for name, value in values.items():
+            if value == []:  # what argparse makes of --flag=--
+                self.error(f"--{name} is empty")
+            if isinstance(value, list):
+                values[name] = tuple(value)
+        return values
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    # fmt: off
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, fromfile_prefix_chars="@",
-                    epilog="Flags may stand in a file, one with its value a line: @FILE.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", default="stabilityai/stable-diffusion-3-medium-diffusers",
-        help="SD3 or SD3.5: Hub repository, or folder in diffusers' layout")
-    add("--revision", help="branch, tag or commit of the repository; unset: its main branch")
-    add("--variant", help="variant of the weight files, such as fp16; unset: the plain files")
-    add("--cache_dir", help="where downloads are kept; unset: the Hugging Face cache")
-    add("--t5_precision", choices=["int8", "exact", "none"], default="int8",
-        help="int8: LLM.int8(), 7.4 GiB; exact: fp32, streamed from disk, 1.7 GiB; none: zeros, as SD3 accepts")
-    add("--no_t5", action="store_const", dest="t5_precision", const="none", help="the same as --t5_precision none")
-    add = parser.add_argument_group("prompts").add_argument
-    add("--prompt", default="a photo of sks dog", help="instance prompt, for every image without a caption of its own")
-    add("--class_prompt", help="prompt of prior preservation, such as 'a photo of a dog'")
-    add("--validation_prompt", nargs="+", default=(), metavar="PROMPT", help="prompts of previews")
-    add("--negative_prompt", help="negative prompt of the previews; '' is always there")
-    add("--max_sequence_length", type=int, default=77, help="T5 tokens per prompt, at most 512")
-    add = parser.add_argument_group("files").add_argument
-    add("--local_data_dir", type=Path, default=Path("dog"), help="folder with the images of the subject")
-    add("--output_path", type=Path, default=Path("sample_embeddings.parquet"), help="file to write")
-    # fmt: on
-    try:
-        args = parser.parse_args(argv)
-    except ValueError as error:  # --flag=--, or a file of flags with an open quote
-        parser.error(f"cannot be read: {error}")
-    if not 1 <= args.max_sequence_length <= 512:
-        parser.error(f"--max_sequence_length {args.max_sequence_length}: T5 takes 1 to 512 tokens")
+
+def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
+    """Return what add_argument needs for a flag: from its type, its default and its metadata."""
+    about = each.metadata
+    options: dict[str, Any] = {"help": about["help"]}
+    if each.default is MISSING:
+        options["required"] = True
+    else:
+        options["default"] = each.default
+        if each.default not in (None, False, (), ""):
+            options["help"] += f" (default: {each.default})"
+    if kind is bool:
+        options["action"] = "store_true"
+        return options
+    inner_types = get_args(kind)  # (int, NoneType) of int | None, (str, ...) of tuple[str, ...], () of int
+    value_type = inner_types[0] if inner_types else kind
+    options["type"] = about["parse"] or value_type
+    options["choices"] = about["choices"]
+    if not about["choices"]:
+        options["metavar"] = about["metavar"] or {int: "N", float: "X"}.get(value_type, "NAME")
+    if Ellipsis in inner_types:
+        options["nargs"] = "+"
+    if about["const"] is not None:
+        options["nargs"] = "?"
+        options["const"] = about["const"]
+    return options
+
+
+def flag_problems(args: Args) -> list[str]:
+    """Return what is wrong with single flags: numbers outside of their limits, and texts that are not UTF-8."""
+    problems = []
+    for each in fields(args):
+        value = getattr(args, each.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            low, high = each.metadata["minimum"], each.metadata["maximum"]
+            if low is None:
+                low = 1 if isinstance(value, int) else 1e-30
+            if high is None:
+                high = 10_000_000 if isinstance(value, int) else 1e30
+            if not low <= value <= high:  # this way around, since nan compares as False
+                problems.append(f"--{each.name} {value} is not between {low} and {high}")
+        texts = value if isinstance(value, tuple) else [str(value)]
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                problems.append(f"--{each.name} is not UTF-8")
+    return problems
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Parse the command line; a mistake ends the program in one message."""
+    parser = Parser(Args, str(__doc__ or "").split("\n")[0])
+    help_text = "the same as --t5_precision none"
+    parser.add_argument("--no_t5", action="store_const", dest="t5_precision", const="none", help=help_text)
+    args = Args(**parser.parse_values(argv))
+    problems = flag_problems(args)
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
-        parser.error("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
-    for name, value in vars(args).items():
-        if "\\udc" in repr(value) or value == []:  # argparse makes [] of --flag=--
-            parser.error(f"--{name} is not UTF-8, or empty")
+        problems.append("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
+    if problems:
+        parser.error("\n  ".join(problems))
     return args
 
 
+# -------------------------------------------------------------------------------------------------- images, captions
+# Which prompt belongs to which image. Everything that is wrong with the folder is collected and reported at once,
+# before a text encoder is loaded.
+
+FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
+with suppress(ImportError):  # the photos of many phones
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS.append("HEIF")
+# Pillow raises any of these for a file that is no image, or a broken one.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, Image.DecompressionBombError)
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
+NOT_USED = (
+    "not an image (HEIC needs pip install pillow-heif), not NAME.txt, NAME.caption or NAME.mask.png of an image, "
+    "and not metadata.csv, .jsonl or .parquet in the folder of the images"
+)
+
+
 def find_images(folder: Path) -> list[Path]:
-    """The images directly in a folder, sorted by name; masks and hidden files are none."""
+    """Return the image files directly in a folder, sorted by name, without masks and hidden files."""
     format_of = Image.registered_extensions()
-    files = sorted(path for path in folder.glob("[!.]*") if format_of.get(path.suffix.lower()) in FORMATS)
-    return [path for path in files if not path.is_dir() and not path.stem.endswith(".mask")]
+    images = []
+    for path in sorted(folder.glob("[!.]*")):
+        is_mask = path.stem.endswith(".mask")
+        if format_of.get(path.suffix.lower()) in FORMATS and not is_mask and not path.is_dir():
+            images.append(path)
+    return images
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex: how a row of the Parquet file names an image."""
+    """Return the SHA-256 of a file's bytes, in hex: the embeddings name an image by it."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image as the file has it, its pixels not yet read; an error if it is none that can be used."""
-    path.name.encode()  # what is not UTF-8 is a ValueError
+    """Open an image without reading its pixels; raise one of UNREADABLE if it cannot be used."""
+    path.name.encode()  # a ValueError if it is not UTF-8
     if not path.is_file():  # a pipe would be waited for forever
         raise OSError("it is not a regular file")
     image = Image.open(path, formats=FORMATS)
     if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits a channel; save it with 8 or 16")
+        raise ValueError("it has 32 bits per channel; save it with 8 or 16")
     return image
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line: the Hub's own words, where there are some."""
-    said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
-    return said.splitlines()[0].rstrip(".")
+class UnreadableImageError(ValueError):
+    """A user's image that cannot be used; the message names the file and says why."""
 
 
-def load_part(load: Callable[..., T], args: Namespace, subfolder: str, **kwargs: object) -> T:
-    """What `load`, a from_pretrained, gives for one part of the pipeline; exits in one message if it cannot be had."""
-    name = args.pretrained_model_name_or_path
-    kwargs |= {"subfolder": subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
+@contextmanager
+def reading_image(path: Path) -> Iterator[None]:
+    """Turn what Pillow raises for a broken file into an UnreadableImageError. Keep the block to reading alone."""
     try:
-        return load(name, token=getattr(args, "hub_token", None), **kwargs)
+        yield
+    except UNREADABLE as error:
+        message = f"{path} is not a readable image ({error}). Repair it or remove it from the folder."
+        raise UnreadableImageError(message) from error
+
+
+def caption_images(args: Args) -> dict[str, list[str]]:
+    """Return each distinct prompt with the hashes of the images that it captions; exit if anything is wrong.
+
+    The first prompt is --prompt, the last one is the empty prompt.
+    """
+    folder = args.local_data_dir
+    problems: list[str] = []
+    images = find_images(folder)
+    if not images:
+        problems.append(f"--local_data_dir {folder} has no images ({', '.join(FORMATS)}).")
+    own_captions = read_captions(folder, images, problems)
+    caption_of = {}
+    for image in images:
+        caption_of[image] = own_captions.get(image, args.prompt)
+    hashes_of = hash_images(images, caption_of, problems)
+    if problems:
+        raise SystemExit("\n".join(problems))
+
+    captions: dict[str, list[str]] = {}
+    for prompt in (args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, *hashes_of):
+        if prompt:
+            captions[prompt] = hashes_of.get(prompt, [])
+    captions[""] = hashes_of.get("", [])
+    count = f"{len(images)} images in {folder}, {len(own_captions)} with a caption of their own"
+    print(f"{count}; {len(captions)} distinct prompts")
+    return captions
+
+
+def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[str]) -> dict[str, list[str]]:
+    """Return each caption with the hashes of its images.
+
+    Each image is decoded once: repairing a truncated one later would change its hash, and cost the embeddings again.
+    """
+    hashes_of: dict[str, list[str]] = {}
+    first_of: dict[str, Path] = {}  # by hash
+    for path in tqdm(images, desc="Reading images", unit="image", leave=False):
+        try:
+            with reading_image(path), open_image(path) as image:
+                image.load()
+                sha256 = sha256_of(path)
+        except UnreadableImageError as error:
+            problems.append(str(error))
+            continue
+        first = first_of.setdefault(sha256, path)
+        if first == path:
+            hashes_of.setdefault(caption_of[path], []).append(sha256)
+        elif caption_of[first] != caption_of[path]:
+            problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
+    return hashes_of
+
+
+def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
+    """Return the captions of images that have their own, from sidecar files and from a metadata file.
+
+    A sidecar NAME.txt or NAME.caption wins over a row of metadata.csv, metadata.jsonl or metadata.parquet. What is not
+    used is named in a note, for whoever wonders where an image or a caption went.
+    """
+    images_of: dict[str, list[Path]] = {}  # by stem: a.txt is the caption of a.jpg and of a.png
+    for image in images:
+        images_of.setdefault(image.stem, []).append(image)
+    known = {*images, *[image.with_suffix(".mask.png") for image in images]}
+
+    captions: dict[Path, str] = {}
+    sidecars = []
+    for path in sorted(folder.glob("[!.]*")):
+        if path.name in METADATA_NAMES:
+            captions |= read_metadata_file(path, set(images), problems)
+        elif path.suffix.lower() in (".txt", ".caption") and path.stem in images_of:
+            sidecars.append(path)
+        elif path not in known and not path.is_dir():
+            print(f"note: skipped {path}: {NOT_USED}")
+    for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
+        if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
+            print(f"note: skipped {path}: {NOT_USED}")
+    for path in sidecars:
+        try:
+            text = path.read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            problems.append(f"{path} cannot be read: {error}. Captions are UTF-8.")
+            continue
+        for image in images_of[path.stem]:
+            captions |= check_caption(path, image.name, text, {image}, problems)
+    return captions
+
+
+def check_caption(path: Path, name: Any, text: Any, images: set[Path], problems: list[str]) -> dict[Path, str]:
+    """Return {image: caption} for an image's name and its caption as a file gives them, or {} and a problem."""
+    image = path.parent / str(name)
+    if image not in images:
+        problems.append(f"{path} has a caption of {name}; only images directly in {path.parent} are read.")
+        return {}
+    is_nan = text != text  # pandas and Arrow write an empty cell so
+    if not isinstance(text, str | int | float) or is_nan or not str(text).strip():
+        problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
+        return {}
+    return {image: " ".join(str(text).split())}
+
+
+def read_metadata_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metadata file; raises OSError or ValueError if it is not readable."""
+    if path.suffix == ".csv":
+        return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    lines = path.read_text("utf-8-sig").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def read_metadata_file(path: Path, images: set[Path], problems: list[str]) -> dict[Path, str]:
+    """Return the captions in a metadata file, which has columns file_name and text."""
+    try:
+        rows = read_metadata_rows(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        problems.append(f"{path} cannot be read: {error}. Tables are UTF-8 and have columns file_name and text.")
+        return {}
+    captions: dict[Path, str] = {}
+    for row in rows:
+        if not isinstance(row, dict) or "file_name" not in row or "text" not in row:
+            problems.append(f"{path} has a row without file_name or text: {row!r}.")
+            return {}
+        for image, caption in check_caption(path, row["file_name"], row["text"], images, problems).items():
+            if image in captions:
+                problems.append(f"{path} has two rows for {image}. Keep one of them.")
+            captions[image] = caption
+    return captions
+
+
+# ----------------------------------------------------------------------------------------------------- text encoders
+# Both CLIPs together (1.6 GiB in fp16), for all prompts; then T5 alone, for all prompts, in 8 bits or streamed from
+# disk one block at a time. What they give goes into a file on disk, since ten thousand captions would not fit in RAM.
+
+CHUNK_TOKENS = 16 * 77  # T5 tokens per pass: more prompts share one reading of a streamed T5, but need more memory
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message: the Hub's own words, where there are some."""
+    message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+    return message.splitlines()[0].rstrip(".")
+
+
+def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: object) -> T:
+    """Call `load`, a from_pretrained, for one part of the pipeline; if it fails, exit with one message."""
+    name = args.pretrained_model_name_or_path
+    try:
+        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of the file system, safetensors, the Hub or the network: they share no class
+    except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
         raise SystemExit(
             f"Cannot load {subfolder} of {name}: {first_line(error)}\n"
-            "A folder needs diffusers' layout. A repository may be restricted: accept its license on "
+            "A folder must have diffusers' layout. A repository may be gated: accept its license on "
             f"https://huggingface.co/{name} and run: hf auth login\n"
-            "Without a network, HF_HUB_OFFLINE=1 takes what is downloaded already."
+            "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
         ) from error
 
 
+def load_tokenizer(load: Any, args: Args, subfolder: str) -> Any:
+    """Load a tokenizer; exit if its files are missing, for which transformers gives one that knows no words."""
+    tokenizer = load_part(load.from_pretrained, args, subfolder)
+    if tokenizer.model_max_length > 10**6:  # transformers' value for an unknown length
+        raise SystemExit(f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: its files are missing.")
+    return tokenizer
+
+
+def load_clip(args: Args, device: torch.device) -> diffusers.StableDiffusion3Pipeline:
+    """Return a pipeline of nothing but both CLIPs, in fp16 on a GPU."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32  # CPUs are slow in fp16
+    kwargs = {"variant": args.variant, "dtype": dtype, "use_safetensors": True}
+    load = transformers.CLIPTextModelWithProjection.from_pretrained
+    config = load_part(diffusers.SD3Transformer2DModel.load_config, args, "transformer")
+    with torch.device("meta"):  # encode_prompt asks the transformer for its width
+        transformer = diffusers.SD3Transformer2DModel.from_config(config)
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=None,
+        vae=None,
+        text_encoder=load_part(load, args, "text_encoder", **kwargs).to(device),
+        tokenizer=load_tokenizer(transformers.CLIPTokenizer, args, "tokenizer"),
+        text_encoder_2=load_part(load, args, "text_encoder_2", **kwargs).to(device),
+        tokenizer_2=load_tokenizer(transformers.CLIPTokenizer, args, "tokenizer_2"),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def load_t5(args: Args, device: torch.device, offload_folder: Path) -> transformers.T5EncoderModel:
+    """Load T5 in 8 bits, or in fp32 with its blocks left on disk, from where accelerate reads one at a time.
+
+    transformers keeps `wo`, which overflows in fp16, in fp32. Streaming would lose that rule, so a streamed T5 is
+    computed in fp32 altogether.
+    """
+    kwargs: dict[str, Any] = {"variant": args.variant, "use_safetensors": True}  # other files could run code
+    if args.t5_precision == "int8":
+        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        kwargs["dtype"] = torch.float16
+        kwargs["device_map"] = device
+    else:
+        kwargs["dtype"] = torch.float32
+        kwargs["offload_folder"] = offload_folder
+        kwargs["device_map"] = {
+            "shared": device.type,
+            "encoder.embed_tokens": device.type,
+            "encoder.final_layer_norm": device.type,
+            "encoder.block": "disk",
+        }
+    return load_part(transformers.T5EncoderModel.from_pretrained, args, "text_encoder_3", **kwargs)
+
+
+def report_truncated(tokenizer: Any, prompts: list[str], max_length: int, name: str) -> None:
+    """Note the end of each prompt that is too long for an encoder."""
+    room = max_length - tokenizer.num_special_tokens_to_add()
+    for prompt in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        if len(ids) > room:
+            unseen = tokenizer.decode(ids[room:])
+            print(f"note: {name} reads {max_length} tokens; of {prompt!r} it does not see {unseen!r}")
+
+
+def to_float16(embeds: Tensor, name: str) -> np.ndarray:
+    """Return the same numbers in fp16; exit if one of them is not finite there."""
+    embeds = embeds.half()
+    if not embeds.isfinite().all():
+        raise SystemExit(f"{name} gave values that fp16 cannot hold. With T5 in 8 bits, try --t5_precision exact.")
+    return embeds.cpu().numpy()
+
+
+def encode_with_clip(
+    args: Args, chunks: list[list[str]], device: torch.device, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return prompt_embeds with zeros in T5's place, (N, CLIP tokens + T5 tokens, D), and the pooled ones, (N, P).
+
+    The first array lives in a file: 1.2 MB per prompt would not fit in RAM for ten thousand captions.
+    """
+    pipeline = load_clip(args, device)
+    for chunk in chunks:
+        report_truncated(pipeline.tokenizer, chunk, pipeline.tokenizer.model_max_length, "CLIP")
+    pooled_prompt_embeds = []
+    with open(path, "wb") as file:  # written, not mapped: on a full disk, writing to a mapped page is a crash
+        for chunk in tqdm(chunks, desc="Encoding with CLIP", unit="chunk"):
+            embeds, _, pooled_embeds, _ = pipeline.encode_prompt(
+                prompt=chunk,
+                prompt_2=None,
+                prompt_3=None,
+                device=device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=args.max_sequence_length,
+            )
+            file.write(to_float16(embeds, "CLIP").data)
+            pooled_prompt_embeds.append(to_float16(pooled_embeds, "CLIP"))
+    pooled = np.concatenate(pooled_prompt_embeds)
+    return np.memmap(path, np.float16, "r+", shape=(len(pooled), *embeds.shape[1:])), pooled
+
+
+def encode_with_t5(
+    args: Args, chunks: list[list[str]], device: torch.device, prompt_embeds: np.ndarray, scratch: Path
+) -> None:
+    """Write T5's part into prompt_embeds, (N, CLIP tokens + T5 tokens, D), in place."""
+    length = args.max_sequence_length
+    tokenizer = load_tokenizer(transformers.T5TokenizerFast, args, "tokenizer_3")
+    for chunk in chunks:
+        report_truncated(tokenizer, chunk, length, "T5")
+    encoder = load_t5(args, device, scratch)
+    blocks = encoder.encoder.block
+    row = 0
+    with tqdm(total=len(blocks) * len(chunks), desc="Encoding with T5", unit="layer") as progress_bar:
+
+        def advance(*_: object) -> None:
+            progress_bar.update()
+
+        for block in blocks:  # one pass of a streamed T5 can take a minute
+            block.register_forward_hook(advance)
+        for chunk in chunks:
+            input_ids = tokenizer(
+                chunk, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids  # (n, length)
+            embeds = encoder(input_ids.to(device))[0]  # (n, length, D)
+            prompt_embeds[row : row + len(chunk), -length:] = to_float16(embeds, "T5")
+            row += len(chunk)
+
+
+@torch.inference_mode()
+def encode_prompts(args: Args, prompts: list[str], scratch: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the pipeline's encode_prompt gives, in fp16: (N, CLIP tokens + T5 tokens, D) and (N, P)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = CHUNK_TOKENS // max(77, args.max_sequence_length)
+    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    prompt_embeds, pooled_prompt_embeds = encode_with_clip(args, chunks, device, scratch / "prompt_embeds")
+    diffusers.training_utils.free_memory()  # both CLIPs
+    if args.t5_precision != "none":
+        encode_with_t5(args, chunks, device, prompt_embeds, scratch)
+    return prompt_embeds, pooled_prompt_embeds
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+# The Parquet file appears under its name when it is complete; an interrupted run leaves the older file as it was.
+
+
 def peak_memory() -> str:
-    """Peak VRAM and RAM of this process so far; RAM counts mapped files, such as weights, too."""
+    """Return the peak VRAM and RAM of this process so far; RAM includes mapped files, such as weights."""
     vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
     try:
         import resource
@@ -166,111 +575,22 @@ def peak_memory() -> str:
     return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
 
 
-def load_tokenizer(load: Any, args: Namespace, subfolder: str) -> Any:
-    """A tokenizer; where there is none, transformers gives an empty one that knows no word and no length."""
-    tokenizer = load_part(load.from_pretrained, args, subfolder)
-    if tokenizer.model_max_length > 10**6:
-        raise SystemExit(f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: its files are missing.")
-    return tokenizer
+def write_embeddings(
+    path: Path,
+    captions: dict[str, list[str]],
+    prompt_embeds: np.ndarray,
+    pooled_prompt_embeds: np.ndarray,
+    about: dict[str, Any],
+) -> None:
+    """Write one row and row group per prompt.
 
-
-def load_clip(args: Namespace, device: torch.device) -> diffusers.StableDiffusion3Pipeline:
-    """A pipeline of nothing but both CLIPs, in fp16 on a GPU (1.6 GiB)."""
-    config = load_part(diffusers.SD3Transformer2DModel.load_config, args, "transformer")
-    parts: dict[str, Any] = dict.fromkeys(["scheduler", "vae", "text_encoder_3", "tokenizer_3"])
-    dtype = torch.float16 if device.type == "cuda" else torch.float32  # CPUs are slow in fp16
-    kwargs = {"variant": args.variant, "dtype": dtype, "use_safetensors": True}
-    for number in ("", "_2"):
-        parts[f"tokenizer{number}"] = load_tokenizer(transformers.CLIPTokenizer, args, f"tokenizer{number}")
-        load = transformers.CLIPTextModelWithProjection.from_pretrained
-        parts[f"text_encoder{number}"] = load_part(load, args, f"text_encoder{number}", **kwargs).to(device)
-    with torch.device("meta"):  # encode_prompt asks the transformer for its width
-        parts["transformer"] = diffusers.SD3Transformer2DModel.from_config(config)
-    return diffusers.StableDiffusion3Pipeline(**parts)
-
-
-def load_t5(args: Namespace, device: torch.device, offload_folder: Path) -> transformers.T5EncoderModel:
-    """T5 in 8 bit, or in fp32 with its blocks left on disk, for accelerate to fetch one at a time.
-
-    What is streamed is computed in fp32, since streaming loses transformers' rule that keeps `wo`, which overflows in
-    fp16, in fp32. In 8 bit `wo` stays in fp32 by that rule.
+    captions: the hashes of the images that each prompt captions; prompt_embeds (N, L, D), pooled_prompt_embeds (N, P).
     """
-    kwargs: dict[str, Any] = {"variant": args.variant, "use_safetensors": True}  # other files could run code
-    if args.t5_precision == "int8":
-        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-        kwargs |= {"device_map": device, "dtype": torch.float16, "quantization_config": config}
-    else:
-        device_map = dict.fromkeys(["shared", "encoder.embed_tokens", "encoder.final_layer_norm"], device.type)
-        device_map["encoder.block"] = "disk"
-        kwargs |= {"device_map": device_map, "offload_folder": offload_folder, "dtype": torch.float32}
-    return load_part(transformers.T5EncoderModel.from_pretrained, args, "text_encoder_3", **kwargs)
-
-
-def report_cut(tokenizer: Any, prompts: list[str], max_length: int, name: str) -> None:
-    """Say which end of which prompt an encoder will not see."""
-    room = max_length - tokenizer.num_special_tokens_to_add()
-    for prompt in prompts:
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        if len(ids) > room:
-            unseen = tokenizer.decode(ids[room:])
-            print(f"note: {name} reads {max_length} tokens; of {prompt!r} it does not see {unseen!r}")
-
-
-def to_float16(embeds: Tensor, name: str) -> np.ndarray:
-    """The same numbers in fp16; an error if one of them is not finite there."""
-    embeds = embeds.half()
-    if not embeds.isfinite().all():
-        raise SystemExit(f"{name} gave values that fp16 cannot hold. With T5 in 8 bit, try --t5_precision exact.")
-    return embeds.cpu().numpy()
-
-
-@torch.inference_mode()
-def encode_prompts(args: Namespace, prompts: list[str], scratch: Path) -> tuple[np.ndarray, np.ndarray]:
-    """What StableDiffusion3Pipeline.encode_prompt gives, in fp16: (N, CLIP tokens + T5 tokens, D) and (N, P).
-
-    The first lives in a file under `scratch`: 1.2 MB a prompt would not fit into RAM for ten thousand captions.
-    """
-    device, length = torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.max_sequence_length
-    size = CHUNK_TOKENS // max(77, length)
-    chunks = [slice(start, start + size) for start in range(0, len(prompts), size)]
-    pipeline, pooled_prompt_embeds = load_clip(args, device), []
-    report_cut(pipeline.tokenizer, prompts, pipeline.tokenizer.model_max_length, "CLIP")
-    options = {"do_classifier_free_guidance": False, "max_sequence_length": length}
-    with open(scratch / "prompt_embeds", "wb") as file:  # a full disk would be a crash later, in a mapped page
-        for chunk in tqdm(chunks, desc="Encoding with CLIP", unit="chunk"):
-            embeds, _, pooled_embeds, _ = pipeline.encode_prompt(prompts[chunk], None, None, device, **options)
-            file.write(to_float16(embeds, "CLIP").data)  # zeros in T5's place
-            pooled_prompt_embeds.append(to_float16(pooled_embeds, "CLIP"))
-    prompt_embeds = np.memmap(file.name, np.float16, "r+", shape=(len(prompts), *embeds.shape[1:]))
-    del pipeline
-    diffusers.training_utils.free_memory()
-    if args.t5_precision != "none":
-        tokenizer = load_tokenizer(transformers.T5TokenizerFast, args, "tokenizer_3")
-        report_cut(tokenizer, prompts, length, "T5")
-        encoder = load_t5(args, device, scratch)
-        padding = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        layers = len(encoder.encoder.block) * len(chunks)
-        with tqdm(total=layers, desc="Encoding with T5", unit="layer") as progress_bar:
-            for block in encoder.encoder.block:  # one pass of a streamed T5 can take a minute
-                block.register_forward_hook(lambda *_: progress_bar.update() and None)
-            for chunk in chunks:
-                input_ids = tokenizer(prompts[chunk], **padding).input_ids  # (n, length)
-                embeds = encoder(input_ids.to(device))[0]  # (n, length, D)
-                prompt_embeds[chunk, -length:] = to_float16(embeds, "T5")
-    return prompt_embeds, np.concatenate(pooled_prompt_embeds)
-
-
-def write_embeddings(path: Path, captions: dict[str, list[str]], embeds: tuple[np.ndarray, ...], about: dict) -> None:
-    """One row and row group per prompt.
-
-    captions: the hashes of the images that each prompt captions; embeds: prompt_embeds (N, L, D) and pooled (N, P).
-    """
-    prompt_embeds, pooled_prompt_embeds = map(pa.FixedShapeTensorArray.from_numpy_ndarray, embeds)
     columns = {
         "prompt": list(captions),
         "image_hashes": pa.array(captions.values(), pa.list_(pa.string())),
-        "prompt_embeds": prompt_embeds,
-        "pooled_prompt_embeds": pooled_prompt_embeds,
+        "prompt_embeds": pa.FixedShapeTensorArray.from_numpy_ndarray(prompt_embeds),
+        "pooled_prompt_embeds": pa.FixedShapeTensorArray.from_numpy_ndarray(pooled_prompt_embeds),
     }
     table = pa.table(columns, metadata={"sd3_embeddings": json.dumps(about)})
     with open(path, "wb") as file:
@@ -278,86 +598,18 @@ def write_embeddings(path: Path, captions: dict[str, list[str]], embeds: tuple[n
         os.fsync(file.fileno())
 
 
-def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
-    """Captions of images that have their own: NAME.txt or NAME.caption, or a row of a metadata file.
-
-    What is not used is named, for whoever wonders where an image or a caption went.
-    """
-    captions: dict[Path, str] = {}
-    images_of: dict[str, list[Path]] = defaultdict(list)  # by stem
-    for image in images:
-        images_of[image.stem].append(image)
-    known = {*images, *(folder / f"{stem}.mask.png" for stem in images_of)}
-    files = sorted(folder.glob("[!.]*"), key=lambda path: path.name not in METADATA)
-    for path in [*files, *folder.parent.glob("metadata.*")]:
-        rows, found = [], {}
-        try:
-            if path.name in METADATA and path.parent == folder:
-                rows = [(row["file_name"], row["text"]) for row in METADATA[path.name](path)]
-            elif path.suffix.lower() in (".txt", ".caption") and path.stem in images_of:
-                rows = [(image.name, path.read_text("utf-8-sig")) for image in images_of[path.stem]]
-            elif path not in known and not path.is_dir():
-                print(f"note: skipped {path}: {NOT_USED}")
-        except Exception as error:  # of pandas, Arrow or the file system
-            problems.append(f"{path} cannot be read: {error!r}. Captions are UTF-8; tables have file_name and text.")
-        for name, text in rows:
-            image = folder / str(name)
-            if image in found:
-                problems.append(f"{path} has two rows for {image}. Leave one of them.")
-            elif image not in known or image.stem.endswith(".mask"):
-                problems.append(f"{path} has a caption of {name}; only images directly in {folder} are read.")
-            elif not isinstance(text, str | int | float) or text != text or not str(text).strip():
-                problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
-            else:
-                found[image] = " ".join(str(text).split())
-        captions |= found
-    return captions
-
-
-def caption_images(args: Namespace) -> dict[str, list[str]]:
-    """Every distinct prompt, with the hashes of the images that it captions; exits with all that is wrong.
-
-    Every image is decoded once: mending a truncated one later would change its hash, and cost the embeddings again.
-    """
-    folder, problems = args.local_data_dir, []
-    images = find_images(folder)
-    if not images:
-        problems.append(f"--local_data_dir {folder} has no images ({', '.join(FORMATS)}).")
-    own = read_captions(folder, images, problems)
-    caption_of = dict.fromkeys(images, args.prompt) | own
-    prompts = [args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt]
-    captions: dict[str, list[str]] = {prompt: [] for prompt in prompts if prompt is not None}
-    first_of: dict[str, Path] = {}  # by hash
-    for path in tqdm(images, desc="Reading images", unit="image", leave=False):
-        try:
-            with open_image(path) as image:
-                image.load()
-            sha256 = sha256_of(path)
-        except Exception as error:  # Pillow has no class for what makes a file unreadable
-            problems.append(f"{path} is not a readable image ({error}). Repair it or take it out of the folder.")
-            continue
-        first = first_of.setdefault(sha256, path)
-        if first == path:
-            captions.setdefault(caption_of[path], []).append(sha256)
-        elif caption_of[first] != caption_of[path]:
-            problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
-    captions[""] = captions.pop("", [])  # the last row
-    if problems:
-        raise SystemExit("\n".join(problems))
-    print(f"{len(images)} images in {folder}, {len(own)} with their own captions; {len(captions)} distinct prompts")
-    return captions
-
-
-def compute(args: Namespace) -> None:
-    """Everything from the images to the file."""
-    started, path = time.monotonic(), args.output_path
+def compute(args: Args) -> None:
+    """Compute the embeddings: everything from the images to the file."""
+    started = time.monotonic()
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
     captions = caption_images(args)
+    path = args.output_path
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not (path.is_file() and path.open("rb").read(4) == b"PAR1"):
-        raise SystemExit(f"--output_path {path} exists and is no Parquet file.")
+        raise SystemExit(f"--output_path {path} exists and is not a Parquet file.")
     about = {
         "format_version": 1,
         "model": args.pretrained_model_name_or_path,
@@ -368,15 +620,16 @@ def compute(args: Namespace) -> None:
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
     }
     with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent) as scratch:
-        embeds = encode_prompts(args, list(captions), Path(scratch))
+        prompt_embeds, pooled_prompt_embeds = encode_prompts(args, list(captions), Path(scratch))
         table = Path(scratch, "table.parquet")
-        write_embeddings(table, captions, embeds, about)
+        write_embeddings(table, captions, prompt_embeds, pooled_prompt_embeds, about)
         os.replace(table, path)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {peak_memory()}, {time.monotonic() - started:.0f} s")
 
 
-def main(args: Namespace) -> None:
-    for number in signal.valid_signals() & {1, 15}:  # SIGHUP, which Windows has not, and SIGTERM
+def main(args: Args) -> None:
+    """Compute the embeddings, and end with one message on what can go wrong in between."""
+    for number in signal.valid_signals() & {1, 15}:  # SIGHUP, which Windows does not have, and SIGTERM
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, signal.default_int_handler)
     try:
@@ -384,8 +637,8 @@ def main(args: Namespace) -> None:
     except KeyboardInterrupt:
         raise SystemExit("Interrupted; nothing was written.") from None
     except torch.OutOfMemoryError as error:
-        cure = "T5 in 8 bit takes 7.4 GiB; --t5_precision exact takes 1.7."
-        raise SystemExit(f"Out of GPU memory, {peak_memory()}. {cure}") from error
+        fix = "T5 in 8 bits takes 7.4 GiB; --t5_precision exact takes 1.7 GiB."
+        raise SystemExit(f"Out of GPU memory, {peak_memory()}. {fix}") from error
     except OSError as error:  # a full disk, a folder that may not be read or written
         places = f"--local_data_dir {args.local_data_dir} or --output_path {args.output_path}"
         raise SystemExit(f"{places} cannot be read or written: {error}.") from error

@@ -15,7 +15,7 @@ os.environ |= {"SD3_TEST_GPU": "1"} if any("test_gpu" in argument for argument i
 os.environ |= {} if "SD3_TEST_GPU" in os.environ else {"CUDA_VISIBLE_DEVICES": ""}
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest in the background ignores it
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
 
 import numpy as np
 import pytest
@@ -31,7 +31,12 @@ import tiny_pipeline
 import train_dreambooth_sd3_lora_miniature as trainer
 
 PROMPT, PREVIEW_PROMPT = "a photo of sks dog", "sks dog in a bucket"
+PREVIEWS = f"--validation_prompt={PREVIEW_PROMPT}"
+LATEST = "--resume_from_checkpoint=latest"
 RANK = 64  # the smallest at which bitsandbytes keeps the tiny transformer's states in 8 bit
+
+
+Train = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -164,3 +169,18 @@ def logged(folder: Path, name: str = "loss") -> list[float]:
         if name in events.Tags()["scalars"]:
             values |= {event.step: event.value for event in events.Scalars(name)}
     return [values[step] for step in sorted(values)]
+
+
+def parse(*flags: str) -> trainer.Args:
+    """The trainer's command line, with something for each required flag."""
+    required = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--data_df_path=e"]
+    return trainer.parse_args([*required, "--instance_prompt=p", *flags])
+
+
+def state(checkpoint: Path) -> dict:
+    """The training state of a checkpoint."""
+    return torch.load(checkpoint / trainer.STATE_NAME, weights_only=True)
+
+
+def names(checkpoints: list[Path]) -> list[str]:
+    return [path.name for path in checkpoints]

@@ -11,7 +11,7 @@ from conftest import ROOT
 def test_the_benchmark_measures_both_scripts(tiny: Path, tmp_path: Path) -> None:
     """A row per precision of T5 and two runs of training; a table, and the same as JSON."""
     flags = {"pipeline_dir": tiny, "output_dir": tmp_path, "resolution": 64, "mixed_precision": "no", "threads": 1}
-    command = [sys.executable, ROOT / "tests" / "benchmark.py", "--t5_precision", "exact", "--images", "3"]
+    command = [sys.executable, ROOT / "tests" / "tools" / "benchmark.py", "--t5_precision", "exact", "--images", "3"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr

@@ -15,7 +15,7 @@ from diffusers.optimization import SchedulerType
 import compute_embeddings as embed
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import ROOT
-from fuzz_test import flags_of
+from fuzz import flags_of
 
 REQUIRED = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--data_df_path=e", "--instance_prompt=p"]
 REFERENCE_FLAGS = """
@@ -96,7 +96,7 @@ def test_flags_from_a_file(script: ModuleType, required: list[str], tmp_path: Pa
     before, after = ["--revision=v1", "--variant=bf16"], ["--max_sequence_length=77"]
     args = script.parse_args([*required, *before, f"@{path}", *after])
     assert (args.max_sequence_length, args.revision, args.variant) == (77, "v2", "fp16")
-    assert args.validation_prompt == ["a # dog", "b c"] and args.cache_dir == "my cache"
+    assert args.validation_prompt == ("a # dog", "b c") and args.cache_dir == "my cache"
 
 
 @both
@@ -125,7 +125,9 @@ def test_a_token_is_stripped(token: str) -> None:
     assert trainer.parse_args([*REQUIRED, f"--hub_token={token}"]).hub_token == "hf_x"
 
 
-SHARED = ["Parser", "first_line", "find_images", "sha256_of", "open_image", "load_part", "peak_memory"]
+SHARED = ["flag", "Parser", "argparse_options", "flag_problems", "first_line", "find_images", "sha256_of",
+          "open_image",
+          "UnreadableImageError", "reading_image", "load_part", "peak_memory"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)

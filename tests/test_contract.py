@@ -9,19 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes as bnb
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from PIL import Image
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 import compute_embeddings as embed
@@ -167,9 +164,6 @@ def test_what_an_encoder_does_not_see_is_said(
     assert "CLIP reads 77 tokens" in output and "does not see 'end" in output
 
 
-# Nothing is lost: the older file stays until the new one is whole
-
-
 def before_the_rows(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
     """Do something when the rows are about to be written, after all the encoding."""
     write_table = pq.write_table
@@ -272,8 +266,6 @@ def test_a_bad_output_costs_no_encoding(
             compute(tiny, photos, path)
 
 
-# Without a network
-
 RUN_SCRIPTS = """
 import json, runpy, sys, time
 time.sleep = lambda _: None  # huggingface_hub's, before it tries again
@@ -307,7 +299,7 @@ def test_no_network_is_one_message(photos: Path, embeddings: Path, tmp_path: Pat
     messages = messages_of(commands, "http://127.0.0.1:9", tmp_path / "home")  # a port that nobody listens to
     assert len(messages) == 2
     for message in messages:
-        assert "Without a network, HF_HUB_OFFLINE=1 takes what is downloaded" in message
+        assert "HF_HUB_OFFLINE=1" in message
     assert not (tmp_path / "e.parquet").exists() and not (tmp_path / "out").exists()
 
 
@@ -322,148 +314,3 @@ def test_a_cut_connection_before_a_push_is_one_message(
         assert hub.faults["whoami"] == [] and 0 < len(hub.faults["create"]) < 99
     assert len(messages) == 2 and all("--push_to_hub: " in message for message in messages)
     assert not list(tmp_path.rglob("*.safetensors"))
-
-
-# Images and captions
-
-
-def test_suffixes_in_any_case_sorted_hidden_ones_skipped(tmp_path: Path) -> None:
-    """The reference took *.jpeg alone; masks are no images."""
-    names = [
-        "b.JPG",
-        "a.jpeg",
-        "c.Png",
-        "d.webp",
-        "e.bmp",
-        "f.TIFF",
-        "g.tif",
-        ".hidden.jpg",
-        "notes.txt",
-        "a.mask.png",
-    ]
-    for name in names:
-        (tmp_path / name).touch()
-    (tmp_path / "folder.jpg").mkdir()
-    names = [path.name for path in embed.find_images(tmp_path)]
-    assert names == ["a.jpeg", "b.JPG", "c.Png", "d.webp", "e.bmp", "f.TIFF", "g.tif"]
-
-
-@pytest.fixture
-def folder(photos: Path, tmp_path: Path) -> Path:
-    """The five images, to be given captions."""
-    return Path(shutil.copytree(photos, tmp_path / "photos"))
-
-
-def captions_of(folder: Path) -> dict[str, str]:
-    """The caption of each image by its name, as compute_embeddings.py finds it."""
-    captions = embed.caption_images(embed.parse_args(["--local_data_dir", str(folder), "--prompt", PROMPT]))
-    of_hash = {sha256: caption for caption, hashes in captions.items() for sha256 in hashes}
-    return {path.name: of_hash[embed.sha256_of(path)] for path in embed.find_images(folder)}
-
-
-def test_images_have_their_own_captions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """NAME.txt wins over a metadata file, which wins over --prompt; white space is one blank; neither is skipped."""
-    (folder / "a.txt").write_text("sks dog\n asleep\n", "utf-8-sig")
-    (folder / "metadata.csv").write_text("file_name,text\nb.JPEG,a dog in the snow\na.jpg,overruled\n")
-    rest = dict.fromkeys(["c.png", "d.webp", "e.bmp"], PROMPT)
-    assert captions_of(folder) == {"a.jpg": "sks dog asleep", "b.JPEG": "a dog in the snow"} | rest
-    assert capsys.readouterr().out == f"5 images in {folder}, 2 with their own captions; 4 distinct prompts\n"
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "a.Caption"])
-def test_sidecars(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """NAME.caption, as kohya writes them, is read like NAME.txt; suffixes in any case."""
-    (folder / name).write_text("sks dog")
-    assert captions_of(folder)["a.jpg"] == "sks dog"
-    assert "skipped" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
-def test_metadata(name: str, folder: Path) -> None:
-    """As datasets' ImageFolder takes it; ./ is normalized; a byte order mark, as Windows writes it, is no text."""
-    table, path = (
-        pd.DataFrame({"file_name": ["a.jpg", "./c.png"], "text": ["one", "2"], "other": [1, 2]}),
-        folder / name,
-    )
-    if name == "metadata.parquet":
-        table.set_index("file_name").to_parquet(path)
-    else:
-        text = table.to_csv(index=False) if name == "metadata.csv" else table.to_json(orient="records", lines=True)
-        path.write_text(text, "utf-8-sig")
-    rest = dict.fromkeys(["b.JPEG", "d.webp", "e.bmp"], PROMPT)
-    assert captions_of(folder) == {"a.jpg": "one", "c.png": "2"} | rest
-
-
-def test_words_that_pandas_takes_for_nothing_are_text(folder: Path) -> None:
-    """None, NA, null and numbers as captions."""
-    (folder / "metadata.csv").write_text("file_name,text\na.jpg,None\nb.JPEG,NA\nc.png,null\nd.webp,007\ne.bmp,nan\n")
-    expected = ["None", "NA", "null", "007", "nan"]
-    assert list(captions_of(folder).values()) == expected
-    (folder / "metadata.csv").unlink()
-    rows = [
-        {"file_name": "a.jpg", "text": 7, "id": 2**70},
-        {"file_name": "b.JPEG", "text": 0.7},
-        {"file_name": "c.png", "text": "NA"},
-    ]
-    (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-    assert list(captions_of(folder).values()) == ["7", "0.7", "NA", PROMPT, PROMPT]
-
-
-@pytest.mark.parametrize("name", ["a.jpg.txt", "a.jpg.caption", "a.json", "b.txt.bak", "z.txt", "notes.pdf", "d.heic"])
-def test_what_is_not_used_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file that looks like a caption or an image, with what is read instead."""
-    (folder / name).write_text("sks dog")
-    assert set(captions_of(folder).values()) == {PROMPT}
-    [note] = [line for line in capsys.readouterr().out.splitlines() if name in line]
-    assert note.startswith("note: skipped")
-    assert "pillow-heif" in note if name == "d.heic" else "NAME.txt" in note and "NAME.caption" in note
-
-
-@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
-def test_metadata_one_folder_up_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """datasets reads it there, we do not."""
-    (folder.parent / name).write_text("file_name,text\nphotos/a.jpg,sks dog\n")
-    assert set(captions_of(folder).values()) == {PROMPT}
-    assert f"note: skipped {folder.parent / name}" in capsys.readouterr().out
-
-
-def test_all_that_is_wrong_with_a_folder_in_one_message(folder: Path) -> None:
-    """Captions that are empty, not UTF-8, of no image, of two equal images, in a broken file; a truncated image."""
-    (folder / "a.txt").write_text("sks dog")
-    shutil.copy(folder / "a.jpg", folder / "f.jpg")
-    (folder / "b.JPEG").write_bytes((folder / "b.JPEG").read_bytes()[:-200])
-    (folder / "c.txt").write_text(" \n")
-    (folder / "d.txt").write_bytes("ä".encode("latin-1"))
-    (folder / "metadata.csv").write_text("file_name,text\nzebra.jpg,a zebra\n")
-    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n')
-    with pytest.raises(SystemExit) as stop:
-        captions_of(folder)
-    expected = ["zebra.jpg", "b.JPEG is not a readable image", "c.txt", "d.txt cannot be read", "f.jpg are the same"]
-    expected += ["metadata.jsonl cannot be read"]
-    lines = str(stop.value).splitlines()
-    assert len(lines) == len(expected) and all(any(part in line for line in lines) for part in expected), lines
-
-
-def test_a_truncated_photo_is_found_before_any_encoding(
-    tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its header is good. Found later, mending it would change its hash and cost the embeddings again."""
-    Image.effect_noise((300, 300), 90).save(folder / "noise.jpg")
-    (folder / "noise.jpg").write_bytes((folder / "noise.jpg").read_bytes()[:-200])
-    monkeypatch.setattr(embed, "load_part", lambda *_, **__: pytest.fail("a part of the model was loaded"))
-    with pytest.raises(SystemExit, match="noise.jpg is not a readable image .*truncated"):
-        compute(tiny, folder, tmp_path / "e.parquet")
-
-
-def test_many_captions_take_no_time(tmp_path: Path) -> None:
-    """4,000 images with a sidecar and a row each; comparing each with each would take half a minute."""
-    rows = ["file_name,text"]
-    for number in range(4000):
-        (tmp_path / f"{number}.jpg").touch()
-        (tmp_path / f"{number}.txt").write_text("dog")
-        rows.append(f"{number}.jpg,cat")
-    (tmp_path / "metadata.csv").write_text("\n".join(rows))
-    started, problems = time.process_time(), []
-    captions = embed.read_captions(tmp_path, embed.find_images(tmp_path), problems)
-    assert time.process_time() - started < 10
-    assert len(captions) == 4000 and set(captions.values()) == {"dog"} and not problems

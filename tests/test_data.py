@@ -40,7 +40,7 @@ def load(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Load:
     def run(*flags: str, **changes: object) -> DataLoader:
         loaded: list[DataLoader] = []
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "train", lambda run, model, dataloader: loaded.append(dataloader))
+            patch.setattr(trainer, "train", lambda _args, _plan, _state, _model, loader, *_: loaded.append(loader))
             train(*flags, **changes)
         return loaded[0]
 
@@ -176,12 +176,9 @@ def test_a_mask_of_16_bits_is_scaled(tmp_path: Path) -> None:
 
 def latents_names(folder: Path, *flags: str, vae: str = "vae") -> list[str]:
     args = make_args(*flags)
-    run = trainer.Run(args, trainer.make_accelerator(args))
-    run.base_model = vae
-    reading = trainer.read_examples(run, folder)
-    with pytest.raises(StopIteration) as end:
-        next(reading)
-    found = end.value.value
+    accelerator = trainer.make_accelerator(args)
+    base_model = trainer.BaseModel(skeleton=None, identity=vae, noise_scheduler=None)
+    found = trainer.find_examples(folder, args, base_model, accelerator, trainer.Problems(accelerator))
     return [example.latents.name for example in found]
 
 

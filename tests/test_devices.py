@@ -63,7 +63,9 @@ def test_batches_are_copied_without_waiting_on_cuda_alone(monkeypatch: pytest.Mo
 
 def problems_on(device: str, *flags: str) -> list[str]:
     accelerator = Namespace(device=torch.device(device), mixed_precision="no", is_main_process=True, log_with=[])
-    return list(trainer.check_machine(trainer.Run(parse(*flags), accelerator)))
+    problems = trainer.Problems(accelerator)
+    trainer.check_machine(parse(*flags), accelerator, problems)
+    return problems.problems
 
 
 @pytest.mark.parametrize("device", ["mps", "cpu"])

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import compute_embeddings as embed
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import PREVIEW_PROMPT, compute, equal, logged, lora
-from kill_test import AIMS, survive
+from kill import AIMS, survive
 
 Train = Callable[..., Path]
 LATEST = "--resume_from_checkpoint=latest"
@@ -48,7 +48,7 @@ def test_a_torn_checkpoint_is_skipped(train: Train, capsys: pytest.CaptureFixtur
     (output / "checkpoint-3" / trainer.STATE_NAME).unlink()
     train("--checkpointing_steps=1", LATEST)
     said = capsys.readouterr().out
-    assert f"skipped, not a complete checkpoint: {state.parent}" in said
+    assert f"not a complete checkpoint: {state.parent}" in said
     assert "2 steps of 1 samples, from step 2" in said
     assert equal(lora(output), expected)
 
@@ -80,7 +80,7 @@ def test_a_state_of_another_kind_is_not_a_complete_checkpoint(
         train(f"--resume_from_checkpoint={state.parent}")
     train(LATEST)
     said = capsys.readouterr().out
-    assert f"skipped, not a complete checkpoint: {state.parent}" in said and "from step 2" in said
+    assert f"not a complete checkpoint: {state.parent}" in said and "from step 2" in said
     assert not (tmp_path / "ran").exists()
 
 
@@ -112,7 +112,7 @@ def test_a_signal_ends_the_run_after_its_step(train: Train, monkeypatch: pytest.
     expected = lora(train(output="whole"))
     with monkeypatch.context() as patch:
         at_step(2, number, patch)
-        with pytest.raises(SystemExit, match="after step 2; .*the same command with --resume_from_checkpoint latest"):
+        with pytest.raises(SystemExit, match="after step 2; .*--resume_from_checkpoint latest"):
             train()
     assert equal(lora(train(LATEST)), expected)
 
@@ -137,19 +137,19 @@ def test_a_second_signal_ends_at_once() -> None:
 
 def in_preview(step: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Send this process a signal when a preview of that step begins; the denoising steps that follow."""
-    generate, forward, denoised = trainer.generate_images, trainer.diffusers.SD3Transformer2DModel.forward, []
+    make, forward, denoised = trainer.make_previews, trainer.diffusers.SD3Transformer2DModel.forward, []
 
-    def generate_images(run: trainer.Run, *rest: object) -> list[Image.Image]:
-        if run.global_step == step:
+    def make_previews(args: trainer.Args, plan: trainer.Plan, state: trainer.TrainState, *rest: object) -> list:
+        if state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
             denoised.clear()
-        return generate(run, *rest)
+        return make(args, plan, state, *rest)
 
     def counted(*args: object, **kwargs: object) -> object:
         denoised.append(1) if not torch.is_grad_enabled() else None
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "generate_images", generate_images)
+    monkeypatch.setattr(trainer, "make_previews", make_previews)
     monkeypatch.setattr(trainer.diffusers.SD3Transformer2DModel, "forward", counted)
     return denoised
 

@@ -1,9 +1,9 @@
 """Memory and speed of both scripts at a model's real size, with random weights.
 
-    python tests/benchmark.py --pipeline_dir /tmp/sd3 --output_dir /tmp/benchmark
-    python tests/benchmark.py --pipeline_dir /tmp/sd3 --output_dir /tmp/benchmark --vram_limit_gb 15 \
+    python tests/tools/benchmark.py --pipeline_dir /tmp/sd3 --output_dir /tmp/benchmark
+    python tests/tools/benchmark.py --pipeline_dir /tmp/sd3 --output_dir /tmp/benchmark --vram_limit_gb 15 \
         --training_flags "--quantize_base nf4 --use_8bit_adam"
-    python tests/benchmark.py --pipeline_dir tiny --output_dir /tmp/growth --resolution 64 --images 5 50 500 5000
+    python tests/tools/benchmark.py --pipeline_dir tiny --output_dir /tmp/growth --resolution 64 --images 5 50 500 5000
 
 Writes a pipeline of the model's shapes into --pipeline_dir unless there is one (16 GB for SD3-medium), runs both
 scripts as processes of their own, those of another checkout with --scripts_dir, and prints a Markdown table;
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a photo of sks dog"
 PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "peft")
 

@@ -1,6 +1,6 @@
 """Give both scripts random command lines, and count those that end in a traceback instead of one message.
 
-    python tests/fuzz_test.py --count 500 --seed 0
+    python tests/tools/fuzz.py --count 500 --seed 0
 
 Flags are those of the scripts' own parsers; values are good ones, borderline ones and absurd ones. Each command line
 runs in this process as `python SCRIPT ...` would, on a tiny project.
@@ -25,7 +25,7 @@ from types import ModuleType
 from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Kill the trainer with SIGKILL, resume it each time, and compare what it leaves with that of an undisturbed run.
 
-    python tests/kill_test.py --kills 50 --rounds 5
+    python tests/tools/kill.py --kills 50 --rounds 5
 
 At random moments, and while each kind of file is being written. Each attempt is a process forked from this one, which
 has the libraries loaded, so that it starts at once.
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # with threads no process forks
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from PIL import Image

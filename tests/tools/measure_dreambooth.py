@@ -1,7 +1,7 @@
 """Measure on the toy that DreamBooth works: teach it the robot with the two real scripts, then look at samples.
 
-    python tests/measure_dreambooth.py --output_dir /tmp/robot --seeds 0 1 2
-    python tests/measure_dreambooth.py --output_dir /tmp/robot --variant="--precondition_outputs 1" --variant=...
+    python tests/tools/measure_dreambooth.py --output_dir /tmp/robot --seeds 0 1 2
+    python tests/tools/measure_dreambooth.py --output_dir /tmp/robot --variant="--precondition_outputs 1" --variant=...
 
 Each --variant is a run of README's first command (toy/embeddings.txt, toy/train.txt) with these flags added, for each
 seed; without any it is run as it is. Prints a Markdown table, a row before any training and a row per run, and writes
@@ -30,7 +30,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
 sys.path.insert(0, str(TOY))
 from measure_toy import generate, random_captions, shape_prompts, what_is_right  # noqa: E402

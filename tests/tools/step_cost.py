@@ -1,6 +1,6 @@
 """What a training step costs, counted without a GPU and without weights.
 
-    python tests/step_cost.py            # two tables in Markdown, two minutes
+    python tests/tools/step_cost.py            # two tables in Markdown, two minutes
 
 Models of the real sizes run on torch's meta device, where tensors have shapes but no contents, while a dispatch mode
 adds up the FLOP, the bytes that operators read and write, and the storages that are alive. Attention takes the
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import diffusers
 import torch
 import torch.nn.functional as F

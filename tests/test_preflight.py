@@ -1,0 +1,83 @@
+"""Preflight: all problems in one message, before a model is loaded; and the dry run."""
+
+import json
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import PROMPT, Train, parse
+
+
+def test_all_problems_are_told_at_once(train: Train, tmp_path: Path) -> None:
+    """A bad image, an image and a prompt without embeddings, a wrong layer; with the command that mends it."""
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    (folder / "bad.jpg").write_text("not an image")
+    Image.new("RGB", (64, 64)).save(folder / "new.png")
+    flags = ["--lora_layers=to_q,nothing", "--validation_prompt", "unknown prompt"]
+    with pytest.raises(SystemExit) as exit_info:
+        train(*flags, instance_data_dir=folder)
+    message = str(exit_info.value)
+    parts = ["bad.jpg is not a readable image", "1 of 1 images", "first: new.png", "'unknown prompt'"]
+    parts += ["no linear layer nothing", "compute_embeddings.py ", f"--prompt '{PROMPT}'"]
+    assert [part for part in parts if part not in message] == [] and f"--local_data_dir '{folder}'" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_tells_and_writes_nothing(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images with shapes and captions, and steps; a problem ends it as it ends a run."""
+    monkeypatch.setattr(trainer, "load_transformer", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(trainer, "load_vae", lambda *_: pytest.fail("loaded"))
+    output = train("--dry_run", "--aspect_ratio_buckets", "--gradient_accumulation_steps=5")
+    told = capsys.readouterr().out
+    assert "a.jpg: trained as 80 x 48" in told
+    assert told.count(repr(PROMPT)) == 5 and "4 steps of 5 samples: 4.0 epochs, seed 0" in told
+    assert not output.exists()
+    with pytest.raises(SystemExit, match="no embeddings of 'a cow'"):
+        train("--dry_run", "--validation_prompt=a cow")
+
+
+@pytest.mark.parametrize(("flags", "part"), [
+    (["--data_df_path=nowhere.parquet"], "nowhere.parquet cannot be read"),
+    (["--instance_data_dir=nowhere"], "--instance_data_dir nowhere has no images"),
+    (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot load transformer of nowhere/nothing"),
+    (["--instance_prompt=another prompt"], "has no embeddings of 'another prompt'"),
+    (["--max_sequence_length=256"], "has 77 T5 tokens, not --max_sequence_length 256"),
+    (["--resolution=1040"], "--resolution 1040 has a side of 1040 pixels, above the model's 1024"),
+    (["--report_to=comet_ml"], "--report_to comet_ml is not installed"),
+    (["--with_prior_preservation", "--class_prompt=a dog"], "(?s)no embeddings of 'a dog'.*--class_prompt 'a dog'"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_a_model_loads(
+    train: Train, monkeypatch: pytest.MonkeyPatch, flags: list[str], part: str
+) -> None:
+    """One message, exit code 1."""
+    monkeypatch.setattr(trainer, "load_vae", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match=part):
+        train(*flags)
+
+
+@pytest.mark.parametrize("name", ["joint_attention_dim", "pooled_projection_dim"])
+def test_widths_of_another_model_are_refused(train: Train, tiny: Path, tmp_path: Path, name: str) -> None:
+    """Embeddings must have the transformer's widths."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    (model / "transformer" / "config.json").write_text(json.dumps(config | {name: 96}))
+    with pytest.raises(SystemExit, match="computed with another kind of model"):
+        train(pretrained_model_name_or_path=model)
+
+
+def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 says that it can do bf16, but only emulates it."""
+    t4 = types.SimpleNamespace(mixed_precision="bf16", device=torch.device("cuda"), is_main_process=True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    problems = trainer.Problems(t4)
+    trainer.check_machine(parse("--report_to=none"), t4, problems)
+    assert problems.problems == ["Tesla T4 only emulates bf16; use --mixed_precision fp16."]

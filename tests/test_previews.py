@@ -1,0 +1,87 @@
+"""Previews: they show the progress and change nothing."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import PREVIEW_PROMPT, PREVIEWS, PROMPT, Train, equal, lora
+
+
+def test_previews_change_nothing(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without previews the LoRA is the same, bit for bit; no text encoder or second pipeline is loaded."""
+
+    def fail(*_: object, **__: object) -> None:
+        pytest.fail("loaded a text encoder or a pipeline")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", fail)
+    for name in ("T5EncoderModel", "CLIPTextModelWithProjection"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", fail)
+    for output, flags in (("plain", ["--lora_dropout=0.2"]), ("8bit", ["--use_8bit_adam"])):
+        without = lora(train(*flags, output=output))
+        assert equal(without, lora(train(*flags, PREVIEWS, "--validation_steps=1", output=f"{output} previewed")))
+
+
+def test_previews_leave_no_hook_on_the_model(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's preview put offload hooks on the very model that was being trained."""
+    models, publish = [], trainer.publish
+
+    def keep_model(args: trainer.Args, plan: trainer.Plan, state: trainer.TrainState, *rest: object) -> None:
+        models.append(state.transformer)
+        publish(args, plan, state, *rest)
+
+    monkeypatch.setattr(trainer, "publish", keep_model)
+    train(PREVIEWS, "--validation_steps=1")
+    assert not any(hasattr(module, "_hf_hook") or module._forward_pre_hooks for module in models[0].modules())
+
+
+def test_previews_have_fixed_noise(train: Train) -> None:
+    """Run again, they are the same images; each number has its own noise."""
+    flags = [PREVIEWS, "--num_validation_images=2", "--max_train_steps=1"]
+    one, other = train(*flags, output="a") / "samples", train(*flags, output="b") / "samples"
+    files = [path.name for path in sorted(one.glob("step-000001-*"))]
+    assert len(files) == 2 and all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
+    assert (one / files[0]).read_bytes() != (one / files[1]).read_bytes()
+
+
+def test_progress_is_seen_at_a_glance(train: Train) -> None:
+    """One sheet: a row per prompt, a column per preview, the first without LoRA; not those of a longer run."""
+    flags = ["--validation_prompt", PREVIEW_PROMPT, PROMPT, "--validation_steps=2", "--num_validation_images=2"]
+    samples = train(*flags, max_train_steps=6) / "samples"
+    sheet = Image.open(samples / "progress.png")
+    assert sheet.size == (4 * 256, 2 * 256)
+    for column, step in enumerate((0, 2, 4, 6)):
+        for row in (0, 1):
+            box = (256 * column, 256 * row, 256 * column + 256, 256 * row + 256)
+            alone = Image.open(samples / f"step-{step:06d}-prompt-{row}-0.png").resize((256, 256))
+            assert list(sheet.crop(box).get_flattened_data()) == list(alone.get_flattened_data())
+    assert len(list(samples.glob("step-000000-*"))) == 2 and len(list(samples.glob("step-000006-*"))) == 4
+    train(*flags, max_train_steps=4)
+    assert Image.open(samples / "progress.png").size == (3 * 256, 2 * 256)
+
+
+@pytest.fixture
+def few_open_files() -> Iterator[None]:
+    """Let this process open ten more files than it has."""
+    lowest, before = os.open(os.devnull, os.O_RDONLY), resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 10, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_thousand_previews_make_one_sheet(tmp_path: Path, few_open_files: None) -> None:
+    """Of at most 17 columns, from the first step to the last, with few files open at a time."""
+    for step in range(1000):
+        Image.new("RGB", (8, 8), (step % 256, step // 256, 0)).save(tmp_path / f"step-{step:06d}-prompt-0-0.png")
+    sheet = trainer.draw_progress(tmp_path, rows=1, last_step=999)
+    colors = [sheet.getpixel((256 * column, 0)) for column in range(sheet.width // 256)]
+    steps = [256 * green + red for red, green, _ in colors]
+    assert sheet.height == 256 and 10 <= len(steps) <= 17
+    assert steps == sorted(steps) and (steps[0], steps[-1]) == (0, 999)

@@ -1,0 +1,89 @@
+"""Prior preservation: class images are made once, by the model without a LoRA, and take turns with the subject."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import LATEST, PREVIEW_PROMPT, PROMPT, Train, equal, logged, lora
+
+
+def class_flags(folder: Path, count: int = 3) -> list[str]:
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", f"--class_data_dir={folder}"]
+    return [*flags, f"--num_class_images={count}", "--sample_batch_size=2"]
+
+
+def difference(one: Path, other: Path) -> int:
+    """The largest difference of two images, of 255."""
+    return int(np.abs(np.subtract(*(np.int16(Image.open(path)) for path in (one, other)))).max())
+
+
+def test_class_images_are_generated_once_and_resumably(train: Train, tmp_path: Path) -> None:
+    """From the stored embeddings; what is lost comes back the same but for rounding, the rest is left alone."""
+    folder, before = tmp_path / "class", tmp_path / "before"
+    train(*class_flags(folder))
+    files = sorted(folder.iterdir())
+    assert [path.name for path in files] == [f"class-0000{number}.png" for number in range(3)]
+    assert all(difference(one, other) > 20 for one, other in itertools.combinations(files, 2))
+    shutil.copytree(folder, before)
+    kept = files[2].stat().st_mtime_ns
+    files[1].unlink()
+    train(*class_flags(folder))
+    assert difference(files[1], before / files[1].name) <= 1
+    assert sorted(folder.iterdir()) == files and files[2].stat().st_mtime_ns == kept
+
+
+def test_class_images_of_another_class_are_not_reused(train: Train) -> None:
+    """Each class prompt has its own folder."""
+    flags = ["--with_prior_preservation", "--num_class_images=1", "--max_train_steps=1"]
+    for more in ([f"--class_prompt={PREVIEW_PROMPT}"], [f"--class_prompt={PROMPT}"], [f"--class_prompt={PROMPT}"]):
+        output = train(*flags, *more)
+    assert len(list(output.glob("class_images-*/class-00000.png"))) == 2
+
+
+def test_class_images_are_of_the_model_without_a_lora_to_start_from(train: Train, tmp_path: Path) -> None:
+    """What is to be preserved is the model's class, not what another LoRA made of it."""
+    start = train(learning_rate=0.1, output="start") / trainer.LORA_NAME
+    train(*class_flags(tmp_path / "one"), output="one")
+    train(*class_flags(tmp_path / "other"), f"--pretrained_lora_path={start}", output="other")
+    files = sorted((tmp_path / "one").glob("class-*.png"))
+    assert len(files) == 3 and all(difference(path, tmp_path / "other" / path.name) <= 1 for path in files)
+
+
+def test_shapes_and_prior_preservation_train_together(train: Train, tmp_path: Path) -> None:
+    """Upright and wide images of the subject, square ones of its class, in batches of two of one shape."""
+    flags = [*class_flags(tmp_path / "class"), "--aspect_ratio_buckets", "--train_batch_size=2"]
+    whole = train(*flags, output="whole")
+    train(*flags, output="parts", max_train_steps=2, checkpointing_steps=2)
+    parts = train(*flags, LATEST, output="parts")
+    latents = [load_file(path)["mean"].shape[2:] for path in (whole / "latents").iterdir()]
+    assert equal(lora(whole), lora(parts)) and len(latents) == 8 and len({*latents}) == 3
+    with pytest.raises(SystemExit, match="samples per micro-batch 2, this run has 1"):
+        train(*flags, LATEST, "--train_batch_size=1", "--gradient_accumulation_steps=2", output="parts")
+
+
+def test_prior_preservation_resumes_exactly(train: Train, tmp_path: Path) -> None:
+    """Two steps and two more give the LoRA of four; more or other class images are refused."""
+    folder = tmp_path / "class"
+    whole = train(*class_flags(folder), output="whole")
+    train(*class_flags(folder), output="parts", max_train_steps=2, checkpointing_steps=2)
+    parts = train(*class_flags(folder), LATEST, output="parts")
+    assert equal(lora(whole), lora(parts)) and not equal(lora(whole), lora(train(output="plain")))
+    with pytest.raises(SystemExit, match="num_class_images 3, this run has 4"):
+        train(*class_flags(folder, 4), LATEST, output="parts")
+
+
+def test_a_lost_class_image_is_made_again_on_resume(train: Train, tmp_path: Path) -> None:
+    """By the model without its LoRA, so that it is the same but for rounding."""
+    folder = tmp_path / "class"
+    train(*class_flags(folder), max_train_steps=2, checkpointing_steps=2, learning_rate=0.1)
+    shutil.copytree(folder, tmp_path / "before")
+    (folder / "class-00001.png").unlink()
+    output = train(*class_flags(folder), LATEST, learning_rate=0.1)
+    assert difference(folder / "class-00001.png", tmp_path / "before" / "class-00001.png") <= 1
+    assert len(logged(output)) == 4
