@@ -109,7 +109,7 @@ class Args:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for a dataclass of flags. It reads flags from @FILE too, and repeats no token in its messages."""
+    """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
     def __init__(self, flags: type, description: str) -> None:
         epilog = "Flags can also be read from a file, one with its value per line: @FILE."
@@ -144,28 +144,28 @@ class Parser(argparse.ArgumentParser):
 
 def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
     """Return what add_argument needs for a flag: from its type, its default and its metadata."""
-    about = each.metadata
-    options: dict[str, Any] = {"help": about["help"]}
+    details = each.metadata
+    options: dict[str, Any] = {"help": details["help"]}
     if each.default is MISSING:
         options["required"] = True
     else:
         options["default"] = each.default
-        if each.default not in (None, False, (), ""):
+        if each.default not in (None, "", ()) and each.default is not False:
             options["help"] += f" (default: {each.default})"
     if kind is bool:
         options["action"] = "store_true"
         return options
     inner_types = get_args(kind)  # (int, NoneType) of int | None, (str, ...) of tuple[str, ...], () of int
     value_type = inner_types[0] if inner_types else kind
-    options["type"] = about["parse"] or value_type
-    options["choices"] = about["choices"]
-    if not about["choices"]:
-        options["metavar"] = about["metavar"] or {int: "N", float: "X"}.get(value_type, "NAME")
+    options["type"] = details["parse"] or value_type
+    options["choices"] = details["choices"]
+    if not details["choices"]:
+        options["metavar"] = details["metavar"] or {int: "N", float: "X"}.get(value_type, "NAME")
     if Ellipsis in inner_types:
         options["nargs"] = "+"
-    if about["const"] is not None:
+    if details["const"] is not None:
         options["nargs"] = "?"
-        options["const"] = about["const"]
+        options["const"] = details["const"]
     return options
 
 

@@ -6,24 +6,25 @@
         --mixed_precision fp16 --resolution 1024 --train_batch_size 1 --gradient_accumulation_steps 4 \
         --use_8bit_adam --max_train_steps 500 --seed 0
 
-Cost of SD3-medium at 1024 x 1024, counted: 7.2 GiB of VRAM, 4.4 GiB with --gradient_checkpointing
-(tests/tools/step_cost.py). No text encoder is ever loaded. Everything random about a training sample is a function
-of the seed and the sample's number, so a resumed run continues exactly, and any number of processes sees the same
+Memory for SD3-medium at 1024 x 1024, as counted by tests/tools/step_cost.py: 7.2 GiB of VRAM, and 4.4 GiB with
+--gradient_checkpointing. No text encoder is ever loaded. Everything random about a training sample is a function of
+the seed and the sample's number, so a resumed run continues exactly, and any number of processes sees the same
 samples. "The reference" is diffusers' examples/research_projects/sd3_lora_colab, whose command line still runs.
 
 A map of this file, from top to bottom:
 
-    Flags                     every command-line flag, declared once, in the dataclass Args
-    Records                   Plan: all that is known before anything is written; TrainState: all that training changes
-    Data                      image files -> latents on disk -> Example -> SampleDataset
-    Model and LoRA            the frozen transformer, the LoRA on it, the optimizer
-    Loss                      flow matching, in two functions
-    Training loop             train()
-    Checkpoints               the LoRA file, training_state.pt, and how a run resumes
-    Previews and class images what the pipeline draws during a run
-    Preflight                 the checks, which return what they find and collect what is wrong
-    Model card and Hub        README.md and the upload
-    Main                      the order in which everything happens
+    Flags                      every command-line flag, declared once, in the dataclass Args
+    Records                    Plan: all that is known before anything is written; TrainState: all that changes
+    Helpers                    files, the Hub's parts, random generators, Problems
+    Data                       image files -> latents on disk -> Example -> SampleDataset
+    Model and LoRA             the frozen transformer, the LoRA on it, the optimizer
+    Loss                       flow matching, in two functions
+    Training loop              train()
+    Checkpoints                the LoRA file, training_state.pt, and how a run resumes
+    Previews and class images  what the pipeline draws during a run
+    Preflight                  the checks, which return what they find and collect what is wrong
+    Model card and Hub         README.md and the upload
+    Main                       the order in which everything happens
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-import diffusers  # loads its parts on first use, so a wrong command line is answered soon
+import diffusers  # loads its parts on first use, so that a mistyped command line fails fast
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -152,8 +153,8 @@ class Args:
     caption_dropout: float = flag(
         "data", 0.0, "probability that a sample is trained with the empty prompt", minimum=0, maximum=0.999999)
     alpha_mask: bool = flag(
-        "data", False, "weight the loss by an image's alpha channel or NAME.mask.png, so that backgrounds are not "
-        "learned", on_resume=REFUSED)
+        "data", False, "weight the loss by an image's alpha channel or NAME.mask.png, so that the background is "
+        "not learned", on_resume=REFUSED)
     max_sequence_length: int | None = flag(
         "data", None, "number of T5 tokens that the embeddings must have; unset: any", on_resume=FREE,
         embeddings_flag="max_sequence_length")
@@ -211,27 +212,29 @@ class Args:
         "training", "constant", "learning rate schedule",
         choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"))
     lr_warmup_steps: int = flag(
-        "training", 500, "optimizer steps of warm-up, in schedules that have one", minimum=0)
+        "training", 500, "optimizer steps of warm-up, for schedules that have one", minimum=0)
     lr_num_cycles: int = flag("training", 1, "number of restarts of cosine_with_restarts")
-    lr_power: float = flag("training", 1.0, "power of polynomial")
+    lr_power: float = flag("training", 1.0, "exponent of polynomial; above 1, the rate falls faster at first")
     weighting_scheme: str = flag(
         "training", "logit_normal", "how noise levels are drawn and weighted",
         choices=("logit_normal", "sigma_sqrt", "mode", "cosmap", "none"))
     logit_mean: float = flag(
         "training", 0.0, "mean of logit_normal; below 0: more of the high noise levels", minimum=-100, maximum=100)
     logit_std: float = flag("training", 1.0, "standard deviation of logit_normal")
-    mode_scale: float = flag("training", 1.29, "scale of mode", minimum=-1, maximum=1.75)
+    mode_scale: float = flag(
+        "training", 1.29, "of mode: the higher, the more samples have middle noise levels", minimum=-1, maximum=1.75)
     precondition_outputs: int = flag(
         "training", 0, "1: the reference's loss, on clean latents: sigma² times the loss on velocity",
         minimum=0, const=1, choices=(0, 1))
     optimizer: str = flag(
-        "training", "adamw", "8-bit states are bitsandbytes'; paged states move to RAM when the GPU is full",
+        "training", "adamw", "the 8-bit ones are bitsandbytes'; the paged one can move its state to RAM when the GPU "
+        "is full",
         choices=("adamw", "adamw_8bit", "paged_adamw_8bit"), parse=str.lower, on_resume=REFUSED)
     use_8bit_adam: bool = flag("training", False, "the same as --optimizer adamw_8bit", on_resume=REFUSED)
     adam_beta1: float = flag("training", 0.9, "decay rate of the first moment", minimum=0, maximum=0.999999)
     adam_beta2: float = flag("training", 0.999, "decay rate of the second moment", minimum=0, maximum=0.999999)
     adam_weight_decay: float = flag("training", 1e-4, "weight decay", minimum=0)
-    adam_epsilon: float = flag("training", 1e-8, "epsilon of Adam")
+    adam_epsilon: float = flag("training", 1e-8, "added to the denominator of an update, against division by zero")
     max_grad_norm: float = flag("training", 1.0, "gradients are clipped to this norm")
 
     # memory and speed
@@ -241,8 +244,8 @@ class Args:
     quantize_base: str | None = flag(
         "memory and speed", None, "keep the frozen weights in 4 bits; needs a GPU", choices=("nf4",))
     gradient_checkpointing: bool = flag(
-        "memory and speed", False, "recompute the activations of all blocks; unset: of as few as the memory demands",
-        on_resume=FREE)
+        "memory and speed", False, "recompute the activations of all blocks; unset: of only as many as memory "
+        "requires", on_resume=FREE)
     allow_tf32: bool = flag("memory and speed", False, "TF32 matrix products on Ampere GPUs and later")
     prior_generation_precision: str | None = flag(  # the reference's; nothing uses it
         "memory and speed", None, argparse.SUPPRESS, on_resume=FREE)
@@ -270,7 +273,7 @@ class Args:
     checkpoints_total_limit: int | None = flag(
         "checkpoints and logs", None, "number of checkpoints to keep; unset: all", on_resume=FREE)
     resume_from_checkpoint: str | None = flag(
-        "checkpoints and logs", None, "continue from the newest checkpoint or from this one", metavar="latest|PATH",
+        "checkpoints and logs", None, "checkpoint to continue from: the newest, or a path", metavar="latest|PATH",
         on_resume=FREE)
     report_to: str = flag(
         "checkpoints and logs", "tensorboard", "a tracker that accelerate knows, or all, or none", metavar="TRACKER",
@@ -292,7 +295,7 @@ class Args:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for a dataclass of flags. It reads flags from @FILE too, and repeats no token in its messages."""
+    """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
     def __init__(self, flags: type, description: str) -> None:
         epilog = "Flags can also be read from a file, one with its value per line: @FILE."
@@ -327,28 +330,28 @@ class Parser(argparse.ArgumentParser):
 
 def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
     """Return what add_argument needs for a flag: from its type, its default and its metadata."""
-    about = each.metadata
-    options: dict[str, Any] = {"help": about["help"]}
+    details = each.metadata
+    options: dict[str, Any] = {"help": details["help"]}
     if each.default is MISSING:
         options["required"] = True
     else:
         options["default"] = each.default
-        if each.default not in (None, False, (), ""):
+        if each.default not in (None, "", ()) and each.default is not False:
             options["help"] += f" (default: {each.default})"
     if kind is bool:
         options["action"] = "store_true"
         return options
     inner_types = get_args(kind)  # (int, NoneType) of int | None, (str, ...) of tuple[str, ...], () of int
     value_type = inner_types[0] if inner_types else kind
-    options["type"] = about["parse"] or value_type
-    options["choices"] = about["choices"]
-    if not about["choices"]:
-        options["metavar"] = about["metavar"] or {int: "N", float: "X"}.get(value_type, "NAME")
+    options["type"] = details["parse"] or value_type
+    options["choices"] = details["choices"]
+    if not details["choices"]:
+        options["metavar"] = details["metavar"] or {int: "N", float: "X"}.get(value_type, "NAME")
     if Ellipsis in inner_types:
         options["nargs"] = "+"
-    if about["const"] is not None:
+    if details["const"] is not None:
         options["nargs"] = "?"
-        options["const"] = about["const"]
+        options["const"] = details["const"]
     return options
 
 
@@ -424,17 +427,6 @@ def training_shapes(args: Args) -> list[tuple[int, int]]:
     return shapes
 
 
-def digest(value: object) -> str:
-    """Return a short name for the contents of something that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def class_folder(args: Args) -> Path:
-    """Return --class_data_dir, or a folder that another model, class prompt or resolution does not share."""
-    made_by = [args.pretrained_model_name_or_path, args.revision, args.class_prompt, args.resolution]
-    return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
-
-
 # ----------------------------------------------------------------------------------------------------------- records
 # Two records carry a run. Preflight makes the Plan, which never changes; the training loop changes the TrainState.
 
@@ -488,6 +480,111 @@ class TrainState:
     global_step: int  # optimizer steps that are done
 
 
+# ----------------------------------------------------------------------------------------------------------- helpers
+# Small things that the sections below share. Two habits of this program live here: a file appears under its name only
+# when it is complete, and problems are collected before they end a run.
+
+# Previews, class images and all choices about a sample are drawn from generators that are seeded by the run's seed,
+# one of these streams, and a number. The order of samples, the new LoRA and its dropout use the run's seed directly.
+SAMPLE_STREAM = 1
+PREVIEW_STREAM = 2
+CLASS_IMAGE_STREAM = 3
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """Return a random generator that depends on these numbers and on nothing else."""
+    seed = int(digest(numbers), 16) >> 1  # 63 bits, as many as a generator takes
+    return torch.Generator().manual_seed(seed)
+
+
+def digest(value: object) -> str:
+    """Return a short name for the contents of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex: the embeddings name an image by it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def atomic_path(final: Path) -> Iterator[Path]:
+    """Yield a path to write a file or folder to; if the block succeeds, it appears as `final`, whole and on disk."""
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent, ignore_cleanup_errors=True) as folder:
+        partial = Path(folder, final.name)
+        yield partial
+        for path in [partial, *partial.rglob("*")]:
+            if path.is_file():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+        if final.is_dir():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message: the Hub's own words, where there are some."""
+    message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+    return message.splitlines()[0].rstrip(".")
+
+
+def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: object) -> T:
+    """Call `load`, a from_pretrained, for one part of the pipeline; if it fails, exit with one message."""
+    name = args.pretrained_model_name_or_path
+    try:
+        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
+        raise SystemExit(
+            f"Cannot load {subfolder} of {name}: {first_line(error)}\n"
+            "A folder must have diffusers' layout. A repository may be gated: accept its license on "
+            f"https://huggingface.co/{name} and run: hf auth login\n"
+            "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
+        ) from error
+
+
+def peak_memory() -> str:
+    """Return the peak VRAM and RAM of this process so far; RAM includes mapped files, such as weights."""
+    vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except ImportError:  # on Windows
+        ram = psutil.Process().memory_info().peak_wset
+    return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
+
+
+class Problems:
+    """What the checks of this process have to say: notes, and problems that end the run."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def add(self, problem: str) -> None:
+        self.problems.append(problem)
+
+    def note(self, note: str) -> None:
+        self.notes.append(note)
+
+    def stop_if_any(self) -> None:
+        """Print the notes; if any process has a problem, end the run in all of them, with one message.
+
+        Every process must call it, since it waits for all of them.
+        """
+        for note in self.notes:
+            self.accelerator.print(f"note: {note}")
+        self.notes.clear()
+        problems = dict.fromkeys(gather_object(self.problems))  # each once, in the order they were found
+        if problems:
+            message = "".join(f"\n- {problem}" for problem in problems)
+            raise SystemExit(f"Cannot start:{message}" if self.accelerator.is_main_process else 1)
+
+
 # -------------------------------------------------------------------------------------------------------------- data
 # From image files to training samples. Each image is encoded by the VAE once, before training, into a file of latents
 # (with a few crops, since a random crop cannot be drawn afterwards). A SampleDataset then makes sample number n from
@@ -502,10 +599,6 @@ with suppress(ImportError):  # the photos of many phones
 # Pillow raises any of these for a file that is no image, or a broken one.
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, Image.DecompressionBombError)
 CROPS_PER_IMAGE = 4  # a random crop is one of this many places, since latents are encoded before training
-# A random generator is seeded by the run's seed, one of these streams, and a number.
-SAMPLE_STREAM = 1
-PREVIEW_STREAM = 2
-CLASS_IMAGE_STREAM = 3
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -517,11 +610,6 @@ def find_images(folder: Path) -> list[Path]:
         if format_of.get(path.suffix.lower()) in FORMATS and not is_mask and not path.is_dir():
             images.append(path)
     return images
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex: the embeddings name an image by it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_image(path: Path) -> Image.Image:
@@ -574,6 +662,38 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
     return on_white.convert("RGB"), mask
 
 
+def find_examples(
+    folder: Path, args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems
+) -> list[Example]:
+    """Return the images of a folder, still without prompts; each process inspects its share.
+
+    The file of an image's latents is named by a digest of all that the latents depend on.
+    """
+    shapes = training_shapes(args)
+    identity = base_model.identity if base_model else ""
+    crops = True if args.center_crop else CROPS_PER_IMAGE
+    examples = []
+    some_are_masked = False
+    for path in find_images(folder)[accelerator.process_index :: accelerator.num_processes]:
+        mask_path = mask_path_of(path)
+        try:
+            with reading_image(path), open_image(path) as image:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                size = (image.width, image.height) if is_turned else (image.height, image.width)
+                some_are_masked |= mask_path.exists() or image.has_transparency_data
+                sha256 = sha256_of(path)
+                mask = sha256_of(mask_path) if args.alpha_mask and mask_path.exists() else args.alpha_mask
+        except UnreadableImageError as error:
+            problems.add(str(error))
+            continue
+        shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
+        name = digest([sha256, mask, identity, shape, crops, args.random_flip])
+        examples.append(Example(path, sha256, args.output_dir / "latents" / f"{name}.safetensors", shape))
+    if args.alpha_mask and folder == args.instance_data_dir and not any(gather_object([some_are_masked])):
+        problems.add(f"--alpha_mask: no image in {folder} has an alpha channel or a NAME.mask.png.")
+    return sorted(gather_object(examples), key=lambda example: example.path)
+
+
 class PromptEmbeddings:
     """Prompt embeddings by prompt, read from the Parquet file one row at a time: a row is a row group."""
 
@@ -609,7 +729,8 @@ class PromptEmbeddings:
         if not (pa.types.is_list(hashes) and pa.types.is_string(hashes.value_type)):
             raise ValueError("its column image_hashes does not hold lists of texts")
         about = json.loads((schema.metadata or {}).get(b"sd3_embeddings", b"null"))
-        if not isinstance(about, dict) or self.file.num_row_groups != self.file.metadata.num_rows:
+        rows = self.file.metadata.num_rows
+        if not isinstance(about, dict) or rows == 0 or self.file.num_row_groups != rows:
             raise ValueError("it was not written by compute_embeddings.py")
         return about
 
@@ -625,43 +746,6 @@ class PromptEmbeddings:
         return embeds
 
 
-@contextmanager
-def atomic_path(final: Path) -> Iterator[Path]:
-    """Yield a path to write a file or folder to; if the block succeeds, it appears as `final`, whole and on disk."""
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent, ignore_cleanup_errors=True) as folder:
-        partial = Path(folder, final.name)
-        yield partial
-        for path in [partial, *partial.rglob("*")]:
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        if final.is_dir():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message: the Hub's own words, where there are some."""
-    message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
-    return message.splitlines()[0].rstrip(".")
-
-
-def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: object) -> T:
-    """Call `load`, a from_pretrained, for one part of the pipeline; if it fails, exit with one message."""
-    name = args.pretrained_model_name_or_path
-    try:
-        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
-        raise SystemExit(
-            f"Cannot load {subfolder} of {name}: {first_line(error)}\n"
-            "A folder must have diffusers' layout. A repository may be gated: accept its license on "
-            f"https://huggingface.co/{name} and run: hf auth login\n"
-            "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
-        ) from error
-
-
 def load_vae(args: Args, dtype: torch.dtype) -> diffusers.AutoencoderKL:
     """Load the VAE in a dtype."""
     load = diffusers.AutoencoderKL.from_pretrained
@@ -671,8 +755,8 @@ def load_vae(args: Args, dtype: torch.dtype) -> diffusers.AutoencoderKL:
 def crop_centers(image: Image.Image, shape: tuple[int, int], center_crop: bool) -> list[float]:
     """Return where an image is cropped to a shape, (height, width): 0 is its top or left end, 1 the other one."""
     height, width = shape
-    ratio = image.width * height / (image.height * width)
-    surplus = max(width * (ratio - 1), height * (1 / ratio - 1))  # of the side that is too long, in pixels
+    ratio = image.width * height / (image.height * width)  # above 1: the image is wider than the shape
+    surplus = max(width * (ratio - 1), height * (1 / ratio - 1))  # pixels of the side that is too long
     if center_crop or surplus < 8:  # a latent pixel is 8 pixels wide
         return [0.5]
     return list(np.linspace(0, 1, CROPS_PER_IMAGE))
@@ -702,7 +786,7 @@ def encode_image(vae: diffusers.AutoencoderKL, example: Example, args: Args) -> 
     height, width = example.shape
     variants = []
     for center in crop_centers(image, example.shape, args.center_crop):
-        place = (center, center)
+        place = (center, center)  # across and down; only one of the two sides is too long
         crop = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=place)
         mask_crop = ImageOps.fit(mask, (width // 8, height // 8), Image.Resampling.BOX, centering=place)
         variants.append(encode_crop(vae, crop, mask_crop))
@@ -739,47 +823,42 @@ def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator
         raise SystemExit(f"The latents are not visible here: all machines must share --output_dir {args.output_dir}.")
 
 
-def seeded_generator(*numbers: int) -> torch.Generator:
-    """Return a random generator that depends on these numbers and on nothing else."""
-    return torch.Generator().manual_seed(int(digest(numbers), 16) >> 1)
-
-
 class Deck:
     """Deals its items in a random order, each of them once, then all again in another order, and so on."""
 
-    def __init__(self, items: Sequence[Any], numbers: random.Random) -> None:
+    def __init__(self, items: Sequence[Any], rng: random.Random) -> None:
         self.items = items
-        self.numbers = numbers
+        self.rng = rng
         self.left: list[Any] = []
 
     def deal(self) -> Any:
         if not self.left:
-            self.left = self.numbers.sample(self.items, len(self.items))
+            self.left = self.rng.sample(self.items, len(self.items))
             self.left.reverse()  # so that pop(), which takes the last one, deals them in the order drawn
         return self.left.pop()
 
 
 def sample_order(kinds: list[list[Example]], seed: int, micro_batch: int, length: int) -> list[Example]:
-    """Return which image each sample of the run shows: every image of a shape comes once before any comes again.
+    """Return which image each sample of the run shows: each image of a shape comes once before any comes again.
 
     kinds: the images of the subject and perhaps those of its class. They take turns by the sample or, where shapes
-    differ, by the micro-batch, which then holds images of one shape; a shape's turns are as many as its images.
+    differ, by the micro-batch, which then holds images of one shape. Shapes get turns in proportion to their images.
     """
-    numbers = random.Random(seed)
+    rng = random.Random(seed)
     shapes = {example.shape for kind in kinds for example in kind}
     samples_per_turn = micro_batch if len(shapes) > 1 else 1
-    decks_of_kinds = []  # for each kind a deck that deals decks: the deck of one shape's images
+    # For each kind, a deck of its images' shapes, which says whose turn it is, and a deck of images for each shape.
+    shape_decks = []
+    image_decks = []
     for kind in kinds:
-        deck_of_shape = {}
-        for shape in shapes:
-            deck_of_shape[shape] = Deck([example for example in kind if example.shape == shape], numbers)
-        decks_of_kinds.append(Deck([deck_of_shape[example.shape] for example in kind], numbers))
+        shape_decks.append(Deck([example.shape for example in kind], rng))
+        image_decks.append({shape: Deck([each for each in kind if each.shape == shape], rng) for shape in shapes})
     order: list[Example] = []
     while len(order) < length:
-        for deck_of_decks in decks_of_kinds:
-            images = deck_of_decks.deal()
+        for shape_deck, decks_of_shape in zip(shape_decks, image_decks, strict=True):
+            deck = decks_of_shape[shape_deck.deal()]
             for _ in range(samples_per_turn):
-                order.append(images.deal())
+                order.append(deck.deal())
     return order[:length]
 
 
@@ -800,7 +879,7 @@ class SampleDataset(Dataset):
         generator = seeded_generator(self.seed, SAMPLE_STREAM, number)
 
         # The latents: one variant of the image, drawn from the VAE's posterior, and the noise that is added to it.
-        variants = load_file(example.latents)  # memory-mapped: of the other variants nothing is read
+        variants = load_file(example.latents)  # memory-mapped: the other variants are not read
         variant = int(torch.randint(len(variants["mean"]), (), generator=generator))
         mean = variants["mean"][variant].float()
         std = variants["std"][variant].float()
@@ -808,10 +887,11 @@ class SampleDataset(Dataset):
         noise = torch.randn(mean.shape, generator=generator)
 
         # The noise level: where in the schedule this sample is.
-        density = diffusers.training_utils.compute_density_for_timestep_sampling(
+        # Schemes other than logit_normal and mode draw it uniformly, and differ in the weighting of the loss.
+        quantile = diffusers.training_utils.compute_density_for_timestep_sampling(
             args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
         )
-        index = min(int(density * len(self.sigmas)), len(self.sigmas) - 1)  # `mode` can give a density of exactly 1
+        index = min(int(quantile * len(self.sigmas)), len(self.sigmas) - 1)  # `mode` can give exactly 1
 
         # The prompt, or the empty one.
         is_dropped = torch.rand((), generator=generator) < args.caption_dropout
@@ -931,15 +1011,15 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
 
 # -------------------------------------------------------------------------------------------------------------- loss
 # Rectified flow: noisy = (1 - sigma) * latents + sigma * noise, and the transformer learns the velocity along that
-# line, noise - latents. Another loss or weighting goes here.
+# line, noise - latents. Another loss or weighting goes here; which noise levels are drawn is decided in SampleDataset.
 
 
 def flow_matching_loss(error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str, precondition: bool) -> Tensor:
     """Return the per-sample weighted squared error of the velocity, (B,). Rectified flow, arXiv 2403.03206, §3.1.
 
-    error (B, 16, H/8, W/8), sigmas (B, 1, 1, 1). mask (B, 1, H/8, W/8) multiplies the error; the mean is over all
-    pixels, so a small subject counts less. With precondition it is the reference's error, that of the latents which
-    the velocity implies, noisy - sigma * velocity: sigma² times the error of the velocity.
+    error (B, 16, H/8, W/8), sigmas (B, 1, 1, 1). mask (B, 1, H/8, W/8) multiplies the squared error; the mean is over
+    all pixels, so a small subject counts less. With precondition it is the reference's error, that of the latents
+    which the velocity implies, noisy - sigma * velocity: sigma² times the squared error of the velocity.
     """
     weighting = diffusers.training_utils.compute_loss_weighting_for_sd3(scheme, sigmas)
     if precondition:
@@ -968,11 +1048,12 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
 # Before the loop one real micro-batch finds out how much memory a step takes. The loop itself knows no epochs: the
 # data loader holds exactly the samples that are left, in order.
 
+ADAM_STATES = 2  # two moments, each as large as the parameters
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high, which costs a few steps
 NOT_FINITE = (
     f"The gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite; none of these steps was applied. Usual "
-    "causes: a learning rate that is too high, fp16 where the model needs bf16, embeddings of another model. The "
-    "checkpoints are good. Start again with a lower --learning_rate or another --mixed_precision."
+    "causes: a learning rate that is too high, fp16 where the model needs bf16, embeddings of another model. Earlier "
+    "checkpoints are unaffected. Start again with a lower --learning_rate or another --mixed_precision."
 )
 STOPPED = "Stopped after step {}; a checkpoint is saved. To continue, add --resume_from_checkpoint latest."
 
@@ -990,16 +1071,13 @@ def choose_recomputation(
     batch = default_collate([dataset[largest]] * args.train_batch_size)
     batch = send_to_device(batch, accelerator.device)
     lora_params = trainable_parameters(state.transformer)
-    optimizer_states = [torch.empty_like(parameter) for parameter in lora_params * 2]
+    optimizer_states = [torch.empty_like(parameter) for parameter in lora_params * ADAM_STATES]
     blocks = len(state.transformer.transformer_blocks)
-    for count in [blocks] if args.gradient_checkpointing else [0, blocks // 2, blocks]:
+    counts = [blocks] if args.gradient_checkpointing else [0, blocks // 2, blocks]
+    for count in counts:
         recompute_blocks(state.transformer, count)
         try:
-            for _ in range(2):  # the first pass loads kernels
-                started = time.monotonic()
-                training_loss(state.transformer, batch, plan.weight_dtype, args).backward()
-                optimizer_states[0].sum().item()  # waits for the GPU
-                seconds = time.monotonic() - started
+            seconds = time_micro_batch(state.transformer, batch, plan.weight_dtype, args)
             break
         except torch.OutOfMemoryError:
             if count == blocks:
@@ -1007,8 +1085,32 @@ def choose_recomputation(
         finally:
             state.transformer.zero_grad()
             diffusers.training_utils.free_memory()
+    del optimizer_states  # only their room was wanted
     accelerator.print(f"{count} of {blocks} blocks recompute their activations, {peak_memory()}")
     return seconds
+
+
+def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> float:
+    """Return the seconds that a forward and a backward pass take."""
+    for _ in range(2):  # the first one loads kernels
+        started = time.monotonic()
+        loss = training_loss(model, batch, dtype, args)
+        loss.backward()
+        loss.item()  # waits for the GPU
+    return time.monotonic() - started
+
+
+def finish_gradients(
+    lora_params: list[nn.Parameter], loss: Tensor, args: Args, accelerator: Accelerator, signals: list[int]
+) -> tuple[bool, float, bool]:
+    """Clip the gradients; return what all processes agree on: all are finite, the mean loss, whether to stop.
+
+    One reduce for all three, the step's only wait for the GPU.
+    """
+    norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
+    values = torch.stack([norm.isfinite().float(), loss, loss.new_tensor(len(signals))])
+    finite_share, mean_loss, mean_signals = accelerator.reduce(values, "mean").tolist()
+    return finite_share == 1, mean_loss, mean_signals > 0
 
 
 def train(
@@ -1040,14 +1142,11 @@ def train(
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                # All that the processes must agree on goes into one reduce, the step's only wait for the GPU.
-                norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
-                values = torch.stack([norm.isfinite().float(), loss_sum, loss_sum.new_tensor(len(signals))])
-                finite, mean_loss, signaled = accelerator.reduce(values, "mean").tolist()
+                finite, mean_loss, signaled = finish_gradients(lora_params, loss_sum, args, accelerator, signals)
                 loss_sum.zero_()
                 skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-                if not finite:
-                    state.optimizer.zero_grad()  # without gradients the step changes nothing, but fp16's scale drops
+                if not finite:  # without gradients the optimizer skips its step; fp16's loss scale drops
+                    state.optimizer.zero_grad()
                 if skipped_in_a_row == MAX_SKIPPED_STEPS:
                     raise SystemExit(NOT_FINITE if is_main else 1)
             state.optimizer.step()
@@ -1074,23 +1173,16 @@ def train(
     progress.close()
 
 
-def start_training(
-    args: Args,
-    plan: Plan,
-    state: TrainState,
-    dataset: SampleDataset,
-    accelerator: Accelerator,
-    signals: list[int],
-) -> None:
-    """Choose the recomputation, let accelerate prepare model, optimizer and data, and train the remaining steps."""
+def prepare_training(
+    args: Args, plan: Plan, state: TrainState, dataset: SampleDataset, accelerator: Accelerator
+) -> tuple[nn.Module, DataLoader]:
+    """Choose the recomputation, and let accelerate prepare model, optimizer and a data loader of what is left."""
     samples_left = range(state.global_step * plan.samples_per_step, len(dataset.order))  # empty if the run is over
     steps_left = len(samples_left) // plan.samples_per_step
     accelerator.print(f"{steps_left} steps of {plan.samples_per_step} samples, from step {state.global_step}")
     if steps_left:
         seconds = choose_recomputation(args, plan, state, dataset, accelerator) * args.gradient_accumulation_steps
         accelerator.print(f"about {seconds:.2g} s per step, {steps_left * seconds / 60:.0f} minutes in all")
-    accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)
-
     dataloader = DataLoader(
         Subset(dataset, samples_left),  # a resumed run starts behind the samples that it has seen
         args.train_batch_size,
@@ -1100,18 +1192,12 @@ def start_training(
     model, state.optimizer, dataloader = accelerator.prepare(state.transformer, state.optimizer, dataloader)
     # Previews and checkpoints use the transformer inside DDP's wrapper, in weight_dtype.
     state.transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-
-    if accelerator.is_main_process and args.validation_prompt and state.global_step == 0:
-        for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):  # of another run
-            earlier.unlink()
-        make_previews(args, plan, state, accelerator, signals)  # of the model before it is trained
-    note_signals(signals)  # from here on there is something to save
-    train(args, plan, state, model, dataloader, accelerator, signals)
+    return model, dataloader
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 # A checkpoint is a folder checkpoint-N with two files: a LoRA that can be used as it is, and training_state.pt with
-# five keys, which hold all that training needs to continue to the same result.
+# all that training needs to continue to the same result.
 
 
 def architecture(config: Any) -> str:
@@ -1205,7 +1291,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def start_or_resume(
     args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
 ) -> TrainState:
-    """Return LoRA, optimizer and learning rate schedule, new or as the checkpoint left them."""
+    """Load the LoRA's weights, and make optimizer and schedule: new, or as the checkpoint left them."""
     from peft import set_peft_model_state_dict
 
     saved = plan.checkpoint
@@ -1304,6 +1390,12 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(partial)
 
 
+def class_folder(args: Args) -> Path:
+    """Return --class_data_dir, or a folder that another model, class prompt or resolution does not share."""
+    made_by = [args.pretrained_model_name_or_path, args.revision, args.class_prompt, args.resolution]
+    return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
+
+
 def make_class_images(
     args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
 ) -> list[Example]:
@@ -1367,6 +1459,14 @@ def make_previews(
     return written
 
 
+def preview_untrained(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
+    """Draw what the model makes of the prompts before it is trained, in place of an earlier run's previews."""
+    if accelerator.is_main_process and args.validation_prompt and state.global_step == 0:
+        for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):
+            earlier.unlink()
+        make_previews(args, plan, state, accelerator, signals=[])
+
+
 def log_images(shown: dict[str, list[Image.Image]], step: int, accelerator: Accelerator) -> None:
     """Show images, by title, in the trackers that can."""
     values = {title: np.array(images) for title, images in shown.items()}
@@ -1399,34 +1499,6 @@ def draw_progress(folder: Path, rows: int, last_step: int) -> Image.Image:
 # of a run, in all its processes, come in one message.
 
 
-class Problems:
-    """What the checks of this process have to say: notes, and problems that end the run."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.problems: list[str] = []
-        self.notes: list[str] = []
-
-    def add(self, problem: str) -> None:
-        self.problems.append(problem)
-
-    def note(self, note: str) -> None:
-        self.notes.append(note)
-
-    def stop_if_any(self) -> None:
-        """Print the notes; if any process has a problem, end the run in all of them, with one message.
-
-        Every process must call it, since it waits for all of them.
-        """
-        for note in self.notes:
-            self.accelerator.print(f"note: {note}")
-        self.notes.clear()
-        problems = dict.fromkeys(gather_object(self.problems))  # each once, in the order they were found
-        if problems:
-            message = "".join(f"\n- {problem}" for problem in problems)
-            raise SystemExit(f"Cannot start:{message}" if self.accelerator.is_main_process else 1)
-
-
 def preflight(args: Args, accelerator: Accelerator) -> Plan:
     """Check everything that can be checked in seconds, and return the plan; problems end the run in one message."""
     problems = Problems(accelerator)
@@ -1446,20 +1518,34 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     examples = with_prompts(examples, embeddings, args, problems)
 
     # All of it together: how many steps, of what, and whether the checkpoint may be continued with that.
+    plan = None
     if base_model and embeddings and examples:
-        seed = drawn_seed if args.seed is None else args.seed
-        if args.seed is None and checkpoint:
-            seed = checkpoint["settings"]["seed"]
-        plan = make_plan(args, accelerator, seed, base_model, embeddings, examples)
-        plan = replace(plan, checkpoint=checkpoint, start_lora=start_lora)
+        samples_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        max_train_steps = count_steps(args, examples, samples_per_step)
+        plan = Plan(
+            name=args.hub_model_id if args.push_to_hub and args.hub_model_id else args.output_dir.resolve().name,
+            seed=choose_seed(args, checkpoint, drawn_seed),
+            weight_dtype=WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32),
+            base_model=base_model,
+            embeddings=embeddings,
+            examples=examples,
+            start_lora=start_lora,
+            checkpoint=checkpoint,
+            samples_per_step=samples_per_step,
+            max_train_steps=max_train_steps,
+            preview_steps=find_preview_steps(args, examples, samples_per_step, max_train_steps),
+            settings={},
+        )
+        plan = replace(plan, settings=comparable_settings(args, plan, accelerator))
         check_resume(plan, problems)
         describe_plan(args, plan, problems)
     problems.stop_if_any()
+    assert plan is not None  # what was not found was a problem
     return plan
 
 
 def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> None:
-    """Check that this machine can do it: the precision, the tracker, writing to the folders."""
+    """Check the precision, the 4-bit weights, the tracker, and write access to the folders."""
     precision = accelerator.mixed_precision
     on_cuda = accelerator.device.type == "cuda"
     if precision not in WEIGHT_DTYPES:
@@ -1521,7 +1607,10 @@ def inspect_base_model(args: Args, problems: Problems) -> BaseModel | None:
     for height, width in training_shapes(args):
         side = max(side, height, width)
     if side > largest:
-        problems.add(f"--resolution {args.resolution} has a side of {side} pixels, above the model's {largest}.")
+        problems.add(
+            f"--resolution {args.resolution} or --aspect_ratio_buckets: a side of {side} pixels is above the model's "
+            f"{largest}."
+        )
     for layer in args.lora_layers.split(","):
         if not lora_targets(skeleton, layer):
             problems.add(f"--lora_layers: the transformer has no linear layer {layer}.")
@@ -1573,43 +1662,9 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
     return start_lora
 
 
-def find_examples(
-    folder: Path, args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems
-) -> list[Example]:
-    """Return the images of a folder, still without prompts; each process inspects its share.
-
-    The file of an image's latents is named by a digest of all that the latents depend on.
-    """
-    shapes = training_shapes(args)
-    identity = base_model.identity if base_model else ""
-    crops = args.center_crop or CROPS_PER_IMAGE
-    examples = []
-    some_are_masked = False
-    for path in find_images(folder)[accelerator.process_index :: accelerator.num_processes]:
-        mask_path = mask_path_of(path)
-        try:
-            with reading_image(path), open_image(path) as image:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-                size = (image.width, image.height) if is_turned else (image.height, image.width)
-                some_are_masked |= mask_path.exists() or image.has_transparency_data
-                sha256 = sha256_of(path)
-                mask = sha256_of(mask_path) if args.alpha_mask and mask_path.exists() else args.alpha_mask
-        except UnreadableImageError as error:
-            problems.add(str(error))
-            continue
-        shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
-        name = digest([sha256, mask, identity, shape, crops, args.random_flip])
-        examples.append(Example(path, sha256, args.output_dir / "latents" / f"{name}.safetensors", shape))
-    if args.alpha_mask and folder == args.instance_data_dir and not any(gather_object([some_are_masked])):
-        problems.add(f"--alpha_mask: no image in {folder} has an alpha channel or a NAME.mask.png.")
-    return sorted(gather_object(examples), key=lambda example: example.path)
-
-
 def embeddings_command(args: Args, about: dict[str, Any]) -> str:
     """Return the command line that computes the embeddings of this run; about is that of the existing file, or {}."""
     command = ["python", "compute_embeddings.py"]
-    if about.get("t5"):
-        command += ["--t5_precision", about["t5"]]
     for each in fields(args):
         name = each.metadata["embeddings_flag"]
         value = getattr(args, each.name)
@@ -1618,6 +1673,8 @@ def embeddings_command(args: Args, about: dict[str, Any]) -> str:
         if name and value:
             values = value if isinstance(value, tuple) else [value]
             command += [f"--{name}", *[str(each_value) for each_value in values]]
+    if about.get("t5"):
+        command += ["--t5_precision", about["t5"]]
     return shlex.join(command)
 
 
@@ -1635,7 +1692,9 @@ def open_embeddings(args: Args, base_model: BaseModel | None, problems: Problems
     try:
         embeddings = PromptEmbeddings(path)
         unknown = sorted(wanted_prompts(args) - embeddings.row_of_prompt.keys())
-        known = wanted_prompts(args).difference(unknown) or embeddings.row_of_prompt
+        known = wanted_prompts(args).difference(unknown)
+        if not known:
+            known = set(embeddings.row_of_prompt)  # any row shows the widths
         rows = [embeddings[prompt] for prompt in known]
     except (OSError, ValueError, pa.ArrowException) as error:  # a file that is missing, broken, or of another form
         problems.add(
@@ -1681,67 +1740,13 @@ def with_prompts(
     return examples
 
 
-def make_plan(
-    args: Args,
-    accelerator: Accelerator,
-    seed: int,
-    base_model: BaseModel,
-    embeddings: PromptEmbeddings,
-    examples: list[Example],
-) -> Plan:
-    """Return the plan of a run that starts from the beginning: its steps, its previews and its settings."""
-    per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    per_epoch = samples_per_epoch(args, examples)
-    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * per_epoch / per_step)
-
-    # Previews follow the steps in which the period, counted in samples, is completed.
-    preview_steps = set()
-    if args.validation_prompt:
-        samples = args.validation_steps * per_step if args.validation_steps else args.validation_epochs * per_epoch
-        preview_steps = {step for step in range(1, max_train_steps) if step * per_step % samples < per_step}
-
-    return Plan(
-        name=args.hub_model_id if args.push_to_hub and args.hub_model_id else args.output_dir.resolve().name,
-        seed=seed,
-        weight_dtype=WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32),
-        base_model=base_model,
-        embeddings=embeddings,
-        examples=examples,
-        start_lora={},
-        checkpoint={},
-        settings=comparable_settings(args, seed, max_train_steps, accelerator, base_model, embeddings, examples),
-        samples_per_step=per_step,
-        max_train_steps=max_train_steps,
-        preview_steps=preview_steps,
-    )
-
-
-def comparable_settings(
-    args: Args,
-    seed: int,
-    max_train_steps: int,
-    accelerator: Accelerator,
-    base_model: BaseModel,
-    embeddings: PromptEmbeddings,
-    examples: list[Example],
-) -> dict[str, object]:
-    """Return what a run that resumes this one is compared with: flags, and what was found out about the data."""
-    settings: dict[str, object] = {}
-    for each in fields(args):
-        if each.metadata["on_resume"] != FREE and not each.metadata["secret"]:
-            settings[each.name] = getattr(args, each.name)
-    about = embeddings.about
-    per_micro_batch = args.train_batch_size * accelerator.num_processes
-    return settings | {
-        "seed": seed,
-        "max_train_steps": max_train_steps,
-        "mixed_precision": accelerator.mixed_precision,
-        "samples per step": per_micro_batch * args.gradient_accumulation_steps,
-        "samples per micro-batch": per_micro_batch if args.aspect_ratio_buckets else None,  # they have one shape
-        "images and captions": digest([(example.latents.name, example.prompt) for example in examples]),
-        "embeddings": f"T5 {about.get('t5')}, {about.get('max_sequence_length')} tokens",
-        "base model": base_model.identity,
-    }
+def choose_seed(args: Args, checkpoint: dict[str, Any], drawn_seed: int) -> int:
+    """Return --seed, or else the checkpoint's seed, or else the one that was drawn."""
+    if args.seed is not None:
+        return args.seed
+    if checkpoint:
+        return checkpoint["settings"]["seed"]
+    return drawn_seed
 
 
 def samples_per_epoch(args: Args, examples: list[Example]) -> int:
@@ -1749,22 +1754,58 @@ def samples_per_epoch(args: Args, examples: list[Example]) -> int:
     return len(examples) * 2 if args.with_prior_preservation else len(examples)
 
 
+def count_steps(args: Args, examples: list[Example], samples_per_step: int) -> int:
+    """Return --max_train_steps, or the steps of --num_train_epochs."""
+    samples = args.num_train_epochs * samples_per_epoch(args, examples)
+    return args.max_train_steps or math.ceil(samples / samples_per_step)
+
+
+def find_preview_steps(args: Args, examples: list[Example], samples_per_step: int, max_train_steps: int) -> set[int]:
+    """Return the steps that are followed by previews: those in which the period, in samples, is completed again."""
+    if not args.validation_prompt:
+        return set()
+    if args.validation_steps:
+        period = args.validation_steps * samples_per_step
+    else:
+        period = args.validation_epochs * samples_per_epoch(args, examples)
+    return {step for step in range(1, max_train_steps) if step * samples_per_step % period < samples_per_step}
+
+
+def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dict[str, object]:
+    """Return what a run that resumes this one is compared with: flags, and what was found out about the data."""
+    settings: dict[str, object] = {}
+    for each in fields(args):
+        if each.metadata["on_resume"] != FREE and not each.metadata["secret"]:
+            settings[each.name] = getattr(args, each.name)
+    about = plan.embeddings.about
+    per_micro_batch = args.train_batch_size * accelerator.num_processes
+    return settings | {
+        "seed": plan.seed,
+        "max_train_steps": plan.max_train_steps,
+        "mixed_precision": accelerator.mixed_precision,
+        "samples per step": plan.samples_per_step,
+        "samples per micro-batch": per_micro_batch if args.aspect_ratio_buckets else None,  # they have one shape
+        "images and captions": digest([(example.latents.name, example.prompt) for example in plan.examples]),
+        "embeddings": f"T5 {about.get('t5')}, {about.get('max_sequence_length')} tokens",
+        "base model": plan.base_model.identity,
+    }
+
+
 def check_resume(plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
     on_resume = {each.name: each.metadata["on_resume"] for each in fields(Args)}
     saved = plan.checkpoint.get("settings", {})
-    followed = []
+    changed = []
     for name, value in plan.settings.items():
         before = saved.get(name, value)  # a setting that is newer than the checkpoint counts as unchanged
         if before == value:
             continue
-        difference = f"{name} {before}, this run has {value}"
-        if on_resume.get(name, REFUSED) == REFUSED:  # what is no flag was found out about the data
-            problems.add(f"The checkpoint was trained with {difference}.")
+        if on_resume.get(name, REFUSED) == REFUSED:  # what is not a flag was found out about the data
+            problems.add(f"The checkpoint was trained with {name} {before}, this run has {value}.")
         else:
-            followed.append(difference)
-    if followed:
-        problems.note(f"the checkpoint was trained with {'; '.join(followed)}, which is followed")
+            changed.append(f"{name} {before} -> {value}")
+    if changed:
+        problems.note(f"continuing with changed settings: {', '.join(changed)}")
 
 
 def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
@@ -1907,7 +1948,7 @@ def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator,
     previews = make_previews(args, plan, state, accelerator, signals) if args.validation_prompt else []
     if signals:
         raise SystemExit(f"Interrupted. The LoRA is written: {path}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is left that a signal should save
+    end_on_signals()  # nothing is left that a signal should save
     write_model_card(args, plan, state, previews)
     print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
     if args.push_to_hub:
@@ -1917,20 +1958,8 @@ def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator,
 # -------------------------------------------------------------------------------------------------------------- main
 # What surrounds a run: accelerate, the lock on the output folder, signals, errors and output. Then main().
 
-END_SIGNALS = signal.valid_signals() & {1, 2, 15}  # SIGHUP, which Windows does not have, SIGINT and SIGTERM
-
-
-def peak_memory() -> str:
-    """Return the peak VRAM and RAM of this process so far; RAM includes mapped files, such as weights."""
-    vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
-    try:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    except ImportError:  # on Windows
-        ram = psutil.Process().memory_info().peak_wset
-    return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
+SIGHUP = 1  # which Windows does not have
+END_SIGNALS = signal.valid_signals() & {SIGHUP, signal.SIGINT, signal.SIGTERM}
 
 
 def silence_libraries() -> None:
@@ -2005,6 +2034,13 @@ def note_signals(signals: list[int]) -> None:
             signal.signal(number, note)
 
 
+def end_on_signals() -> None:
+    """Let a signal end the run at once, unless it is ignored."""
+    for number in END_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+
+
 class IgnoreBrokenPipe:
     """An output stream whose reader, a pipe or a terminal, may go away: that costs the output, not the LoRA."""
 
@@ -2035,7 +2071,7 @@ def is_full_disk(error: Exception) -> bool:
 
 @contextmanager
 def explained_errors() -> Iterator[None]:
-    """End with one message on what no check can foresee; an unknown error keeps its traceback."""
+    """Turn errors that preflight cannot foresee into one message; an unexpected error keeps its traceback."""
     nothing_lost = "What was saved before is complete"
     try:
         yield
@@ -2090,7 +2126,13 @@ def main(args: Args) -> None:
             micro_batch = args.train_batch_size * accelerator.num_processes
             order = sample_order(kinds, plan.seed, micro_batch, plan.max_train_steps * plan.samples_per_step)
             dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
-            start_training(args, plan, state, dataset, accelerator, signals)
+            model, dataloader = prepare_training(args, plan, state, dataset, accelerator)
+            accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)
+            preview_untrained(args, plan, state, accelerator)
+
+            # From here on there is something to save: a signal ends the training after its step, with a checkpoint.
+            note_signals(signals)
+            train(args, plan, state, model, dataloader, accelerator, signals)
 
             if accelerator.is_main_process:
                 publish(args, plan, state, accelerator, signals)

@@ -149,8 +149,8 @@ def test_what_is_followed_is_noted(
     """Every difference is named, in one note."""
     quantized_on_cpu.allow(monkeypatch.setattr)
     resume(*command(values_of("noted"), tmp_path), "--dry_run")
-    [note] = [line for line in capsys.readouterr().out.splitlines() if "was trained with" in line]
-    assert [name for name in values_of("noted") if not re.search(rf"\b{name} .*, this run has", note)] == []
+    [note] = [line for line in capsys.readouterr().out.splitlines() if "changed settings" in line]
+    assert [name for name in values_of("noted") if not re.search(rf"\b{name} .* -> ", note)] == []
 
 
 def test_what_makes_no_other_lora_is_not_mentioned(
@@ -162,7 +162,7 @@ def test_what_makes_no_other_lora_is_not_mentioned(
     shutil.copytree(tmp_path / "photos", tmp_path / "moved photos")
     shutil.copy(tmp_path / "embeddings.parquet", tmp_path / "moved.parquet")
     resume(*command(values_of("free"), tmp_path))
-    assert "trained with" not in capsys.readouterr().out
+    assert "changed settings" not in capsys.readouterr().out
     resume(*command(values_of("free", without=SUMS_IN_ANOTHER_ORDER | NO_TRAINING), tmp_path))
     assert equal(lora(tmp_path / "elsewhere"), lora(tmp_path / "out"))
 
@@ -232,7 +232,7 @@ def test_a_learning_rate_lowered_on_resume_is_followed(train: Train, capsys: pyt
     start = f"--resume_from_checkpoint={train(*flags) / 'checkpoint-2'}"
     lower = train(*flags, start, output="lower", learning_rate=1e-4)
     assert logged(lower, "lr") == pytest.approx([0.5e-4, 0.25e-4])
-    assert "learning_rate 0.001, this run has 0.0001, which is followed" in capsys.readouterr().out
+    assert "learning_rate 0.001 -> 0.0001" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["adam_beta1=0.1", "adam_beta2=0.5", "adam_epsilon=1", "adam_weight_decay=99"])

@@ -139,11 +139,13 @@ def in_preview(step: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Send this process a signal when a preview of that step begins; the denoising steps that follow."""
     make, forward, denoised = trainer.make_previews, trainer.diffusers.SD3Transformer2DModel.forward, []
 
-    def make_previews(args: trainer.Args, plan: trainer.Plan, state: trainer.TrainState, *rest: object) -> list:
+    def make_previews(
+        args: trainer.Args, plan: trainer.Plan, state: trainer.TrainState, *rest: object, **named: object
+    ) -> list:
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
             denoised.clear()
-        return make(args, plan, state, *rest)
+        return make(args, plan, state, *rest, **named)
 
     def counted(*args: object, **kwargs: object) -> object:
         denoised.append(1) if not torch.is_grad_enabled() else None
