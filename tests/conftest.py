@@ -128,7 +128,7 @@ def loss_scaler_on_a_cpu() -> Iterator[None]:
 
 @pytest.fixture
 def train(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Run the trainer in this process, 4 steps unless told otherwise, and return its output folder."""
+    """Run the trainer in this process, 4 steps unless something else is given, and return its output folder."""
 
     def run(*flags: str, output: str = "out", **changes: object) -> Path:
         reset_accelerate()

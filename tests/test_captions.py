@@ -133,7 +133,7 @@ def test_all_that_is_wrong_with_a_folder_in_one_message(folder: Path) -> None:
 def test_a_truncated_photo_is_found_before_any_encoding(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its header is good. Found later, mending it would change its hash and cost the embeddings again."""
+    """Its header is good. Found later, repairing it would change its hash and cost the embeddings again."""
     Image.effect_noise((300, 300), 90).save(folder / "noise.jpg")
     (folder / "noise.jpg").write_bytes((folder / "noise.jpg").read_bytes()[:-200])
     monkeypatch.setattr(embed, "load_part", lambda *_, **__: pytest.fail("a part of the model was loaded"))

@@ -57,7 +57,7 @@ def test_the_schedules_are_diffusers() -> None:
 
 
 def test_every_number_has_limits(capsys: pytest.CaptureFixture[str]) -> None:
-    """Below 0, not a number, infinite, huge: none is taken, and all are told in one message with exit code 2."""
+    """Below 0, not a number, infinite, huge: none is taken, and all are reported in one message with exit code 2."""
     numbers = [flag for flag in flags_of(trainer) if flag.type in (int, float) and not flag.choices]
     assert len(numbers) > 30
     for kind, wrong in [
@@ -77,7 +77,7 @@ def test_every_number_has_limits(capsys: pytest.CaptureFixture[str]) -> None:
         assert [name for name in names if f"--{name} {kind(wrong)} is not between" not in message] == []
 
 
-def test_all_mistakes_of_a_command_line_are_told_in_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_mistakes_of_a_command_line_are_reported_in_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     """Of different kinds; exit code 2."""
     wrong = ["--resolution=100", "--rank=0", "--learning_rate=nan", "--aspect_ratio_buckets=1"]
     with pytest.raises(SystemExit) as stop:

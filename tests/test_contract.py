@@ -219,7 +219,7 @@ def test_a_signal_leaves_the_older_file_and_no_scratch(
 
 
 def test_nohup_is_respected(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lost terminal ends no run that was told to ignore it."""
+    """A lost terminal ends no run that ignores it."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before_the_rows(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP))
     assert prompts_of(compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")) == [PROMPT, ""]
@@ -258,7 +258,7 @@ def test_room_is_claimed_before_t5_is_loaded(
 def test_a_bad_output_costs_no_encoding(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder in its place, or a file that is not ours, is told before."""
+    """A folder in its place, or a file that is not ours, is reported before."""
     monkeypatch.setattr(embed, "encode_prompts", lambda *_: pytest.fail("encoded"))
     (tmp_path / "notes.txt").write_text("mine")
     for path in (tmp_path, tmp_path / "notes.txt"):

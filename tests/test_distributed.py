@@ -165,7 +165,7 @@ def test_two_machines_with_a_common_folder(
 
 
 def test_two_machines_without_a_common_folder(launch: Launch, machines: list[list[str]], tmp_path: Path) -> None:
-    """Are told to share it, both, and end."""
+    """Both are asked to share it, and end."""
     processes = []
     for name, machine in zip(("first", "second"), machines, strict=True):
         (tmp_path / name).mkdir()

@@ -78,21 +78,12 @@ def test_the_readmes_files_of_settings_parse(tmp_path: Path) -> None:
     assert models == ["stable-diffusion-3.5-medium", "stable-diffusion-3.5-large"]
 
 
-def test_the_readme_is_read_in_one_sitting() -> None:
-    """At most 190 lines; its first commands on at most four."""
-    [first] = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if "@tests/toy/train.txt" in block]
-    assert len(README.splitlines()) <= 190 and len(first.splitlines()) <= 4
-
-
-def test_ci_runs_the_readmes_test_command() -> None:
-    """The same words."""
-    script = (ROOT / ".ci" / "run").read_text()
-    commands = [shlex.join(command) for command in COMMANDS if command[:1] in (["ruff"], ["mypy"], ["python"])]
-    of_tests = [command for command in commands if "compute_embeddings" not in command]
-    assert of_tests == ["ruff check .", "ruff format --check .", "mypy", "python -m pytest -n 2"]
-    assert all(command in script.splitlines() for command in of_tests)
-    [install] = [command[2:] for command in COMMANDS if command[:2] == ["pip", "install"] and "pytest" in command]
-    assert any(line.endswith(" ".join(install)) for line in script.splitlines())
+def test_ci_runs_the_readmes_test_commands() -> None:
+    """Each of them is a line of .ci/run."""
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    commands = [shlex.join(command) for command in COMMANDS if command[0] in ("ruff", "mypy") or "pytest" in command]
+    tests = [command for command in commands if not command.startswith("pip")]
+    assert len(tests) == 4 and [command for command in tests if command not in lines] == []
 
 
 def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, **parameters: object) -> list[dict]:

@@ -76,7 +76,7 @@ def test_the_repository_is_named_and_private_if_that_is_asked(
 @pytest.mark.parametrize(("token", "part"), [
     ("hf_read", "You need a token that may write"), ("hf_wrong", "Invalid user token"),
 ])  # fmt: skip
-def test_a_token_that_cannot_push_is_told_before_training(
+def test_a_token_that_cannot_push_is_reported_before_training(
     hub: ThreadingHTTPServer, push: Callable[..., Path], tmp_path: Path, token: str, part: str
 ) -> None:
     """A read-only or invalid token: one message with what to do, and nothing is encoded."""

@@ -13,8 +13,8 @@ import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import PROMPT, Train, parse
 
 
-def test_all_problems_are_told_at_once(train: Train, tmp_path: Path) -> None:
-    """A bad image, an image and a prompt without embeddings, a wrong layer; with the command that mends it."""
+def test_all_problems_are_reported_at_once(train: Train, tmp_path: Path) -> None:
+    """A bad image, an image and a prompt without embeddings, a wrong layer; with the command that fixes it."""
     folder = tmp_path / "my photos"
     folder.mkdir()
     (folder / "bad.jpg").write_text("not an image")
@@ -29,7 +29,7 @@ def test_all_problems_are_told_at_once(train: Train, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_and_writes_nothing(
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
     train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images with shapes and captions, and steps; a problem ends it as it ends a run."""
