@@ -1105,7 +1105,7 @@ def finish_gradients(
 ) -> tuple[bool, float, bool]:
     """Clip the gradients; return what all processes agree on: all are finite, the mean loss, whether to stop.
 
-    One reduce for all three, the step's only wait for the GPU.
+    One reduce for all three, the step's only wait for the GPU (but bitsandbytes' optimizers wait for each parameter).
     """
     norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
     values = torch.stack([norm.isfinite().float(), loss, loss.new_tensor(len(signals))])
@@ -1223,9 +1223,7 @@ def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: s
     lora = {}
     for key, value in get_peft_model_state_dict(transformer).items():
         if not value.isfinite().all():
-            raise SystemExit(
-                f"The LoRA has weights that are not finite: not saved. Older files beside {path} are good."
-            )
+            raise SystemExit(f"The LoRA has weights that are not finite and is not saved. {path} stays as it was.")
         lora[f"transformer.{key}"] = value * scale if "lora_B" in key else value
     adapter = {
         "transformer.r": config.r,
