@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import quantized_on_cpu
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, PROMPT, RANK, compute, logged
+from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, compute, logged
 
 Train = Callable[..., Path]
 FOUR = {"to_q", "to_k", "to_v", "to_out.0"}
@@ -284,7 +284,7 @@ def test_an_older_peft_loads_the_file(
         "import sys, peft, torch; from test_lora import answer, pipeline_with; assert peft.__version__ == '0.18.0'\n"
         "torch.save(answer(pipeline_with(*sys.argv[1:3]).transformer), sys.argv[3])"
     )
-    path = os.pathsep.join(map(str, [older_peft, *sys.path[:2]]))
+    path = os.pathsep.join(map(str, [older_peft, ROOT, ROOT / "tests", ROOT / "tests" / "tools"]))
     command = [sys.executable, "-c", code, output, tiny, tmp_path / "answer.pt"]
     subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=120)
     assert peft.__version__ != "0.18.0"
