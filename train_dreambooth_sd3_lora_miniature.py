@@ -63,7 +63,7 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import AutocastKwargs, broadcast_object_list, gather_object, send_to_device, tqdm
+from accelerate.utils import AutocastKwargs, broadcast_object_list, gather_object, send_to_device
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData
 from PIL import ExifTags, Image, ImageOps
@@ -71,6 +71,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from tqdm import tqdm
 
 T = TypeVar("T")
 STARTED = time.monotonic()
@@ -522,6 +523,11 @@ def atomic_path(final: Path) -> Iterator[Path]:
         os.replace(partial, final)
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 step" or "2 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message: the Hub's own words, where there are some."""
     message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
@@ -544,6 +550,26 @@ def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: obje
         ) from error
 
 
+class ProgressBar(tqdm):
+    """A bar in a terminal; elsewhere, as in a log file, a plain line every 30 seconds and one at the end."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.in_terminal = sys.stderr.isatty()
+        self.shown = kwargs.get("initial", 0)
+        if not self.in_terminal:
+            kwargs["mininterval"] = 30
+            kwargs["bar_format"] = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        super().__init__(*args, **kwargs)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.in_terminal:
+            super().display(msg, pos)
+        elif self.n > self.shown:
+            end = "" if self.n == self.total else "\n"  # tqdm itself ends the last line
+            print(self, end=end, file=sys.stderr)
+            self.shown = self.n
+
+
 def peak_memory() -> str:
     """Return the peak VRAM and RAM of this process so far; RAM includes mapped files, such as weights."""
     vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
@@ -555,6 +581,13 @@ def peak_memory() -> str:
     except ImportError:  # on Windows
         ram = psutil.Process().memory_info().peak_wset
     return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
+
+
+def vram_in_use() -> str:
+    """Return the peak VRAM of this process for the progress bar, or nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return ""
+    return f", {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB"
 
 
 class Problems:
@@ -808,7 +841,8 @@ def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator
         vae = load_vae(args, torch.float32)
         del vae.decoder  # 0.2 GB that encoding does not need
         vae.to(accelerator.device)
-        for example in tqdm(missing, "Encoding images", unit="image"):
+        is_local_main = accelerator.is_local_main_process
+        for example in ProgressBar(missing, "Encoding images", unit="image", disable=not is_local_main):
             try:
                 latents = encode_image(vae, example, args)
             except UnreadableImageError as error:
@@ -1086,7 +1120,8 @@ def choose_recomputation(
             state.transformer.zero_grad()
             diffusers.training_utils.free_memory()
     del optimizer_states  # only their room was wanted
-    accelerator.print(f"{count} of {blocks} blocks recompute their activations, {peak_memory()}")
+    recomputed = {0: "off", blocks: f"all {blocks} blocks"}.get(count, f"{count} of {blocks} blocks")
+    accelerator.print(f"gradient checkpointing: {recomputed}, {peak_memory()}")
     return seconds
 
 
@@ -1131,7 +1166,13 @@ def train(
     lora_params = trainable_parameters(state.transformer)
     loss_sum = torch.zeros((), device=accelerator.device)
     skipped_in_a_row = 0
-    progress = tqdm(None, "Training", plan.max_train_steps, initial=state.global_step, unit="step")
+    progress = ProgressBar(
+        desc="Training",
+        total=plan.max_train_steps,
+        initial=state.global_step,
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
     for batch in dataloader:
         # A micro-batch. accumulate() knows which one completes an optimizer step; before it, gradients only add up,
         # and optimizer.step() and zero_grad() do nothing.
@@ -1159,7 +1200,7 @@ def train(
         learning_rate = state.lr_scheduler.get_last_lr()[0]
         accelerator.log({"loss": mean_loss, "lr": learning_rate}, step=state.global_step)
         state.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
-        progress.set_postfix_str(f"loss {mean_loss:.4f}, {peak_memory()}")
+        progress.set_postfix_str(f"loss {mean_loss:.4f}{vram_in_use()}", refresh=False)
         progress.update()
 
         # Save before anything that takes long.
@@ -1179,10 +1220,11 @@ def prepare_training(
     """Choose the recomputation, and let accelerate prepare model, optimizer and a data loader of what is left."""
     samples_left = range(state.global_step * plan.samples_per_step, len(dataset.order))  # empty if the run is over
     steps_left = len(samples_left) // plan.samples_per_step
-    accelerator.print(f"{steps_left} steps of {plan.samples_per_step} samples, from step {state.global_step}")
+    accelerator.print(f"{count_of(steps_left, 'step')} to train, from step {state.global_step}")
     if steps_left:
         seconds = choose_recomputation(args, plan, state, dataset, accelerator) * args.gradient_accumulation_steps
-        accelerator.print(f"about {seconds:.2g} s per step, {steps_left * seconds / 60:.0f} minutes in all")
+        minutes = math.ceil(steps_left * seconds / 60)
+        accelerator.print(f"about {seconds:.2g} s per step, {count_of(minutes, 'minute')} in all")
     dataloader = DataLoader(
         Subset(dataset, samples_left),  # a resumed run starts behind the samples that it has seen
         args.train_batch_size,
@@ -1341,7 +1383,8 @@ def make_pipeline(
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    pipeline.set_progress_bar_config(desc="Generating", leave=False)
+    # On the line of the bar around it, which it replaces for a while: two lines would need a terminal's cursor.
+    pipeline.set_progress_bar_config(desc="Generating", leave=False, position=0, disable=not sys.stderr.isatty())
     return pipeline
 
 
@@ -1412,7 +1455,8 @@ def make_class_images(
     if share:
         pipeline = make_pipeline(transformer, plan, args, accelerator.device)
         prompt = plan.embeddings[str(args.class_prompt)]
-        for batch in tqdm(share, "Class images", unit="batch"):
+        is_local_main = accelerator.is_local_main_process
+        for batch in ProgressBar(share, "Class images", unit="batch", disable=not is_local_main):
             generators = [seeded_generator(plan.seed, CLASS_IMAGE_STREAM, number_of[path]) for path in batch]
             images = generate_images(pipeline, prompt, plan.embeddings[""], generators, args, signals=[])
             for path, image in zip(batch, images, strict=True):
@@ -1813,8 +1857,9 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
             height, width = example.shape
             problems.note(f"{example.path.name}: trained as {width} x {height}, {example.prompt!r}")
     epochs = plan.max_train_steps * plan.samples_per_step / samples_per_epoch(args, plan.examples)
-    steps = f"{plan.max_train_steps} steps of {plan.samples_per_step} samples"
-    problems.note(f"{len(plan.examples)} images, {steps}: {epochs:.1f} epochs, seed {plan.seed}")
+    steps = f"{count_of(plan.max_train_steps, 'step')} of {count_of(plan.samples_per_step, 'sample')}"
+    digits = 1 if epochs < 10 else 0
+    problems.note(f"{count_of(len(plan.examples), 'image')}, {steps}: {epochs:.{digits}f} epochs, seed {plan.seed}")
 
 
 # ----------------------------------------------------------------------------------------------- model card and Hub

@@ -45,7 +45,7 @@ def test_training_with_previews_goes_on_after_a_resume(
         pytest.skip("needs a GPU with bf16")
     flags = [f"--mixed_precision={precision}", "--use_8bit_adam", "--checkpointing_steps=2", *PREVIEWS]
     whole = train(*flags, output="whole")
-    assert "0 of 2 blocks recompute their activations, peak VRAM" in capsys.readouterr().out
+    assert "gradient checkpointing: off, peak VRAM" in capsys.readouterr().out
     resumed = train(*flags, f"--resume_from_checkpoint={whole / 'checkpoint-2'}", output="resumed")
     assert logged(resumed) == pytest.approx(logged(whole)[2:], rel=1e-2)
     assert distance(*(load_file(folder / trainer.LORA_NAME) for folder in (whole, resumed))) < 1e-2

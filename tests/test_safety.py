@@ -49,7 +49,7 @@ def test_a_torn_checkpoint_is_skipped(train: Train, capsys: pytest.CaptureFixtur
     train("--checkpointing_steps=1", LATEST)
     said = capsys.readouterr().out
     assert f"not a complete checkpoint: {state.parent}" in said
-    assert "2 steps of 1 samples, from step 2" in said
+    assert "2 steps to train, from step 2" in said
     assert equal(lora(output), expected)
 
 

@@ -150,15 +150,25 @@ def test_as_few_blocks_recompute_as_the_memory_demands(
 ) -> None:
     """None, half or all of two, found out by running out of memory; the LoRA is the same, to the bit."""
     outputs, said = [], []
-    for room, count in ((2, 0), (1, 1), (0, 2)):
+    for room, recomputed in ((2, "off"), (1, "1 of 2 blocks"), (0, "all 2 blocks")):
         memory_for(room)
         outputs.append(train(*flags, output=f"room for {room}"))
-        said.append(f"{count} of 2 blocks recompute their activations" in capsys.readouterr().out)
+        said.append(f"gradient checkpointing: {recomputed}" in capsys.readouterr().out)
     memory_for(0)
     outputs.append(train(*flags, "--gradient_checkpointing", output="asked"))
-    said.append("2 of 2 blocks recompute their activations" in capsys.readouterr().out)
+    said.append("gradient checkpointing: all 2 blocks" in capsys.readouterr().out)
     assert said == [True] * 4 and all(equal(lora(outputs[0]), lora(output)) for output in outputs)
     assert all(logged(outputs[0]) == logged(output) for output in outputs)
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    train: Train, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a log file a bar would be redrawn thousands of times; here is no carriage return, and the loss is there."""
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    train(PREVIEWS, "--validation_steps=2", max_train_steps=30)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Training")]
+    assert len(lines) == 1 and "30 of 30" in lines[0] and "loss" in lines[0]
 
 
 def test_without_a_tracker_nothing_is_logged(train: Train) -> None:
@@ -185,7 +195,7 @@ def test_the_references_own_command_line_runs_through_accelerate_launch(
     assert result.returncode == 0, result.stderr
     assert len(lora(tmp_path / "trained-sd3-lora")) == 2 * 15  # eight layers a block, the last without to_add_out
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
-    assert "1 steps of 4 samples" in result.stdout
+    assert "1 step of 4 samples" in result.stdout
 
 
 def test_training_starts_from_another_lora(train: Train, tmp_path: Path) -> None:
