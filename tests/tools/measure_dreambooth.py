@@ -3,9 +3,9 @@
     python tests/tools/measure_dreambooth.py --output_dir /tmp/robot --seeds 0 1 2
     python tests/tools/measure_dreambooth.py --output_dir /tmp/robot --variant="--precondition_outputs 1" --variant=...
 
-Each --variant is a run of README's first command (toy/embeddings.txt, toy/train.txt) with these flags added, for each
-seed; without any it is run as it is. Prints a Markdown table, a row before any training and a row per run, and writes
-results.json and a before_after.png per run. The columns, all with fixed seeds of their own:
+Each --variant is a run of the toy's long settings (toy/embeddings.txt, toy/train_long.txt) with these flags added, for
+each seed; without any they are run as they are. Prints a Markdown table, a row before any training and a row per run,
+and writes results.json and a before_after.png per run. The columns, all with fixed seeds of their own:
 
 - fidelity: how much 32 samples of "a photo of sks robot" are like unseen renderings of it, a real one being 1
 - fidelity on new backgrounds: the same on three backgrounds that no image of the robot has
@@ -58,7 +58,7 @@ def train(args: argparse.Namespace, output_dir: Path, embeddings: Path, flags: l
     """Run the trainer as a user does; the seconds it took."""
     started = time.monotonic()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    script = ["train_dreambooth_sd3_lora_miniature.py", "@tests/toy/train.txt"]
+    script = ["train_dreambooth_sd3_lora_miniature.py", "@tests/toy/train_long.txt"]
     where = [f"--data_df_path={embeddings.resolve()}", f"--output_dir={output_dir.resolve()}"]
     pinned = ["taskset", "-c", ",".join(map(str, range(args.threads)))] if args.threads < os.cpu_count() else []
     subprocess.run([*pinned, *launch, *script, *where, *flags], cwd=ROOT, check=True)
@@ -107,7 +107,7 @@ def main() -> None:
     columns, before = measure(pipe, args.guidance_scale)
     results = {"before": columns}
     for variant, seed in itertools.product(args.variant, args.seeds):
-        name = f"{variant or 'the first command'}, seed {seed}"
+        name = f"{variant or 'the long settings'}, seed {seed}"
         folder = args.output_dir / f"run-{len(results)}"
         seconds = train(args, folder, embeddings, [f"--seed={seed}", *shlex.split(variant)])
         pipe.load_lora_weights(folder)
