@@ -106,6 +106,12 @@ def reference_step(
     return step
 
 
+def load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
+    """The frozen VAE, in fp32 as the reference has it."""
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+    return vae.requires_grad_(False).to(device)
+
+
 def seconds_of(step: Step, device: torch.device) -> float:
     """How long a step takes, until the GPU has done all of it."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -138,6 +144,15 @@ def top_kernels(step: Step, count: int = 10) -> list[dict[str, object]]:
     ]
 
 
+def take_turns(steps: dict[str, Step], rounds: int, seconds: Callable[[Step], float]) -> dict[str, list[float]]:
+    """The seconds of each step in each round, after one round that loads kernels."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(1 + rounds):
+        for name, step in steps.items():
+            times[name].append(seconds(step))
+    return {name: values[1:] for name, values in times.items()}
+
+
 def main() -> None:
     options = parse_args()
     sys.path.insert(0, str(options.scripts_dir))
@@ -146,13 +161,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     required = [f"--pretrained_model_name_or_path={options.pipeline_dir}", "--instance_data_dir=d", "--data_df_path=e"]
-    layers = f"--lora_layers={FOUR_LAYERS}"
-    args = trainer.parse_args([*required, "--instance_prompt=p", f"--resolution={options.resolution}", layers])
+    settings = ["--instance_prompt=p", f"--resolution={options.resolution}", f"--lora_layers={FOUR_LAYERS}"]
+    args = trainer.parse_args([*required, *settings])
+    # One set of frozen weights for both, since not every card has room for two.
     frozen = trainer.load_transformer(args, dtype).to(device)
     shared = {id(tensor): tensor for tensor in itertools.chain(frozen.parameters(), frozen.buffers())}
     beside = copy.deepcopy(frozen, shared)  # other modules, the same weights
-    vae = AutoencoderKL.from_pretrained(options.pipeline_dir, subfolder="vae", torch_dtype=torch.float32)
-    vae = vae.requires_grad_(False).to(device)
     batch = random_batch(frozen.config, options.resolution, device)
     ours = our_step(frozen, batch, args, dtype)
     recomputed = "none"
@@ -161,21 +175,12 @@ def main() -> None:
     except torch.OutOfMemoryError:
         trainer.recompute_blocks(frozen, len(frozen.transformer_blocks))
         recomputed = "all"
-    reference = reference_step(beside, vae, batch, args, dtype)
+    reference = reference_step(beside, load_vae(options.pipeline_dir, device), batch, args, dtype)
     steps = {"ours": ours, "reference": reference}
     times = take_turns(steps, options.rounds, functools.partial(seconds_of, device=device))
     found = {"recomputed": recomputed} | {name: statistics.median(values) for name, values in times.items()}
     options.output_path.write_text(json.dumps(found))  # at once: profiling may fail
     options.output_path.write_text(json.dumps(found | {"kernels": top_kernels(ours)}))
-
-
-def take_turns(steps: dict[str, Step], rounds: int, seconds: Callable[[Step], float]) -> dict[str, list[float]]:
-    """The seconds of each step in each round, after one round that loads kernels."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(1 + rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(step))
-    return {name: values[1:] for name, values in times.items()}
 
 
 if __name__ == "__main__":

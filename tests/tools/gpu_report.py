@@ -47,6 +47,7 @@ from measuring import GIB, MIB, draw_images, measure
 from random_pipeline import TINY_KINDS, TRAINED_FROM, write_pipeline
 
 TRAINER, EMBEDDER = "train_dreambooth_sd3_lora_miniature.py", "compute_embeddings.py"
+LORA_NAME = "pytorch_lora_weights.safetensors"
 PROMPT, CLASS_PROMPT, PREVIEW_PROMPT = "a photo of sks dog", "a photo of a dog", "sks dog in a bucket"
 PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "peft")
 ADAM_BYTES = 4 + 4 + 2  # a LoRA's parameter: itself and its gradient in fp32, two states in 8 bit
@@ -66,12 +67,14 @@ class Sizes:
     steps: int
     limits_gb: tuple[float, float]  # of VRAM, that training fits into
     too_little_gb: float
-    batch_size_under_limits: int = 1
+    flags_under_limits: tuple[str, ...] = ()
 
 
 REAL = Sizes("sd3-medium", ("sd3.5-medium", "sd3.5-large"), (1024, 512), 4, 8, (15, 8), 4.5)
-# Rank 64 is the smallest at which bitsandbytes keeps the tiny transformer's states in 8 bit.
-TINY = Sizes("tiny", ("tiny35", "tiny35"), (64, 32), 64, 6, (0.02, 0.01), 0.005, 4)
+# Rank 64 is the smallest at which bitsandbytes keeps the tiny transformer's states in 8 bit. Under limits the batch is
+# larger, so that activations, and not the VAE, take the most; an attention without fused kernels takes more still.
+TINY = Sizes("tiny", ("tiny35", "tiny35"), (64, 32), 64, 6, (0.02, 0.0085), 0.005, ("--train_batch_size=8",))
+TINY_ON_GPU = replace(TINY, limits_gb=(0.03, 0.018))
 
 # ------------------------------------------------------------------------------------------------------ what is shown
 
@@ -83,10 +86,10 @@ COLUMNS = {  # the name in a row: the title in the table
     "s/step": "s/step",
     "TFLOP": "TFLOP, counted",
     "GB moved": "GB moved, counted",
-    "peak": "peak VRAM GiB",
+    "VRAM allocated": "peak VRAM GiB",
     "counted peak": "counted",
-    "reserved": "reserved GiB",
-    "card": "whole card GiB",
+    "VRAM reserved": "reserved GiB",
+    "VRAM in use": "whole card GiB",
     "held": "held after a step GiB",
     "counted held": "counted",
     "growth": "growth MiB/step",
@@ -212,13 +215,13 @@ def tensor_sizes(path: Path) -> dict[str, list[int]]:
     return {name: about["shape"] for name, about in header.items() if name != "__metadata__"}
 
 
-def counted_held(transformer: Path, lora: Path, bytes_of_weight: int, nf4: bool) -> float:
+def counted_held(transformer: Path, lora: Path, nf4: bool) -> float:
     """GiB that must be held after a step: the frozen weights, and the LoRA with its gradients and 8-bit states."""
     held = sum(ADAM_BYTES * math.prod(shape) for shape in tensor_sizes(lora).values())
     for file in transformer.glob("*.safetensors"):
         for name, shape in tensor_sizes(file).items():
             quantized = nf4 and len(shape) == 2 and name.endswith(".weight")
-            held += math.prod(shape) * (NF4_BYTES if quantized else bytes_of_weight)
+            held += math.prod(shape) * (NF4_BYTES if quantized else 2)  # in fp16 and in bf16
     return held / GIB
 
 
@@ -238,7 +241,7 @@ class Session:
     args: argparse.Namespace
     sizes: Sizes
     report: Report
-    launcher: list[str]  # what starts Python; [] forks this process
+    launcher: tuple[str, ...]  # what starts Python scripts; () forks this process
     part: str = ""
     until: float = 0  # when this part's time is over
 
@@ -265,7 +268,7 @@ class Session:
             self.add(what, "not run: no time was left")
             return None
         log = self.folder / "logs" / f"{self.part} {re.sub('[^a-z0-9.]+', '-', what.lower())}.log"
-        taken = measure([str(word) for word in command], log, limit_s, vram_limit_gb, self.launcher)
+        taken = measure([str(word) for word in command], log, self.launcher, limit_s, vram_limit_gb)
         taken["killed after"] = limit_s if taken["code"] is None else None
         return taken, log
 
@@ -282,7 +285,7 @@ class Session:
 
 def measured(taken: Row) -> Row:
     """The cells that every run has."""
-    names = ("peak", "reserved", "card", "anonymous RAM", "seconds")
+    names = ("VRAM allocated", "VRAM reserved", "VRAM in use", "anonymous RAM", "seconds")
     return {name: taken[name] for name in names if name in taken} | memory_over_time(taken.get("events", []))
 
 
@@ -300,7 +303,7 @@ def embed(session: Session, precision: str) -> None:
         "t5_precision": precision,
         "output_path": session.folder / f"{precision}.parquet",
     }
-    command = [session.args.scripts_dir / EMBEDDER, *(f"--{name}={value}" for name, value in flags.items())]
+    command = [session.args.scripts_dir / EMBEDDER, *as_flags(flags)]
     if done := session.run(what, command, limit_s=120):
         session.add(what, session.result(*done), count=f"T5 {precision}", **measured(done[0]))
 
@@ -328,38 +331,54 @@ def train(session: Session, training: Training) -> None:
     model = training.model or session.sizes.model
     resolution = training.resolution or session.sizes.resolutions[0]
     output = session.folder / "runs" / (training.folder or f"{session.part} {training.what}")
-    logging_dir = f"logs-{time.time():.0f}"
+    logs = output / f"logs-{time.time():.0f}"
     settings = {
         "pretrained_model_name_or_path": session.pipelines / model,
+        "output_dir": output,
+        "logging_dir": logs.name,
+        "resolution": resolution,
+        "mixed_precision": training.precision,
+        "max_train_steps": training.max_steps or session.sizes.steps,
+    }
+    command = [session.args.scripts_dir / TRAINER, *as_flags(settings), *common_flags(session), *training.flags]
+    if done := session.run(training.what, command, training.limit_s, training.vram_limit_gb):
+        cells = training_cells(*done, logs)
+        cells |= {"count": f"{model} {resolution}", "nf4": "--quantize_base=nf4" in training.flags}
+        result = session.result(*done, training.expected)
+        if cells["first step"] == 1 and "--resume_from_checkpoint=latest" in training.flags:
+            result = "**failed**: it began at step 1"
+        if cells.get("losses") is False:
+            result = "**failed**: a loss is not finite"
+        if "held" in cells and done[0]["code"] == 0:
+            transformer = session.pipelines / model / "transformer"
+            cells["counted held"] = counted_held(transformer, output / LORA_NAME, cells["nf4"])
+        session.add(training.what, result, **cells)
+
+
+def as_flags(settings: dict[str, object]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def common_flags(session: Session) -> list[str]:
+    """What all trainings have in common."""
+    settings = {
         "instance_data_dir": session.folder / "images",
         "data_df_path": session.folder / "exact.parquet",
         "instance_prompt": PROMPT,
-        "output_dir": output,
-        "logging_dir": logging_dir,
-        "resolution": resolution,
-        "mixed_precision": training.precision,
         "rank": session.sizes.rank,
         "train_batch_size": 1,
-        "max_train_steps": training.max_steps or session.sizes.steps,
         "seed": 0,
     }
-    command = [session.args.scripts_dir / TRAINER, *(f"--{name}={value}" for name, value in settings.items())]
-    command += ["--use_8bit_adam", "--center_crop", *training.flags]
-    done = session.run(training.what, command, training.limit_s, training.vram_limit_gb)
-    if done is None:
-        return
-    taken, log = done
-    losses = read_losses(output / logging_dir)
-    cells = measured(taken) | speed_and_losses(losses)
-    cells["recomputed"] = chosen_recomputation(log.read_text(errors="replace"))
-    cells["count"] = f"{model} {resolution}"
-    cells["nf4"] = "--quantize_base=nf4" in training.flags
-    if "held" in cells and (lora := output / "pytorch_lora_weights.safetensors").exists():
-        cells["counted held"] = counted_held(session.pipelines / model / "transformer", lora, 2, cells["nf4"])
-    result = session.result(taken, log, training.expected)
-    if "--resume_from_checkpoint=latest" in training.flags and result == "ok" and losses[0][0] == 1:
-        result = "**failed**: it began at step 1"
-    session.add(training.what, result, **cells)
+    return [*as_flags(settings), "--use_8bit_adam", "--center_crop"]
+
+
+def training_cells(taken: Row, log: Path, logs: Path) -> Row:
+    """What a training took, its losses and what it said, wherever it ended."""
+    losses = read_losses(logs)
+    row = measured(taken) | speed_and_losses(losses)
+    row["recomputed"] = chosen_recomputation(log.read_text(errors="replace"))
+    row["first step"] = losses[0][0] if losses else None
+    return row
 
 
 def speed_and_losses(losses: list[tuple[int, float, float]]) -> Row:
@@ -435,25 +454,33 @@ def real_scripts(session: Session) -> None:
 def features(session: Session) -> None:
     """An nf4 base, previews and class images, and a run that goes on."""
     train(session, Training("training, nf4 base", ("--quantize_base=nf4",)))
-    previews = (f"--validation_prompt={PREVIEW_PROMPT}", "--validation_steps=3", "--num_inference_steps=4")
-    previews += ("--num_validation_images=1", "--checkpointing_steps=3")
-    prior = ("--with_prior_preservation", f"--class_prompt={CLASS_PROMPT}", "--num_class_images=2")
-    flags = (*previews, *prior, "--sample_batch_size=1")
-    steps = session.sizes.steps
-    train(session, Training("training, previews, class images", flags, folder="whole", max_steps=steps, limit_s=120))
-    if session.wanted("training, resumed") and (session.folder / "runs" / "whole").exists():
+    flags = (
+        f"--validation_prompt={PREVIEW_PROMPT}",
+        "--validation_steps=3",
+        "--num_inference_steps=4",
+        "--num_validation_images=1",
+        "--with_prior_preservation",
+        f"--class_prompt={CLASS_PROMPT}",
+        "--num_class_images=2",
+        "--sample_batch_size=1",
+        "--checkpointing_steps=3",
+    )
+    train(session, Training("training, previews, class images", flags, folder="whole", limit_s=120))
+    if (session.folder / "runs" / "whole").exists():
         more = (*flags, "--resume_from_checkpoint=latest")
-        train(session, Training("training, resumed", more, folder="whole", max_steps=steps + 3, limit_s=120))
+        steps = session.sizes.steps + 4
+        train(session, Training("training, resumed", more, folder="whole", max_steps=steps, limit_s=120))
 
 
 def limited_memory(session: Session) -> None:
-    """c: smaller cards, imitated."""
-    batch = (f"--train_batch_size={session.sizes.batch_size_under_limits}",)
+    """c: smaller cards, imitated, and one that is too small."""
     for limit in session.sizes.limits_gb:
-        train(session, Training(f"training, limited to {limit:g} GB", batch, vram_limit_gb=limit))
+        what = f"training, limited to {limit:g} GB"
+        train(session, Training(what, session.sizes.flags_under_limits, vram_limit_gb=limit, max_steps=5))
     limit = session.sizes.too_little_gb
     what = f"training, limited to {limit:g} GB, too little"
-    train(session, Training(what, batch, vram_limit_gb=limit, expected="Out of GPU memory"))
+    expected = "Out of GPU memory"
+    train(session, Training(what, session.sizes.flags_under_limits, vram_limit_gb=limit, expected=expected))
 
 
 def reference_beside_ours(session: Session) -> None:
@@ -463,22 +490,34 @@ def reference_beside_ours(session: Session) -> None:
         return
     path = session.folder / "steps.json"
     path.unlink(missing_ok=True)
-    resolution = session.sizes.resolutions[0]
-    command = [HERE / "compared_steps.py", f"--pipeline_dir={session.pipelines / session.sizes.model}"]
-    command += [f"--output_path={path}", f"--scripts_dir={session.args.scripts_dir}", f"--resolution={resolution}"]
-    done = session.run(what, command, limit_s=120)
+    model, resolution = session.sizes.model, session.sizes.resolutions[0]
+    settings = {
+        "pipeline_dir": session.pipelines / model,
+        "output_path": path,
+        "scripts_dir": session.args.scripts_dir,
+        "resolution": resolution,
+    }
+    done = session.run(what, [HERE / "compared_steps.py", *as_flags(settings)], limit_s=120)
     if done is None:
         return
-    found = json.loads(path.read_text()) if path.exists() else {}
     session.add(what, session.result(*done), **measured(done[0]))
-    if not found:
-        return
-    count = f"{session.sizes.model} {resolution}"
-    session.add(
-        "our step", "ok", **{"s/step": found["ours"], "recomputed": found["recomputed"], "count": f"{count} four"}
-    )
-    session.add("the reference's step", "ok", **{"s/step": found["reference"], "count": f"{count} reference"})
-    session.add("the reference's / ours", "ok", **{"s/step": found["reference"] / found["ours"], "count": "ratio"})
+    if path.exists():
+        add_compared_steps(session, json.loads(path.read_text()), f"{model} {resolution}")
+
+
+def add_compared_steps(session: Session, found: dict, count: str) -> None:
+    """A row for each of the two steps, and one for their ratio."""
+    rows = {
+        "our step, four layers": {
+            "s/step": found["ours"],
+            "recomputed": found["recomputed"],
+            "count": f"{count} four",
+        },
+        "the reference's step": {"s/step": found["reference"], "count": f"{count} reference"},
+        "the reference's / ours": {"s/step": found["reference"] / found["ours"], "count": "ratio"},
+    }
+    for what, cells in rows.items():
+        session.add(what, "ok", **cells)
     session.report.kernels = found.get("kernels", [])
 
 
@@ -510,7 +549,7 @@ PARTS: list[tuple[str, Callable[[Session], None], float]] = [  # with the share 
 
 def describe(path: Path) -> None:
     """Write what this machine is; a process of its own, since asking a GPU takes some of its memory."""
-    about: Row = {"GPU": "none", "bf16": True}
+    about: Row = {"GPU": "none, on the CPU", "bf16": True}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         about["GPU"] = (
@@ -536,9 +575,7 @@ def count(path: Path, model: str, larger: list[str], resolutions: list[int]) -> 
     import step_cost
 
     for name in {model, *larger} & TINY_KINDS.keys():
-        pipeline = tiny_pipeline.build(TINY_KINDS[name])
-        step_cost.MODELS[name] = public(pipeline.transformer.config)
-        step_cost.VAE = public(pipeline.vae.config)
+        let_count(name)
 
     def say(key: str, cost: Row) -> None:
         with open(path, "a") as file:
@@ -563,6 +600,15 @@ def count(path: Path, model: str, larger: list[str], resolutions: list[int]) -> 
         return
     say("T5 exact", {"counted peak": max(step_cost.clip_gib(), step_cost.streamed_t5_gib())})
     say("T5 int8", {"counted peak": max(step_cost.clip_gib(), step_cost.int8_t5_gib())})
+
+
+def let_count(tiny: str) -> None:
+    """Add a tiny model to those of step_cost.py."""
+    import step_cost
+
+    pipeline = tiny_pipeline.build(TINY_KINDS[tiny])
+    step_cost.MODELS[tiny] = public(pipeline.transformer.config)
+    step_cost.VAE = public(pipeline.vae.config)
 
 
 def public(config: dict) -> dict:
@@ -642,11 +688,13 @@ def prepare(args: argparse.Namespace) -> Session:
     counts = args.output_dir / "logs" / "counts.jsonl"
     counts.unlink(missing_ok=True)
     larger = tuple(model for model in REAL.larger if model != args.model)
-    sizes = TINY if args.tiny else replace(REAL, model=args.model, larger=larger)
-    launcher = args.launcher or [sys.executable]
+    sizes = replace(REAL, model=args.model, larger=larger)
+    if args.tiny:
+        sizes = TINY_ON_GPU if torch.cuda.is_available() else TINY
+    launcher = tuple(args.launcher or [sys.executable])
     if args.tiny and not (args.launcher or torch.cuda.is_available()):
         prepare_to_fork()
-        launcher = []
+        launcher = ()
     return Session(args, sizes, Report(args.output_dir, counts), launcher)
 
 
@@ -674,7 +722,8 @@ def main() -> int:
         pass
     finally:
         if counting:
-            counting.kill()
+            with suppress(psutil.Error):
+                counting.kill()
         report.write()
         shutil.rmtree(session.pipelines, ignore_errors=True)
     print(f"\n{report.folder / 'report.md'}:\n\n{(report.folder / 'report.md').read_text()}")

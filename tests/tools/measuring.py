@@ -17,10 +17,10 @@ import sys
 import time
 import traceback
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -68,7 +68,7 @@ class CpuMemory(TorchDispatchMode):
         self.allocated -= self.sizes.pop(key)
 
     def report(self) -> dict[str, float]:
-        return {"peak": self.peak / GIB}
+        return {"VRAM allocated": self.peak / GIB}
 
 
 class GpuMemory(nullcontext):
@@ -94,9 +94,11 @@ class GpuMemory(nullcontext):
 
     def report(self) -> dict[str, float]:
         self.look_at_card()
-        peaks = {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-        peaks["card"] = self.card
-        return {name: value / GIB for name, value in peaks.items()}
+        return {
+            "VRAM allocated": torch.cuda.max_memory_allocated() / GIB,
+            "VRAM reserved": torch.cuda.max_memory_reserved() / GIB,
+            "VRAM in use": self.card / GIB,
+        }
 
 
 def watch_memory(limit_gb: float) -> CpuMemory | GpuMemory | None:
@@ -194,7 +196,7 @@ class Watched:
             self.process.wait(timeout=10)
 
 
-def start(launcher: list[str], result: Path, limit_gb: float, command: list[str], log: Path) -> psutil.Process:
+def start(launcher: tuple[str, ...], result: Path, limit_gb: float, command: list[str], log: Path) -> psutil.Process:
     """Start a measured process whose output goes to a file. Ctrl-C does not reach it: whoever started it ends it."""
     with open(log, "w") as output:
         return psutil.Popen(
@@ -241,19 +243,20 @@ def exit_code(ending: SystemExit) -> int:
 def measure(
     command: list[str],
     log: Path,
+    launcher: tuple[str, ...] = (sys.executable,),
     limit_s: float = float("inf"),
     vram_limit_gb: float = 0,
-    launcher: list[str] | None = None,
 ) -> dict[str, object]:
     """Run a command with its children until it ends or its time is over; what it took, in seconds and GiB.
 
-    `code` is its exit code, None if it was killed. `launcher` is what starts Python; [] forks this process.
+    `code` is its exit code, None if it was killed. `launcher` is what starts Python scripts; () forks this process.
     """
     result = log.with_suffix(".json")
     result.unlink(missing_ok=True)
     started = time.time()
-    begin: Callable[..., psutil.Process] = fork if launcher == [] else lambda *given: start(launcher, *given)
-    watched = Watched(begin(result, vram_limit_gb, command, log))
+    watched = Watched(
+        start(launcher, result, vram_limit_gb, command, log) if launcher else fork(result, vram_limit_gb, command, log)
+    )
     code = None
     try:
         while code is None and time.time() < started + limit_s:
@@ -269,9 +272,9 @@ def measure(
     return taken
 
 
-def measure_or_exit(command: list[str], log: Path, **options: object) -> dict[str, object]:
-    """The same, where a command that fails ends the program with the end of its output."""
-    taken = measure(command, log, launcher=[sys.executable], **options)
+def measure_or_exit(command: list[str], log: Path, **options: Any) -> dict[str, object]:
+    """The same, where a command that fails ends this program with the end of its output."""
+    taken = measure(command, log, **options)
     if taken["code"] != 0:
         said = log.read_text(errors="replace")[-3000:]
         raise SystemExit(f"{shlex.join(command)}\nended with {taken['code']}:\n{said}")
