@@ -439,7 +439,7 @@ def real_scripts(session: Session) -> None:
     embed(session, "exact")
     embed(session, "int8")
     for precision in ("fp16", "bf16"):
-        if precision == "bf16" and not session.report.about.get("bf16"):
+        if precision == "bf16" and session.report.about.get("bf16") is False:
             session.add("training, bf16", "not run: this GPU has no bf16")
             continue
         for resolution in session.sizes.resolutions:
@@ -572,8 +572,11 @@ def describe(path: Path) -> None:
 
 def count(path: Path, model: str, larger: list[str], resolutions: list[int]) -> None:
     """Write what steps cost by step_cost.py, a line each as soon as it is counted."""
+    import diffusers
+
     import step_cost
 
+    diffusers.utils.logging.set_verbosity_error()
     for name in {model, *larger} & TINY_KINDS.keys():
         let_count(name)
 
@@ -714,12 +717,12 @@ def main() -> int:
         if counting:
             print("waiting for what is counted", flush=True)
             counting.wait(timeout=120)
-        else:
+        elif not args.only:
             count(report.counts, sizes.model, list(sizes.larger), list(sizes.resolutions))
     except KeyboardInterrupt:
-        print("Interrupted.", flush=True)
+        session.add("everything else", "**interrupted**")
     except psutil.TimeoutExpired:
-        pass
+        pass  # cells of what is not counted yet stay empty
     finally:
         if counting:
             with suppress(psutil.Error):

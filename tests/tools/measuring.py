@@ -216,9 +216,9 @@ def fork(result: Path, limit_gb: float, command: list[str], log: Path) -> psutil
     code = 1
     try:
         os.setsid()
-        with open(log, "w") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
+        sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - open until the end
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
         torch.set_num_threads(1)
         run_measured(result, limit_gb, command)
         code = 0
@@ -228,7 +228,6 @@ def fork(result: Path, limit_gb: float, command: list[str], log: Path) -> psutil
         traceback.print_exc()
     finally:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
 
 
