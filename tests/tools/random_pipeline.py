@@ -26,7 +26,6 @@ import tiny_pipeline
 BLOCK_LENGTH = 4_194_301  # a prime, so that no row of a matrix repeats another
 SHARD_BYTES = 5_000_000_000  # as in the files of the real models
 TINY_KINDS = {"tiny": "sd3", "tiny35": "sd35"}
-TRAINED_FROM = ("vae", "transformer")  # all that the trainer loads
 
 
 @dataclass(frozen=True)
