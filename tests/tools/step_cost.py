@@ -189,8 +189,9 @@ def prepare_trainer(
     latents_shape = (1, 16, resolution // 8, resolution // 8)
     batch = {name: empty(*latents_shape) for name in ("latents", "noise")}
     batch |= {"mask": empty(1, 1, *latents_shape[2:]), "sigma": empty(1), "loss_weight": empty(1)}
-    batch["prompt_embeds"] = empty(1, TEXT_TOKENS, 4096, dtype=torch.float16)
-    batch["pooled_prompt_embeds"] = empty(1, 2048, dtype=torch.float16)
+    config = transformer.config
+    batch["prompt_embeds"] = empty(1, TEXT_TOKENS, config.joint_attention_dim, dtype=torch.float16)
+    batch["pooled_prompt_embeds"] = empty(1, config.pooled_projection_dim, dtype=torch.float16)
     return transformer, optimizer, lambda: trainer.training_loss(transformer, batch, torch.float16, args)
 
 
@@ -227,8 +228,10 @@ def count_reference_step(model: str, resolution: int) -> StepCost:
         transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=FOUR.split(",")))
         cast_training_params(transformer, dtype=torch.float32)
         optimizer = plain_adamw([each for each in transformer.parameters() if each.requires_grad])
-        prompt_embeds = empty(1, TEXT_TOKENS, 4096, dtype=torch.float16)
-        pooled_prompt_embeds, sigmas = empty(1, 2048, dtype=torch.float16), empty(1, 1, 1, 1, dtype=torch.float16)
+        config = transformer.config
+        prompt_embeds = empty(1, TEXT_TOKENS, config.joint_attention_dim, dtype=torch.float16)
+        pooled_prompt_embeds = empty(1, config.pooled_projection_dim, dtype=torch.float16)
+        sigmas = empty(1, 1, 1, 1, dtype=torch.float16)
 
         def micro_step() -> None:
             latents = vae.encode(empty(1, 3, resolution, resolution)).latent_dist.sample()  # (1, 16, H/8, W/8)
