@@ -71,7 +71,7 @@ def training_row(args: argparse.Namespace, images: Path, name: str) -> dict[str,
     [losses] = [log.Scalars("loss") for log in logs if "loss" in log.Tags()["scalars"]]
     times = [event.wall_time for event in losses]
     row |= {"to first step": times[0] - row["started"], "s/step": (times[-1] - times[0]) / max(1, len(times) - 1)}
-    recomputed = re.findall(r"(\d+ of \d+) blocks", log.read_text())
+    recomputed = re.findall(r"gradient checkpointing: ([^,]+),", log.read_text())
     return {"what": f"training, {name}"} | row | {"recomputed": "".join(recomputed[:1])}
 
 
