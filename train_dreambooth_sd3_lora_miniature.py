@@ -188,9 +188,10 @@ class Args:
         "LoRA", None, "updates are scaled by alpha / rank; unset: the rank, for a scale of 1", on_resume=REFUSED)
     lora_dropout: float = flag(
         "LoRA", 0.0, "dropout probability of the LoRA's input; above 0, a step is slower", minimum=0, maximum=0.999999)
-    lora_layers: str = flag(
-        "LoRA", "to_k,to_q,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj,to_add_out",
-        "linear layers to train: the ends of their names, or patterns such as transformer_blocks.12.attn.*",
+    lora_layers: str = flag(  # diffusers' eight; SD3.5-medium has a second attention, attn2, that they leave out
+        "LoRA", "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0,attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,"
+        "attn.to_add_out",
+        "linear layers to train: the ends of their names, or patterns such as transformer_blocks.12.attn.* or attn2.*",
         metavar="LAYER,...", on_resume=REFUSED)
 
     # training
@@ -1632,8 +1633,6 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
     path = args.pretrained_lora_path
     if not path or not base_model or not lora_targets(base_model.skeleton, args.lora_layers):
         return {}
-    from peft import get_peft_model_state_dict
-
     load = diffusers.StableDiffusion3Pipeline.lora_state_dict
     try:
         file, metadata = load(
@@ -1642,11 +1641,12 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
     except Exception as error:  # of the file system, safetensors or the Hub, which share no class
         problems.add(f"--pretrained_lora_path {path} cannot be loaded: {first_line(error)}.")
         return {}
-    add_lora(base_model.skeleton, args, seed=0)  # without values: it shows which names and shapes are expected
     given = {(name, *tensor.shape) for name, tensor in file.items()}
     expected = set()
-    for name, tensor in get_peft_model_state_dict(base_model.skeleton).items():
-        expected.add((f"transformer.{name}", *tensor.shape))
+    for name in lora_targets(base_model.skeleton, args.lora_layers):
+        layer = base_model.skeleton.get_submodule(name)
+        expected.add((f"transformer.{name}.lora_A.weight", args.rank, layer.in_features))
+        expected.add((f"transformer.{name}.lora_B.weight", layer.out_features, args.rank))
     different = sorted(given ^ expected)
     if different:
         problems.add(
@@ -1794,7 +1794,12 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
 def check_resume(plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
     on_resume = {each.name: each.metadata["on_resume"] for each in fields(Args)}
-    saved = plan.checkpoint.get("settings", {})
+    saved = dict(plan.checkpoint.get("settings", {}))
+    if "lora_layers" in saved:  # the same layers can be spelled in many ways, and an earlier default was
+        skeleton = plan.base_model.skeleton
+        layers = str(plan.settings["lora_layers"])
+        if lora_targets(skeleton, saved["lora_layers"]) == lora_targets(skeleton, layers):
+            saved["lora_layers"] = layers
     changed = []
     for name, value in plan.settings.items():
         before = saved.get(name, value)  # a setting that is newer than the checkpoint counts as unchanged
