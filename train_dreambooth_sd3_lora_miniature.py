@@ -265,8 +265,9 @@ class Args:
         "previews", None, "optimizer steps between previews; replaces --validation_epochs", on_resume=FREE)
     num_inference_steps: int = flag(
         "previews", 28, "denoising steps of a preview or class image", on_resume=FREE)
-    guidance_scale: float = flag(
-        "previews", 7.0, "classifier-free guidance of a preview or class image", minimum=0, on_resume=FREE)
+    guidance_scale: float | None = flag(
+        "previews", None, "classifier-free guidance of a preview or class image; unset: 7 for SD3, 4.5 for SD3.5",
+        minimum=0, on_resume=FREE)
 
     # checkpoints and logs
     checkpointing_steps: int = flag(
@@ -1348,6 +1349,13 @@ def make_pipeline(
     return pipeline
 
 
+def guidance_of(args: Args, config: Any) -> float:
+    """Return --guidance_scale, or else what is published for the base model, from the transformer's config."""
+    if args.guidance_scale is not None:
+        return args.guidance_scale
+    return 4.5 if "v3.5" in architecture(config) else 7.0
+
+
 def generate_images(
     pipeline: diffusers.StableDiffusion3Pipeline,
     prompt: dict[str, Tensor],
@@ -1377,7 +1385,7 @@ def generate_images(
         negative_pooled_prompt_embeds=for_each_image(negative_prompt["pooled_prompt_embeds"]),
         height=args.resolution,
         width=args.resolution,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=guidance_of(args, transformer.config),
         num_inference_steps=args.num_inference_steps,
         generator=generators,
         callback_on_step_end=end_early,
@@ -1822,6 +1830,9 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     epochs = plan.max_train_steps * plan.samples_per_step / samples_per_epoch(args, plan.examples)
     steps = f"{plan.max_train_steps} steps of {plan.samples_per_step} samples"
     problems.note(f"{len(plan.examples)} images, {steps}: {epochs:.1f} epochs, seed {plan.seed}")
+    if args.validation_prompt or args.with_prior_preservation:
+        guidance = guidance_of(args, plan.base_model.skeleton.config)
+        problems.note(f"previews and class images: {args.num_inference_steps} steps, --guidance_scale {guidance:g}")
 
 
 # ----------------------------------------------------------------------------------------------- model card and Hub
