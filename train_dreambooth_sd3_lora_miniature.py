@@ -1887,19 +1887,80 @@ def write_model_card(args: Args, plan: Plan, state: TrainState, previews: list[t
         library_name="diffusers",
         pipeline_tag="text-to-image",
         instance_prompt=args.instance_prompt,
-        tags=["text-to-image", "diffusers-training", "diffusers", "lora", family, f"{family}-diffusers"],
+        tags=[
+            "text-to-image",
+            "diffusers-training",
+            "diffusers",
+            "lora",
+            "template:sd-lora",  # diffusers' own cards have it
+            family,
+            f"{family}-diffusers",
+        ],
         widget=[{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in previews],
     )
     with atomic_path(path) as partial:
         partial.write_text(card_text(args, plan, state.global_step, data), "utf-8")
 
 
+def python_call(name: str, arguments: list[str]) -> str:
+    """Return the source of a call, with an argument a line."""
+    return f"{name}(\n    " + ",\n    ".join(arguments) + ",\n)"
+
+
+def python_text(text: str) -> str:
+    """Return the source of a string, with its letters as they are."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def usage_code(args: Args, plan: Plan, source: str) -> str:
+    """Return Python code that draws --instance_prompt with the LoRA, with what training and previews had.
+
+    That matters: diffusers pads a prompt to 256 T5 tokens unless it is told otherwise, and a LoRA that was trained on
+    fewer of them loses its likeness.
+    """
+    about = plan.embeddings.about
+    loading = [python_text(source), f"dtype={plan.weight_dtype}"]
+    if args.revision:
+        loading.append(f"revision={python_text(args.revision)}")
+    if args.variant:
+        loading.append(f"variant={python_text(args.variant)}")
+    if about.get("t5") == "none":
+        loading += ["text_encoder_3=None", "tokenizer_3=None"]
+
+    drawing = [python_text(args.instance_prompt)]
+    if args.negative_prompt:
+        drawing.append(f"negative_prompt={python_text(args.negative_prompt)}")
+    drawing += [
+        f"max_sequence_length={about.get('max_sequence_length')}",
+        f"guidance_scale={guidance_of(args, plan.base_model.skeleton.config)}",
+        f"num_inference_steps={args.num_inference_steps}",
+        f"height={args.resolution}",
+        f"width={args.resolution}",
+    ]
+    return f"""import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = {python_call("StableDiffusion3Pipeline.from_pretrained", loading)}
+pipeline.load_lora_weights({python_text(plan.name)}, weight_name="{LORA_NAME}")
+pipeline.enable_model_cpu_offload()
+image = {python_call("pipeline", drawing)}.images[0]"""
+
+
 def card_text(args: Args, plan: Plan, steps: int, data: ModelCardData) -> str:
     """Return the card with its data; a base model that is a folder is named without its path."""
     prompt = args.instance_prompt
     settings = json.dumps(plan.settings, indent=2, ensure_ascii=False)
-    base = data.base_model or Path(args.pretrained_model_name_or_path).name
-    source = data.base_model or "FOLDER OR REPOSITORY OF THE BASE MODEL"
+    source = args.pretrained_model_name_or_path
+    base = f"[{source}](https://huggingface.co/{source})"
+    if Path(source).is_dir():
+        is_sd35 = "v3.5" in architecture(plan.base_model.skeleton.config)
+        family = "Stable Diffusion 3.5" if is_sd35 else "Stable Diffusion 3"
+        base = f"a local copy of {family} (`{Path(source).resolve().name}`)"
+        source = "FOLDER OR REPOSITORY OF THE BASE MODEL"
+    code = usage_code(args, plan, source)
+    files = "Files & versions"
+    if "/" in plan.name:  # a repository
+        files = f"[{files}](/{plan.name}/tree/main)"
     return f"""---
 {data.to_yaml()}
 ---
@@ -1909,24 +1970,23 @@ def card_text(args: Args, plan: Plan, steps: int, data: ModelCardData) -> str:
 
 <Gallery />
 
-A LoRA of {base} that knows what **{prompt}** looks like, trained with DreamBooth.
+This LoRA teaches {base} what **{prompt}** looks like. It was trained with DreamBooth.
 
 ## Trigger words
 
 You should use `{prompt}` to trigger the image generation.
 
+## Download it
+
+`{LORA_NAME}` is under {files}.
+
 ## Use it
 
-With diffusers 0.33 or later and peft 0.17 or later (0.18 with transformers 5), or in ComfyUI at strength 1:
+In ComfyUI at strength 1, or with diffusers 0.40 or later (before that, `dtype` was called `torch_dtype`). The file was
+tried with diffusers 0.31 and peft 0.15, with diffusers 0.42.1 and peft 0.21.2, and with versions in between.
 
 ```python
-import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained("{source}", torch_dtype=torch.float16)
-pipeline.load_lora_weights("{plan.name}", weight_name="{LORA_NAME}")
-pipeline.enable_model_cpu_offload()
-image = pipeline({json.dumps(prompt, ensure_ascii=False)}).images[0]
+{code}
 ```
 
 The license is that of the base model. Trained for {steps} steps with:

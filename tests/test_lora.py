@@ -382,8 +382,8 @@ def test_the_card_says_what_it_is_and_how_to_use_it(
     assert {tag, f"{tag}-diffusers", "lora", "text-to-image"} <= set(card.data.tags)
     assert not {other, f"{other}-diffusers"} & set(card.data.tags)
     assert f"## Trigger words\n\nYou should use `{PROMPT}` to trigger" in card.text
-    assert "diffusers 0.33 or later" in card.text and "ComfyUI" in card.text and trainer.LORA_NAME in card.text
-    assert 'from_pretrained("FOLDER OR REPOSITORY OF THE BASE MODEL"' in card.text  # it was a folder
+    assert "diffusers 0.40 or later" in card.text and "ComfyUI" in card.text and trainer.LORA_NAME in card.text
+    assert 'from_pretrained(\n    "FOLDER OR REPOSITORY OF THE BASE MODEL"' in card.text  # it was a folder
     assert "base_model" not in card.data.to_dict()
 
 
