@@ -301,7 +301,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, flags: type, description: str) -> None:
         epilog = "Flags can also be read from a file, one with its value per line: @FILE."
-        super().__init__(description=description, allow_abbrev=False, fromfile_prefix_chars="@", epilog=epilog)
+        super().__init__(description=description, allow_abbrev=False, epilog=epilog)
         types = get_type_hints(flags)
         groups: dict[str, Any] = {}
         for each in fields(flags):
@@ -310,17 +310,14 @@ class Parser(argparse.ArgumentParser):
                 groups[name] = self.add_argument_group(name)
             groups[name].add_argument(f"--{each.name}", **argparse_options(each, types[each.name]))
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
-
     def error(self, message: str) -> NoReturn:
         super().error(re.sub(r"hf_\w+", "hf_...", message))
 
     def parse_values(self, argv: list[str] | None) -> dict[str, Any]:
         """Parse a command line; flags that take several values get a tuple."""
         try:
-            values = vars(self.parse_args(argv))
-        except ValueError as error:  # --flag=--, or a file of flags with an open quote
+            values = vars(self.parse_args(with_flag_files(sys.argv[1:] if argv is None else argv)))
+        except (OSError, ValueError) as error:  # --flag=--, or a file of flags that cannot be read
             self.error(f"cannot be read: {error}")
         for name, value in values.items():
             if value == []:  # what argparse makes of --flag=--
@@ -328,6 +325,43 @@ class Parser(argparse.ArgumentParser):
             if isinstance(value, list):
                 values[name] = tuple(value)
         return values
+
+
+def with_flag_files(argv: list[str], inside: tuple[str, ...] = ()) -> list[str]:
+    """Return a command line with each @FILE replaced by the flags in that file, which may name others.
+
+    inside: the files that are being read. Raises OSError or ValueError if a file cannot be read.
+    """
+    expanded = []
+    for argument in argv:
+        if not argument.startswith("@"):
+            expanded.append(argument)
+        elif argument in inside:
+            raise ValueError(f"{argument} names itself")
+        else:
+            expanded += with_flag_files(read_flag_file(Path(argument[1:])), (*inside, argument))
+    return expanded
+
+
+def read_flag_file(path: Path) -> list[str]:
+    """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
+    data = path.read_bytes()
+    if b"\0" in data:
+        raise ValueError(f"@{path} is UTF-16 or no text; save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"@{path} is not UTF-8: {error}") from error
+    arguments = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = shlex.shlex(line, posix=True)
+        words.whitespace_split = True
+        words.escape = ""
+        try:
+            arguments += list(words)
+        except ValueError as error:  # an open quote
+            raise ValueError(f"@{path}, line {number}: {error}") from error
+    return arguments
 
 
 def argparse_options(each: Field, kind: Any) -> dict[str, Any]:

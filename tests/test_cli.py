@@ -100,6 +100,47 @@ def test_flags_from_a_file(script: ModuleType, required: list[str], tmp_path: Pa
 
 
 @both
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "with a byte order mark"])
+def test_a_file_of_flags_from_windows(script: ModuleType, required: list[str], tmp_path: Path, mark: bytes) -> None:
+    """Its paths keep their backslashes, with quotes and without, also at their end; a byte order mark is skipped."""
+    path = tmp_path / "flags.txt"
+    lines = [r"--cache_dir C:\Users\me\dog", r'--revision "C:\new dog\"', r"--validation_prompt '\t' \\server\share"]
+    path.write_bytes(mark + "\r\n".join(lines).encode())
+    args = script.parse_args([*required, f"@{path}"])
+    assert (args.cache_dir, args.revision) == (r"C:\Users\me\dog", "C:\\new dog\\")
+    assert args.validation_prompt == (r"\t", r"\\server\share")
+
+
+@both
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("--revision a".encode("utf-16"), "is UTF-16"),
+        ("--revision a".encode("utf-16-le"), "is UTF-16"),
+        ("--revision ä".encode("latin-1"), "is not UTF-8"),
+        (b"--cache_dir a\n--revision 'a", "line 2"),
+        (b"@flags.txt", "names itself"),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_read_is_named(
+    script: ModuleType,
+    required: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+    part: str,
+) -> None:
+    """With what is wrong with it, as for a command line; exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    Path("flags.txt").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args([*required, "@flags.txt"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "@flags.txt" in message and part in message
+
+
+@both
 @pytest.mark.parametrize("wrong", [["--token", "hf_SECRET"], ["--token=hf_SECRET"], ["hf_SECRET"], ["@hf_SECRET"]])
 def test_no_message_repeats_a_token(
     wrong: list[str], script: ModuleType, required: list[str], capsys: pytest.CaptureFixture[str]
@@ -125,9 +166,9 @@ def test_a_token_is_stripped(token: str) -> None:
     assert trainer.parse_args([*REQUIRED, f"--hub_token={token}"]).hub_token == "hf_x"
 
 
-SHARED = ["flag", "Parser", "argparse_options", "flag_problems", "first_line", "find_images", "sha256_of",
-          "open_image",
-          "UnreadableImageError", "reading_image", "load_part", "peak_memory"]  # fmt: skip
+SHARED = ["flag", "Parser", "with_flag_files", "read_flag_file", "argparse_options", "flag_problems", "first_line",
+          "find_images", "sha256_of", "open_image", "UnreadableImageError", "reading_image", "load_part",
+          "peak_memory"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)
