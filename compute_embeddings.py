@@ -59,6 +59,7 @@ FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what h
     "metavar": None,  # what --help shows in place of a value
     "const": None,  # the value if the flag is given without one
     "parse": None,  # converts the text from the command line; None: the field's type does
+    "aliases": (),  # its names in the other script, which are easily mixed up
 }
 
 
@@ -94,7 +95,8 @@ class Args:
 
     # prompts
     prompt: str = flag(
-        "prompts", "a photo of sks dog", "instance prompt, for every image without a caption of its own")
+        "prompts", "a photo of sks dog", "instance prompt, for every image without a caption of its own",
+        metavar="PROMPT", aliases=("instance_prompt",))
     class_prompt: str | None = flag(
         "prompts", None, "prompt of prior preservation, such as 'a photo of a dog'", metavar="PROMPT")
     validation_prompt: tuple[str, ...] = flag("prompts", (), "prompts of previews", metavar="PROMPT")
@@ -103,8 +105,10 @@ class Args:
     max_sequence_length: int = flag("prompts", 77, "number of T5 tokens per prompt, at most 512", maximum=512)
 
     # files
-    local_data_dir: Path = flag("files", Path("dog"), "folder with the images of the subject", metavar="DIR")
-    output_path: Path = flag("files", Path("sample_embeddings.parquet"), "file to write", metavar="FILE")
+    local_data_dir: Path = flag(
+        "files", Path("dog"), "folder with the images of the subject", metavar="DIR", aliases=("instance_data_dir",))
+    output_path: Path = flag(
+        "files", Path("sample_embeddings.parquet"), "file to write", metavar="FILE", aliases=("data_df_path",))
 # fmt: on
 
 
@@ -120,7 +124,8 @@ class Parser(argparse.ArgumentParser):
             name = each.metadata["group"]
             if name not in groups:
                 groups[name] = self.add_argument_group(name)
-            groups[name].add_argument(f"--{each.name}", **argparse_options(each, types[each.name]))
+            names = [f"--{each_name}" for each_name in (each.name, *each.metadata["aliases"])]
+            groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
 
     def error(self, message: str) -> NoReturn:
         super().error(re.sub(r"hf_\w+", "hf_...", message))

@@ -95,6 +95,7 @@ FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what h
     "metavar": None,  # what --help shows in place of a value
     "const": None,  # the value if the flag is given without one
     "parse": None,  # converts the text from the command line; None: the field's type does
+    "aliases": (),  # its names in the other script, which are easily mixed up
     "on_resume": NOTED,
     "embeddings_flag": None,  # the flag of compute_embeddings.py that must agree with this one
     "secret": False,  # never saved, logged or shown
@@ -135,13 +136,13 @@ class Args:
     # data
     instance_data_dir: Path = flag(
         "data", MISSING, "folder with the images of the subject", metavar="DIR",
-        on_resume=FREE, embeddings_flag="local_data_dir")
+        aliases=("local_data_dir",), on_resume=FREE, embeddings_flag="local_data_dir")
     data_df_path: Path = flag(
         "data", MISSING, "Parquet file that compute_embeddings.py wrote", metavar="FILE",
-        on_resume=FREE, embeddings_flag="output_path")
+        aliases=("output_path",), on_resume=FREE, embeddings_flag="output_path")
     instance_prompt: str = flag(
         "data", MISSING, "prompt of the images, such as 'a photo of sks dog'", metavar="PROMPT",
-        embeddings_flag="prompt")
+        aliases=("prompt",), embeddings_flag="prompt")
     resolution: int = flag(
         "data", 512, "training resolution: the side of a square in pixels, a multiple of 16", on_resume=REFUSED)
     aspect_ratio_buckets: str | None = flag(
@@ -308,7 +309,8 @@ class Parser(argparse.ArgumentParser):
             name = each.metadata["group"]
             if name not in groups:
                 groups[name] = self.add_argument_group(name)
-            groups[name].add_argument(f"--{each.name}", **argparse_options(each, types[each.name]))
+            names = [f"--{each_name}" for each_name in (each.name, *each.metadata["aliases"])]
+            groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
 
     def error(self, message: str) -> NoReturn:
         super().error(re.sub(r"hf_\w+", "hf_...", message))

@@ -45,6 +45,17 @@ def test_the_trainer_has_every_flag_of_the_reference() -> None:
     assert [name for name in REFERENCE_FLAGS if not hasattr(args, name)] == []
 
 
+def test_both_scripts_take_both_names_of_what_they_share() -> None:
+    """Prompt, folder and file are called differently in the reference's two scripts; mixing them up costs nothing."""
+    names = [("prompt", "instance_prompt"), ("local_data_dir", "instance_data_dir"), ("output_path", "data_df_path")]
+    first = [f"--{one}=x" for one, _ in names]
+    second = [f"--{other}=x" for _, other in names]
+    assert embed.parse_args(first) == embed.parse_args(second)
+    model = "--pretrained_model_name_or_path=m"
+    assert trainer.parse_args([model, *first]) == trainer.parse_args([model, *second])
+    assert trainer.parse_args([model, *first]).instance_data_dir == Path("x")
+
+
 def test_seed_zero_is_kept() -> None:
     """The reference's `if args.seed` took --seed 0 for none."""
     assert trainer.parse_args([*REQUIRED, "--seed=0"]).seed == 0
