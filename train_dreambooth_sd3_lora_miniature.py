@@ -30,6 +30,7 @@ A map of this file, from top to bottom:
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import fnmatch
 import functools
@@ -76,6 +77,7 @@ T = TypeVar("T")
 STARTED = time.monotonic()
 LORA_NAME = "pytorch_lora_weights.safetensors"
 STATE_NAME = "training_state.pt"
+OTHER_SCRIPT = "compute_embeddings.py"
 
 # ------------------------------------------------------------------------------------------------------------- flags
 # Each flag is declared once, as a field of Args: its group in --help, its default, its help, its limits, and what
@@ -313,12 +315,37 @@ class Parser(argparse.ArgumentParser):
             groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
 
     def error(self, message: str) -> NoReturn:
-        super().error(re.sub(r"hf_\w+", "hf_...", message))
+        """End the program with one message, where argparse would print its usage of all flags first."""
+        message = re.sub(r"hf_\w+", "hf_...", message)
+        self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
+
+    def unknown_flags(self, argv: list[str]) -> list[str]:
+        """Return a message for each flag that does not exist: which script has it, or which flag is the nearest."""
+        known = self._option_string_actions.keys()
+        of_other_script = flags_of_other_script()
+        messages = []
+        for argument in argv:
+            given = argument.split("=")[0]
+            if given in known or not re.fullmatch(r"--?[A-Za-z][\w-]*", given):
+                continue
+            name = given.lstrip("-").replace("-", "_")
+            nearest = difflib.get_close_matches(f"--{name}", known, n=1)
+            message = f"there is no flag {given}"
+            if name in of_other_script:
+                message += f" here; {OTHER_SCRIPT} has it"
+            elif nearest:
+                message += f"; did you mean {nearest[0]}?"
+            messages.append(message)
+        return messages
 
     def parse_values(self, argv: list[str] | None) -> dict[str, Any]:
         """Parse a command line; flags that take several values get a tuple."""
         try:
-            values = vars(self.parse_args(with_flag_files(sys.argv[1:] if argv is None else argv)))
+            argv = with_flag_files(sys.argv[1:] if argv is None else argv)
+            unknown = self.unknown_flags(argv)
+            if unknown:  # first, since argparse would rather tell which required flags are missing
+                self.error("\n  ".join(unknown))
+            values = vars(self.parse_args(argv))
         except (OSError, ValueError) as error:  # --flag=--, or a file of flags that cannot be read
             self.error(f"cannot be read: {error}")
         for name, value in values.items():
@@ -327,6 +354,14 @@ class Parser(argparse.ArgumentParser):
             if isinstance(value, list):
                 values[name] = tuple(value)
         return values
+
+
+def flags_of_other_script() -> list[str]:
+    """Return the flags that the other script declares, if it lies beside this one: the two are easily mixed up."""
+    path = Path(__file__).with_name(OTHER_SCRIPT)
+    if not path.is_file():
+        return []
+    return re.findall(r"^    (\w+): .+ = flag\(", path.read_text("utf-8"), re.MULTILINE)
 
 
 def with_flag_files(argv: list[str], inside: tuple[str, ...] = ()) -> list[str]:

@@ -61,6 +61,45 @@ def test_seed_zero_is_kept() -> None:
     assert trainer.parse_args([*REQUIRED, "--seed=0"]).seed == 0
 
 
+@pytest.mark.parametrize(
+    ("script", "wrong", "expected"),
+    [
+        (trainer, ["--instance_dir", "x"], ["no flag --instance_dir; did you mean --instance_data_dir?"]),
+        (trainer, ["--promt=a photo of sks dog"], ["no flag --promt; did you mean --prompt?"]),
+        (trainer, ["--learning-rate", "1e-4"], ["no flag --learning-rate; did you mean --learning_rate?"]),
+        (trainer, ["-seed", "1"], ["no flag -seed; did you mean --seed?"]),
+        (trainer, ["--xyz"], ["no flag --xyz\n"]),
+        (trainer, ["--t5_precision=none"], ["no flag --t5_precision here; compute_embeddings.py has it"]),
+        (embed, ["--resolution=64", "--promt=x"], ["no flag --resolution here; train_dream", "--prompt?"]),
+    ],
+)
+def test_a_mistyped_flag_is_answered_with_the_nearest(
+    script: ModuleType, wrong: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a line each and one about --help, not with a screen of usage and the required flags; exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(wrong)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and all(part in message for part in expected)
+    assert len(message.splitlines()) == len(expected) + 1 and message.endswith("\nSee --help for all flags.\n")
+
+
+def test_missing_flags_are_answered_without_a_screen_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """In two lines; all of them."""
+    with pytest.raises(SystemExit) as stop:
+        trainer.parse_args(["--rank=4"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and len(message.splitlines()) == 2
+    assert all(flag.split("=")[0] in message for flag in REQUIRED)
+
+
+@both
+def test_values_may_look_like_flags(script: ModuleType, required: list[str]) -> None:
+    """What argparse takes for a value: a negative number, a text with a space, and what follows an equals sign."""
+    args = script.parse_args([*required, "--negative_prompt", "-blur --noise", "--cache_dir=--x"])
+    assert (args.negative_prompt, args.cache_dir) == ("-blur --noise", "--x")
+
+
 def test_the_schedules_are_diffusers() -> None:
     """All but the one that needs rules of its own."""
     [flag] = [flag for flag in flags_of(trainer) if flag.dest == "lr_scheduler"]
@@ -160,7 +199,7 @@ def test_no_message_repeats_a_token(
     with pytest.raises(SystemExit):
         script.parse_args([*required, *wrong])
     captured = capsys.readouterr()
-    assert "hf_..." in captured.err and "SECRET" not in captured.out + captured.err
+    assert "SECRET" not in captured.out + captured.err and ("hf_..." in captured.err or "--token" in captured.err)
 
 
 def test_a_token_on_the_command_line_is_refused_with_wandb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,9 +216,9 @@ def test_a_token_is_stripped(token: str) -> None:
     assert trainer.parse_args([*REQUIRED, f"--hub_token={token}"]).hub_token == "hf_x"
 
 
-SHARED = ["flag", "Parser", "with_flag_files", "read_flag_file", "argparse_options", "flag_problems", "first_line",
-          "find_images", "sha256_of", "open_image", "UnreadableImageError", "reading_image", "load_part",
-          "peak_memory"]  # fmt: skip
+SHARED = ["flag", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file", "argparse_options",
+          "flag_problems", "first_line", "find_images", "sha256_of", "open_image", "UnreadableImageError",
+          "reading_image", "load_part", "peak_memory"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)
