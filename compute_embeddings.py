@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, flags: type, description: str) -> None:
         epilog = "Flags can also be read from a file, one with its value per line: @FILE."
-        super().__init__(description=description, allow_abbrev=False, epilog=epilog)
+        super().__init__(usage="%(prog)s [FLAGS]", description=description, allow_abbrev=False, epilog=epilog)
         types = get_type_hints(flags)
         groups: dict[str, Any] = {}
         for each in fields(flags):
@@ -222,6 +222,7 @@ def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"help": details["help"]}
     if each.default is MISSING:
         options["required"] = True
+        options["help"] += " (required)"
     else:
         options["default"] = each.default
         if each.default not in (None, "", ()) and each.default is not False:

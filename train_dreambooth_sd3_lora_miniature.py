@@ -62,7 +62,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import AutocastKwargs, broadcast_object_list, gather_object, send_to_device, tqdm
 from filelock import FileLock, Timeout
@@ -304,7 +303,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, flags: type, description: str) -> None:
         epilog = "Flags can also be read from a file, one with its value per line: @FILE."
-        super().__init__(description=description, allow_abbrev=False, epilog=epilog)
+        super().__init__(usage="%(prog)s [FLAGS]", description=description, allow_abbrev=False, epilog=epilog)
         types = get_type_hints(flags)
         groups: dict[str, Any] = {}
         for each in fields(flags):
@@ -407,6 +406,7 @@ def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"help": details["help"]}
     if each.default is MISSING:
         options["required"] = True
+        options["help"] += " (required)"
     else:
         options["default"] = each.default
         if each.default not in (None, "", ()) and each.default is not False:
@@ -2111,6 +2111,8 @@ END_SIGNALS = signal.valid_signals() & {SIGHUP, signal.SIGINT, signal.SIGTERM}
 
 def silence_libraries() -> None:
     """Hide what the libraries say at the start of a normal run; their errors stay."""
+    import transformers  # takes 1 s, which --help and a wrong command line should not cost
+
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

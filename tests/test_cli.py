@@ -246,13 +246,27 @@ def test_args_are_read_and_never_written(script: ModuleType) -> None:
     assert not [target for target in written if re.search(r"\bargs\b", target)]
 
 
+@both
+def test_help_is_short(script: ModuleType, required: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """No line lists all flags at once, required ones are marked, and what has no default shows none."""
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    usage, empty = shown.splitlines()[:2]
+    assert usage.startswith("usage: ") and usage.endswith(" [FLAGS]") and not empty
+    assert shown.count("(required)") == len(required) and "default: None" not in shown
+
+
 SIDE_EFFECTS = """
 import ast, logging, os, signal, sys, warnings
 
 def state():
     return list(warnings.filters), logging.root.manager.disable, dict(os.environ), signal.getsignal(signal.SIGTERM)
 
-for name, required in (("compute_embeddings", []), ("train_dreambooth_sd3_lora_miniature", sys.argv[1:])):
+for name, required, unwanted in (
+    ("train_dreambooth_sd3_lora_miniature", sys.argv[1:], {"bitsandbytes", "peft", "transformers"}),
+    ("compute_embeddings", [], {"bitsandbytes", "peft"}),
+):
     with open(f"{name}.py") as file:
         body = ast.parse(file.read()).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -260,7 +274,7 @@ for name, required in (("compute_embeddings", []), ("train_dreambooth_sd3_lora_m
     before = state()
     __import__(name).parse_args(required)
     assert state() == before, name
-    assert not {"bitsandbytes", "peft"} & sys.modules.keys()
+    assert not unwanted & sys.modules.keys(), unwanted & sys.modules.keys()
 """
 
 
