@@ -17,6 +17,7 @@ A map of this file, from top to bottom:
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
 import json
 import logging
@@ -47,6 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 T = TypeVar("T")
+OTHER_SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
 # ------------------------------------------------------------------------------------------------------------- flags
 # Each flag is declared once, as a field of Args; the parser and the checks of limits are derived from it.
@@ -59,6 +61,7 @@ FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what h
     "metavar": None,  # what --help shows in place of a value
     "const": None,  # the value if the flag is given without one
     "parse": None,  # converts the text from the command line; None: the field's type does
+    "aliases": (),  # its names in the other script, which are easily mixed up
 }
 
 
@@ -94,7 +97,8 @@ class Args:
 
     # prompts
     prompt: str = flag(
-        "prompts", "a photo of sks dog", "instance prompt, for every image without a caption of its own")
+        "prompts", "a photo of sks dog", "instance prompt, for every image without a caption of its own",
+        metavar="PROMPT", aliases=("instance_prompt",))
     class_prompt: str | None = flag(
         "prompts", None, "prompt of prior preservation, such as 'a photo of a dog'", metavar="PROMPT")
     validation_prompt: tuple[str, ...] = flag("prompts", (), "prompts of previews", metavar="PROMPT")
@@ -103,8 +107,10 @@ class Args:
     max_sequence_length: int = flag("prompts", 77, "number of T5 tokens per prompt, at most 512", maximum=512)
 
     # files
-    local_data_dir: Path = flag("files", Path("dog"), "folder with the images of the subject", metavar="DIR")
-    output_path: Path = flag("files", Path("sample_embeddings.parquet"), "file to write", metavar="FILE")
+    local_data_dir: Path = flag(
+        "files", Path("dog"), "folder with the images of the subject", metavar="DIR", aliases=("instance_data_dir",))
+    output_path: Path = flag(
+        "files", Path("sample_embeddings.parquet"), "file to write", metavar="FILE", aliases=("data_df_path",))
 # fmt: on
 
 
@@ -113,26 +119,49 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, flags: type, description: str) -> None:
         epilog = "Flags can also be read from a file, one with its value per line: @FILE."
-        super().__init__(description=description, allow_abbrev=False, fromfile_prefix_chars="@", epilog=epilog)
+        super().__init__(usage="%(prog)s [FLAGS]", description=description, allow_abbrev=False, epilog=epilog)
         types = get_type_hints(flags)
         groups: dict[str, Any] = {}
         for each in fields(flags):
             name = each.metadata["group"]
             if name not in groups:
                 groups[name] = self.add_argument_group(name)
-            groups[name].add_argument(f"--{each.name}", **argparse_options(each, types[each.name]))
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+            names = [f"--{each_name}" for each_name in (each.name, *each.metadata["aliases"])]
+            groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
 
     def error(self, message: str) -> NoReturn:
-        super().error(re.sub(r"hf_\w+", "hf_...", message))
+        """End the program with one message, where argparse would print its usage of all flags first."""
+        message = re.sub(r"hf_\w+", "hf_...", message)
+        self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
+
+    def unknown_flags(self, argv: list[str]) -> list[str]:
+        """Return a message for each flag that does not exist: which script has it, or which flag is the nearest."""
+        known = self._option_string_actions.keys()
+        of_other_script = flags_of_other_script()
+        messages = []
+        for argument in argv:
+            given = argument.split("=")[0]
+            if given in known or not re.fullmatch(r"--?[A-Za-z][\w-]*", given):
+                continue
+            name = given.lstrip("-").replace("-", "_")
+            nearest = difflib.get_close_matches(f"--{name}", known, n=1)
+            message = f"there is no flag {given}"
+            if name in of_other_script:
+                message += f" here; {OTHER_SCRIPT} has it"
+            elif nearest:
+                message += f"; did you mean {nearest[0]}?"
+            messages.append(message)
+        return messages
 
     def parse_values(self, argv: list[str] | None) -> dict[str, Any]:
         """Parse a command line; flags that take several values get a tuple."""
         try:
+            argv = with_flag_files(sys.argv[1:] if argv is None else argv)
+            unknown = self.unknown_flags(argv)
+            if unknown:  # first, since argparse would rather tell which required flags are missing
+                self.error("\n  ".join(unknown))
             values = vars(self.parse_args(argv))
-        except ValueError as error:  # --flag=--, or a file of flags with an open quote
+        except (OSError, ValueError) as error:  # --flag=--, or a file of flags that cannot be read
             self.error(f"cannot be read: {error}")
         for name, value in values.items():
             if value == []:  # what argparse makes of --flag=--
@@ -142,12 +171,58 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
+def flags_of_other_script() -> list[str]:
+    """Return the flags that the other script declares, if it lies beside this one: the two are easily mixed up."""
+    path = Path(__file__).with_name(OTHER_SCRIPT)
+    if not path.is_file():
+        return []
+    return re.findall(r"^    (\w+): .+ = flag\(", path.read_text("utf-8"), re.MULTILINE)
+
+
+def with_flag_files(argv: list[str], inside: tuple[str, ...] = ()) -> list[str]:
+    """Return a command line with each @FILE replaced by the flags in that file, which may name others.
+
+    inside: the files that are being read. Raises OSError or ValueError if a file cannot be read.
+    """
+    expanded = []
+    for argument in argv:
+        if not argument.startswith("@"):
+            expanded.append(argument)
+        elif argument in inside:
+            raise ValueError(f"{argument} names itself")
+        else:
+            expanded += with_flag_files(read_flag_file(Path(argument[1:])), (*inside, argument))
+    return expanded
+
+
+def read_flag_file(path: Path) -> list[str]:
+    """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
+    data = path.read_bytes()
+    if b"\0" in data:
+        raise ValueError(f"@{path} is UTF-16 or no text; save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"@{path} is not UTF-8: {error}") from error
+    arguments = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = shlex.shlex(line, posix=True)
+        words.whitespace_split = True
+        words.escape = ""
+        try:
+            arguments += list(words)
+        except ValueError as error:  # an open quote
+            raise ValueError(f"@{path}, line {number}: {error}") from error
+    return arguments
+
+
 def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
     """Return what add_argument needs for a flag: from its type, its default and its metadata."""
     details = each.metadata
     options: dict[str, Any] = {"help": details["help"]}
     if each.default is MISSING:
         options["required"] = True
+        options["help"] += " (required)"
     else:
         options["default"] = each.default
         if each.default not in (None, "", ()) and each.default is not False:

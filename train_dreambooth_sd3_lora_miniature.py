@@ -30,6 +30,7 @@ A map of this file, from top to bottom:
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import fnmatch
 import functools
@@ -61,7 +62,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import AutocastKwargs, broadcast_object_list, gather_object, send_to_device
 from filelock import FileLock, Timeout
@@ -77,6 +77,7 @@ T = TypeVar("T")
 STARTED = time.monotonic()
 LORA_NAME = "pytorch_lora_weights.safetensors"
 STATE_NAME = "training_state.pt"
+OTHER_SCRIPT = "compute_embeddings.py"
 
 # ------------------------------------------------------------------------------------------------------------- flags
 # Each flag is declared once, as a field of Args: its group in --help, its default, its help, its limits, and what
@@ -96,6 +97,7 @@ FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what h
     "metavar": None,  # what --help shows in place of a value
     "const": None,  # the value if the flag is given without one
     "parse": None,  # converts the text from the command line; None: the field's type does
+    "aliases": (),  # its names in the other script, which are easily mixed up
     "on_resume": NOTED,
     "embeddings_flag": None,  # the flag of compute_embeddings.py that must agree with this one
     "secret": False,  # never saved, logged or shown
@@ -136,13 +138,13 @@ class Args:
     # data
     instance_data_dir: Path = flag(
         "data", MISSING, "folder with the images of the subject", metavar="DIR",
-        on_resume=FREE, embeddings_flag="local_data_dir")
+        aliases=("local_data_dir",), on_resume=FREE, embeddings_flag="local_data_dir")
     data_df_path: Path = flag(
         "data", MISSING, "Parquet file that compute_embeddings.py wrote", metavar="FILE",
-        on_resume=FREE, embeddings_flag="output_path")
+        aliases=("output_path",), on_resume=FREE, embeddings_flag="output_path")
     instance_prompt: str = flag(
         "data", MISSING, "prompt of the images, such as 'a photo of sks dog'", metavar="PROMPT",
-        embeddings_flag="prompt")
+        aliases=("prompt",), embeddings_flag="prompt")
     resolution: int = flag(
         "data", 512, "training resolution: the side of a square in pixels, a multiple of 16", on_resume=REFUSED)
     aspect_ratio_buckets: str | None = flag(
@@ -189,9 +191,10 @@ class Args:
         "LoRA", None, "updates are scaled by alpha / rank; unset: the rank, for a scale of 1", on_resume=REFUSED)
     lora_dropout: float = flag(
         "LoRA", 0.0, "dropout probability of the LoRA's input; above 0, a step is slower", minimum=0, maximum=0.999999)
-    lora_layers: str = flag(
-        "LoRA", "to_k,to_q,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj,to_add_out",
-        "linear layers to train: the ends of their names, or patterns such as transformer_blocks.12.attn.*",
+    lora_layers: str = flag(  # diffusers' eight; SD3.5-medium has a second attention, attn2, that they leave out
+        "LoRA", "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0,attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,"
+        "attn.to_add_out",
+        "linear layers to train: the ends of their names, or patterns such as transformer_blocks.12.attn.* or attn2.*",
         metavar="LAYER,...", on_resume=REFUSED)
 
     # training
@@ -265,8 +268,9 @@ class Args:
         "previews", None, "optimizer steps between previews; replaces --validation_epochs", on_resume=FREE)
     num_inference_steps: int = flag(
         "previews", 28, "denoising steps of a preview or class image", on_resume=FREE)
-    guidance_scale: float = flag(
-        "previews", 7.0, "classifier-free guidance of a preview or class image", minimum=0, on_resume=FREE)
+    guidance_scale: float | None = flag(
+        "previews", None, "classifier-free guidance of a preview or class image; unset: 7 for SD3, 4.5 for SD3.5",
+        minimum=0, on_resume=FREE)
 
     # checkpoints and logs
     checkpointing_steps: int = flag(
@@ -300,26 +304,49 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, flags: type, description: str) -> None:
         epilog = "Flags can also be read from a file, one with its value per line: @FILE."
-        super().__init__(description=description, allow_abbrev=False, fromfile_prefix_chars="@", epilog=epilog)
+        super().__init__(usage="%(prog)s [FLAGS]", description=description, allow_abbrev=False, epilog=epilog)
         types = get_type_hints(flags)
         groups: dict[str, Any] = {}
         for each in fields(flags):
             name = each.metadata["group"]
             if name not in groups:
                 groups[name] = self.add_argument_group(name)
-            groups[name].add_argument(f"--{each.name}", **argparse_options(each, types[each.name]))
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+            names = [f"--{each_name}" for each_name in (each.name, *each.metadata["aliases"])]
+            groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
 
     def error(self, message: str) -> NoReturn:
-        super().error(re.sub(r"hf_\w+", "hf_...", message))
+        """End the program with one message, where argparse would print its usage of all flags first."""
+        message = re.sub(r"hf_\w+", "hf_...", message)
+        self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
+
+    def unknown_flags(self, argv: list[str]) -> list[str]:
+        """Return a message for each flag that does not exist: which script has it, or which flag is the nearest."""
+        known = self._option_string_actions.keys()
+        of_other_script = flags_of_other_script()
+        messages = []
+        for argument in argv:
+            given = argument.split("=")[0]
+            if given in known or not re.fullmatch(r"--?[A-Za-z][\w-]*", given):
+                continue
+            name = given.lstrip("-").replace("-", "_")
+            nearest = difflib.get_close_matches(f"--{name}", known, n=1)
+            message = f"there is no flag {given}"
+            if name in of_other_script:
+                message += f" here; {OTHER_SCRIPT} has it"
+            elif nearest:
+                message += f"; did you mean {nearest[0]}?"
+            messages.append(message)
+        return messages
 
     def parse_values(self, argv: list[str] | None) -> dict[str, Any]:
         """Parse a command line; flags that take several values get a tuple."""
         try:
+            argv = with_flag_files(sys.argv[1:] if argv is None else argv)
+            unknown = self.unknown_flags(argv)
+            if unknown:  # first, since argparse would rather tell which required flags are missing
+                self.error("\n  ".join(unknown))
             values = vars(self.parse_args(argv))
-        except ValueError as error:  # --flag=--, or a file of flags with an open quote
+        except (OSError, ValueError) as error:  # --flag=--, or a file of flags that cannot be read
             self.error(f"cannot be read: {error}")
         for name, value in values.items():
             if value == []:  # what argparse makes of --flag=--
@@ -329,12 +356,58 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
+def flags_of_other_script() -> list[str]:
+    """Return the flags that the other script declares, if it lies beside this one: the two are easily mixed up."""
+    path = Path(__file__).with_name(OTHER_SCRIPT)
+    if not path.is_file():
+        return []
+    return re.findall(r"^    (\w+): .+ = flag\(", path.read_text("utf-8"), re.MULTILINE)
+
+
+def with_flag_files(argv: list[str], inside: tuple[str, ...] = ()) -> list[str]:
+    """Return a command line with each @FILE replaced by the flags in that file, which may name others.
+
+    inside: the files that are being read. Raises OSError or ValueError if a file cannot be read.
+    """
+    expanded = []
+    for argument in argv:
+        if not argument.startswith("@"):
+            expanded.append(argument)
+        elif argument in inside:
+            raise ValueError(f"{argument} names itself")
+        else:
+            expanded += with_flag_files(read_flag_file(Path(argument[1:])), (*inside, argument))
+    return expanded
+
+
+def read_flag_file(path: Path) -> list[str]:
+    """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
+    data = path.read_bytes()
+    if b"\0" in data:
+        raise ValueError(f"@{path} is UTF-16 or no text; save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"@{path} is not UTF-8: {error}") from error
+    arguments = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = shlex.shlex(line, posix=True)
+        words.whitespace_split = True
+        words.escape = ""
+        try:
+            arguments += list(words)
+        except ValueError as error:  # an open quote
+            raise ValueError(f"@{path}, line {number}: {error}") from error
+    return arguments
+
+
 def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
     """Return what add_argument needs for a flag: from its type, its default and its metadata."""
     details = each.metadata
     options: dict[str, Any] = {"help": details["help"]}
     if each.default is MISSING:
         options["required"] = True
+        options["help"] += " (required)"
     else:
         options["default"] = each.default
         if each.default not in (None, "", ()) and each.default is not False:
@@ -1388,6 +1461,13 @@ def make_pipeline(
     return pipeline
 
 
+def guidance_of(args: Args, config: Any) -> float:
+    """Return --guidance_scale, or else what is published for the base model, from the transformer's config."""
+    if args.guidance_scale is not None:
+        return args.guidance_scale
+    return 4.5 if "v3.5" in architecture(config) else 7.0
+
+
 def generate_images(
     pipeline: diffusers.StableDiffusion3Pipeline,
     prompt: dict[str, Tensor],
@@ -1417,7 +1497,7 @@ def generate_images(
         negative_pooled_prompt_embeds=for_each_image(negative_prompt["pooled_prompt_embeds"]),
         height=args.resolution,
         width=args.resolution,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=guidance_of(args, transformer.config),
         num_inference_steps=args.num_inference_steps,
         generator=generators,
         callback_on_step_end=end_early,
@@ -1674,8 +1754,6 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
     path = args.pretrained_lora_path
     if not path or not base_model or not lora_targets(base_model.skeleton, args.lora_layers):
         return {}
-    from peft import get_peft_model_state_dict
-
     load = diffusers.StableDiffusion3Pipeline.lora_state_dict
     try:
         file, metadata = load(
@@ -1684,11 +1762,12 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
     except Exception as error:  # of the file system, safetensors or the Hub, which share no class
         problems.add(f"--pretrained_lora_path {path} cannot be loaded: {first_line(error)}.")
         return {}
-    add_lora(base_model.skeleton, args, seed=0)  # without values: it shows which names and shapes are expected
     given = {(name, *tensor.shape) for name, tensor in file.items()}
     expected = set()
-    for name, tensor in get_peft_model_state_dict(base_model.skeleton).items():
-        expected.add((f"transformer.{name}", *tensor.shape))
+    for name in lora_targets(base_model.skeleton, args.lora_layers):
+        layer = base_model.skeleton.get_submodule(name)
+        expected.add((f"transformer.{name}.lora_A.weight", args.rank, layer.in_features))
+        expected.add((f"transformer.{name}.lora_B.weight", layer.out_features, args.rank))
     different = sorted(given ^ expected)
     if different:
         problems.add(
@@ -1836,7 +1915,12 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
 def check_resume(plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
     on_resume = {each.name: each.metadata["on_resume"] for each in fields(Args)}
-    saved = plan.checkpoint.get("settings", {})
+    saved = dict(plan.checkpoint.get("settings", {}))
+    if "lora_layers" in saved:  # the same layers can be spelled in many ways, and an earlier default was
+        skeleton = plan.base_model.skeleton
+        layers = str(plan.settings["lora_layers"])
+        if lora_targets(skeleton, saved["lora_layers"]) == lora_targets(skeleton, layers):
+            saved["lora_layers"] = layers
     changed = []
     for name, value in plan.settings.items():
         before = saved.get(name, value)  # a setting that is newer than the checkpoint counts as unchanged
@@ -1860,6 +1944,9 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     steps = f"{count_of(plan.max_train_steps, 'step')} of {count_of(plan.samples_per_step, 'sample')}"
     digits = 1 if epochs < 10 else 0
     problems.note(f"{count_of(len(plan.examples), 'image')}, {steps}: {epochs:.{digits}f} epochs, seed {plan.seed}")
+    if args.validation_prompt or args.with_prior_preservation:
+        guidance = guidance_of(args, plan.base_model.skeleton.config)
+        problems.note(f"previews and class images: {args.num_inference_steps} steps, --guidance_scale {guidance:g}")
 
 
 # ----------------------------------------------------------------------------------------------- model card and Hub
@@ -1914,19 +2001,80 @@ def write_model_card(args: Args, plan: Plan, state: TrainState, previews: list[t
         library_name="diffusers",
         pipeline_tag="text-to-image",
         instance_prompt=args.instance_prompt,
-        tags=["text-to-image", "diffusers-training", "diffusers", "lora", family, f"{family}-diffusers"],
+        tags=[
+            "text-to-image",
+            "diffusers-training",
+            "diffusers",
+            "lora",
+            "template:sd-lora",  # diffusers' own cards have it
+            family,
+            f"{family}-diffusers",
+        ],
         widget=[{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in previews],
     )
     with atomic_path(path) as partial:
         partial.write_text(card_text(args, plan, state.global_step, data), "utf-8")
 
 
+def python_call(name: str, arguments: list[str]) -> str:
+    """Return the source of a call, with an argument a line."""
+    return f"{name}(\n    " + ",\n    ".join(arguments) + ",\n)"
+
+
+def python_text(text: str) -> str:
+    """Return the source of a string, with its letters as they are."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def usage_code(args: Args, plan: Plan, source: str) -> str:
+    """Return Python code that draws --instance_prompt with the LoRA, with what training and previews had.
+
+    That matters: diffusers pads a prompt to 256 T5 tokens unless it is told otherwise, and a LoRA that was trained on
+    fewer of them loses its likeness.
+    """
+    about = plan.embeddings.about
+    loading = [python_text(source), f"dtype={plan.weight_dtype}"]
+    if args.revision:
+        loading.append(f"revision={python_text(args.revision)}")
+    if args.variant:
+        loading.append(f"variant={python_text(args.variant)}")
+    if about.get("t5") == "none":
+        loading += ["text_encoder_3=None", "tokenizer_3=None"]
+
+    drawing = [python_text(args.instance_prompt)]
+    if args.negative_prompt:
+        drawing.append(f"negative_prompt={python_text(args.negative_prompt)}")
+    drawing += [
+        f"max_sequence_length={about.get('max_sequence_length')}",
+        f"guidance_scale={guidance_of(args, plan.base_model.skeleton.config)}",
+        f"num_inference_steps={args.num_inference_steps}",
+        f"height={args.resolution}",
+        f"width={args.resolution}",
+    ]
+    return f"""import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = {python_call("StableDiffusion3Pipeline.from_pretrained", loading)}
+pipeline.load_lora_weights({python_text(plan.name)}, weight_name="{LORA_NAME}")
+pipeline.enable_model_cpu_offload()
+image = {python_call("pipeline", drawing)}.images[0]"""
+
+
 def card_text(args: Args, plan: Plan, steps: int, data: ModelCardData) -> str:
     """Return the card with its data; a base model that is a folder is named without its path."""
     prompt = args.instance_prompt
     settings = json.dumps(plan.settings, indent=2, ensure_ascii=False)
-    base = data.base_model or Path(args.pretrained_model_name_or_path).name
-    source = data.base_model or "FOLDER OR REPOSITORY OF THE BASE MODEL"
+    source = args.pretrained_model_name_or_path
+    base = f"[{source}](https://huggingface.co/{source})"
+    if Path(source).is_dir():
+        is_sd35 = "v3.5" in architecture(plan.base_model.skeleton.config)
+        family = "Stable Diffusion 3.5" if is_sd35 else "Stable Diffusion 3"
+        base = f"a local copy of {family} (`{Path(source).resolve().name}`)"
+        source = "FOLDER OR REPOSITORY OF THE BASE MODEL"
+    code = usage_code(args, plan, source)
+    files = "Files & versions"
+    if "/" in plan.name:  # a repository
+        files = f"[{files}](/{plan.name}/tree/main)"
     return f"""---
 {data.to_yaml()}
 ---
@@ -1936,24 +2084,23 @@ def card_text(args: Args, plan: Plan, steps: int, data: ModelCardData) -> str:
 
 <Gallery />
 
-A LoRA of {base} that knows what **{prompt}** looks like, trained with DreamBooth.
+This LoRA teaches {base} what **{prompt}** looks like. It was trained with DreamBooth.
 
 ## Trigger words
 
 You should use `{prompt}` to trigger the image generation.
 
+## Download it
+
+`{LORA_NAME}` is under {files}.
+
 ## Use it
 
-With diffusers 0.33 or later and peft 0.17 or later (0.18 with transformers 5), or in ComfyUI at strength 1:
+In ComfyUI at strength 1, or with diffusers 0.40 or later (before that, `dtype` was called `torch_dtype`). The file was
+tried with diffusers 0.31 and peft 0.15, with diffusers 0.42.1 and peft 0.21.2, and with versions in between.
 
 ```python
-import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained("{source}", torch_dtype=torch.float16)
-pipeline.load_lora_weights("{plan.name}", weight_name="{LORA_NAME}")
-pipeline.enable_model_cpu_offload()
-image = pipeline({json.dumps(prompt, ensure_ascii=False)}).images[0]
+{code}
 ```
 
 The license is that of the base model. Trained for {steps} steps with:
@@ -2007,6 +2154,8 @@ END_SIGNALS = signal.valid_signals() & {SIGHUP, signal.SIGINT, signal.SIGTERM}
 
 def silence_libraries() -> None:
     """Hide what the libraries say at the start of a normal run; their errors stay."""
+    import transformers  # takes 1 s, which --help and a wrong command line should not cost
+
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

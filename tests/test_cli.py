@@ -45,9 +45,59 @@ def test_the_trainer_has_every_flag_of_the_reference() -> None:
     assert [name for name in REFERENCE_FLAGS if not hasattr(args, name)] == []
 
 
+def test_both_scripts_take_both_names_of_what_they_share() -> None:
+    """Prompt, folder and file are called differently in the reference's two scripts; mixing them up costs nothing."""
+    names = [("prompt", "instance_prompt"), ("local_data_dir", "instance_data_dir"), ("output_path", "data_df_path")]
+    first = [f"--{one}=x" for one, _ in names]
+    second = [f"--{other}=x" for _, other in names]
+    assert embed.parse_args(first) == embed.parse_args(second)
+    model = "--pretrained_model_name_or_path=m"
+    assert trainer.parse_args([model, *first]) == trainer.parse_args([model, *second])
+    assert trainer.parse_args([model, *first]).instance_data_dir == Path("x")
+
+
 def test_seed_zero_is_kept() -> None:
     """The reference's `if args.seed` took --seed 0 for none."""
     assert trainer.parse_args([*REQUIRED, "--seed=0"]).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong", "expected"),
+    [
+        (trainer, ["--instance_dir", "x"], ["no flag --instance_dir; did you mean --instance_data_dir?"]),
+        (trainer, ["--promt=a photo of sks dog"], ["no flag --promt; did you mean --prompt?"]),
+        (trainer, ["--learning-rate", "1e-4"], ["no flag --learning-rate; did you mean --learning_rate?"]),
+        (trainer, ["-seed", "1"], ["no flag -seed; did you mean --seed?"]),
+        (trainer, ["--xyz"], ["no flag --xyz\n"]),
+        (trainer, ["--t5_precision=none"], ["no flag --t5_precision here; compute_embeddings.py has it"]),
+        (embed, ["--resolution=64", "--promt=x"], ["no flag --resolution here; train_dream", "--prompt?"]),
+    ],
+)
+def test_a_mistyped_flag_is_answered_with_the_nearest(
+    script: ModuleType, wrong: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a line each and one about --help, not with a screen of usage and the required flags; exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(wrong)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and all(part in message for part in expected)
+    assert len(message.splitlines()) == len(expected) + 1 and message.endswith("\nSee --help for all flags.\n")
+
+
+def test_missing_flags_are_answered_without_a_screen_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """In two lines; all of them."""
+    with pytest.raises(SystemExit) as stop:
+        trainer.parse_args(["--rank=4"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and len(message.splitlines()) == 2
+    assert all(flag.split("=")[0] in message for flag in REQUIRED)
+
+
+@both
+def test_values_may_look_like_flags(script: ModuleType, required: list[str]) -> None:
+    """What argparse takes for a value: a negative number, a text with a space, and what follows an equals sign."""
+    args = script.parse_args([*required, "--negative_prompt", "-blur --noise", "--cache_dir=--x"])
+    assert (args.negative_prompt, args.cache_dir) == ("-blur --noise", "--x")
 
 
 def test_the_schedules_are_diffusers() -> None:
@@ -100,6 +150,47 @@ def test_flags_from_a_file(script: ModuleType, required: list[str], tmp_path: Pa
 
 
 @both
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "with a byte order mark"])
+def test_a_file_of_flags_from_windows(script: ModuleType, required: list[str], tmp_path: Path, mark: bytes) -> None:
+    """Its paths keep their backslashes, with quotes and without, also at their end; a byte order mark is skipped."""
+    path = tmp_path / "flags.txt"
+    lines = [r"--cache_dir C:\Users\me\dog", r'--revision "C:\new dog\"', r"--validation_prompt '\t' \\server\share"]
+    path.write_bytes(mark + "\r\n".join(lines).encode())
+    args = script.parse_args([*required, f"@{path}"])
+    assert (args.cache_dir, args.revision) == (r"C:\Users\me\dog", "C:\\new dog\\")
+    assert args.validation_prompt == (r"\t", r"\\server\share")
+
+
+@both
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("--revision a".encode("utf-16"), "is UTF-16"),
+        ("--revision a".encode("utf-16-le"), "is UTF-16"),
+        ("--revision ä".encode("latin-1"), "is not UTF-8"),
+        (b"--cache_dir a\n--revision 'a", "line 2"),
+        (b"@flags.txt", "names itself"),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_read_is_named(
+    script: ModuleType,
+    required: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+    part: str,
+) -> None:
+    """With what is wrong with it, as for a command line; exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    Path("flags.txt").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args([*required, "@flags.txt"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "@flags.txt" in message and part in message
+
+
+@both
 @pytest.mark.parametrize("wrong", [["--token", "hf_SECRET"], ["--token=hf_SECRET"], ["hf_SECRET"], ["@hf_SECRET"]])
 def test_no_message_repeats_a_token(
     wrong: list[str], script: ModuleType, required: list[str], capsys: pytest.CaptureFixture[str]
@@ -108,7 +199,7 @@ def test_no_message_repeats_a_token(
     with pytest.raises(SystemExit):
         script.parse_args([*required, *wrong])
     captured = capsys.readouterr()
-    assert "hf_..." in captured.err and "SECRET" not in captured.out + captured.err
+    assert "SECRET" not in captured.out + captured.err and ("hf_..." in captured.err or "--token" in captured.err)
 
 
 def test_a_token_on_the_command_line_is_refused_with_wandb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,9 +216,9 @@ def test_a_token_is_stripped(token: str) -> None:
     assert trainer.parse_args([*REQUIRED, f"--hub_token={token}"]).hub_token == "hf_x"
 
 
-SHARED = ["flag", "Parser", "argparse_options", "flag_problems", "first_line", "find_images", "sha256_of",
-          "open_image",
-          "UnreadableImageError", "reading_image", "ProgressBar", "load_part", "peak_memory"]  # fmt: skip
+SHARED = ["flag", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file", "argparse_options",
+          "flag_problems", "first_line", "find_images", "sha256_of", "open_image", "UnreadableImageError",
+          "reading_image", "ProgressBar", "load_part", "peak_memory"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -155,13 +246,27 @@ def test_args_are_read_and_never_written(script: ModuleType) -> None:
     assert not [target for target in written if re.search(r"\bargs\b", target)]
 
 
+@both
+def test_help_is_short(script: ModuleType, required: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """No line lists all flags at once, required ones are marked, and what has no default shows none."""
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    usage, empty = shown.splitlines()[:2]
+    assert usage.startswith("usage: ") and usage.endswith(" [FLAGS]") and not empty
+    assert shown.count("(required)") == len(required) and "default: None" not in shown
+
+
 SIDE_EFFECTS = """
 import ast, logging, os, signal, sys, warnings
 
 def state():
     return list(warnings.filters), logging.root.manager.disable, dict(os.environ), signal.getsignal(signal.SIGTERM)
 
-for name, required in (("compute_embeddings", []), ("train_dreambooth_sd3_lora_miniature", sys.argv[1:])):
+for name, required, unwanted in (
+    ("train_dreambooth_sd3_lora_miniature", sys.argv[1:], {"bitsandbytes", "peft", "transformers"}),
+    ("compute_embeddings", [], {"bitsandbytes", "peft"}),
+):
     with open(f"{name}.py") as file:
         body = ast.parse(file.read()).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -169,7 +274,7 @@ for name, required in (("compute_embeddings", []), ("train_dreambooth_sd3_lora_m
     before = state()
     __import__(name).parse_args(required)
     assert state() == before, name
-    assert not {"bitsandbytes", "peft"} & sys.modules.keys()
+    assert not unwanted & sys.modules.keys(), unwanted & sys.modules.keys()
 """
 
 

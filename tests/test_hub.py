@@ -157,9 +157,10 @@ def test_trained_from_a_gated_repository_and_loaded_by_name(
     lora = StableDiffusion3Pipeline.lora_state_dict("me/out", token="hf_write", cache_dir=tmp_path / "other")
     assert len(lora) == 30
     card = ModelCard(gated.repos["me/out"]["README.md"].decode())
-    assert card.data.base_model == "owner/sd3" and 'from_pretrained("owner/sd3"' in card.text
+    assert card.data.base_model == "owner/sd3" and 'from_pretrained(\n    "owner/sd3"' in card.text
     assert card.data.license_link == "https://huggingface.co/owner/sd3/blob/main/LICENSE.md"
     assert [image["output"]["url"] for image in card.data.widget] == [SAMPLE]
+    assert "](/me/out/tree/main)" in card.text  # the Files tab
 
 
 def test_without_a_network_the_start_is_one_message(

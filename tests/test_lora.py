@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import quantized_on_cpu
+import step_cost
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, compute, logged
 
@@ -128,6 +129,15 @@ def test_on_sd35_both_attentions_are_trained(tiny35: Path) -> None:
     both = load(tiny35, f"--lora_layers={','.join(FOUR)}")
     names = [name for name, _ in both.named_parameters() if "lora_A" in name]
     assert sum("attn2." in name for name in names) == 4 and sum("attn." in name for name in names) == 8
+
+
+@pytest.mark.parametrize("model", ["sd3-medium", "sd3.5-medium"])
+def test_by_default_the_layers_are_diffusers(model: str) -> None:
+    """Of the real shapes 191: in each of 24 blocks the first attention's eight, of which the last block lacks one."""
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**step_cost.MODELS[model])
+    layers = trainer.lora_targets(transformer, trainer.Args.lora_layers)
+    assert len(layers) == 191 and not any("attn2." in layer for layer in layers)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -372,8 +382,8 @@ def test_the_card_says_what_it_is_and_how_to_use_it(
     assert {tag, f"{tag}-diffusers", "lora", "text-to-image"} <= set(card.data.tags)
     assert not {other, f"{other}-diffusers"} & set(card.data.tags)
     assert f"## Trigger words\n\nYou should use `{PROMPT}` to trigger" in card.text
-    assert "diffusers 0.33 or later" in card.text and "ComfyUI" in card.text and trainer.LORA_NAME in card.text
-    assert 'from_pretrained("FOLDER OR REPOSITORY OF THE BASE MODEL"' in card.text  # it was a folder
+    assert "diffusers 0.40 or later" in card.text and "ComfyUI" in card.text and trainer.LORA_NAME in card.text
+    assert 'from_pretrained(\n    "FOLDER OR REPOSITORY OF THE BASE MODEL"' in card.text  # it was a folder
     assert "base_model" not in card.data.to_dict()
 
 

@@ -66,6 +66,34 @@ def test_progress_is_seen_at_a_glance(train: Train) -> None:
     assert Image.open(samples / "progress.png").size == (3 * 256, 2 * 256)
 
 
+@pytest.mark.parametrize(
+    ("model", "flags", "expected"),
+    [("tiny", [], 7), ("tiny35", [], 4.5), ("tiny35", ["--guidance_scale=0"], 0), ("tiny", ["--guidance_scale=2"], 2)],
+)
+def test_the_base_model_decides_about_guidance(
+    train: Train,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    flags: list[str],
+    expected: float,
+) -> None:
+    """Unless it is given: 7 for SD3, 4.5 for SD3.5, for previews and class images; the plan says which."""
+    used, draw = [], StableDiffusion3Pipeline.__call__
+
+    def record(self: StableDiffusion3Pipeline, *args: object, **kwargs: object) -> object:
+        used.append(kwargs["guidance_scale"])
+        return draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", record)
+    prior = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=1"]
+    folder = request.getfixturevalue(model)
+    train(PREVIEWS, *prior, *flags, pretrained_model_name_or_path=folder, max_train_steps=1)
+    assert used == [expected] * 3  # a class image, the untrained model, the trained one
+    assert f"--guidance_scale {expected:g}\n" in capsys.readouterr().out
+
+
 @pytest.fixture
 def few_open_files() -> Iterator[None]:
     """Let this process open ten more files than it has."""

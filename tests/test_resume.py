@@ -143,6 +143,31 @@ def test_what_must_not_change_is_refused(resume: Train, tmp_path: Path) -> None:
     assert "seed 0, this run has 1" in message
 
 
+EARLIER_LAYERS = "to_k,to_q,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj,to_add_out"  # the default once
+
+
+def test_another_spelling_of_the_same_layers_goes_on(resume: Train, tmp_path: Path) -> None:
+    """What is compared is which layers are trained, also where a LoRA to start from is given."""
+    first = tmp_path / "out" / "checkpoint-1"
+    saved = state(first)
+    saved["settings"]["lora_layers"] = EARLIER_LAYERS
+    torch.save(saved, first / trainer.STATE_NAME)
+    same = "attn.*_q,attn.*_k,attn.*_v,attn.add_*,attn.to_out.0,attn.to_add_out"
+    for layers in (EARLIER_LAYERS, trainer.Args.lora_layers, same):
+        resume("--dry_run", f"--lora_layers={layers}", f"--pretrained_lora_path={first}")
+    with pytest.raises(SystemExit, match="was trained with lora_layers to_k,"):
+        resume("--dry_run", "--lora_layers=attn.to_q", f"--pretrained_lora_path={tmp_path / 'nothing'}")
+
+
+def test_on_sd35_the_earlier_layers_are_others(train: Train, tiny35: Path) -> None:
+    """They matched its second attention, too; the message names what to ask for."""
+    model = {"pretrained_model_name_or_path": tiny35}
+    train("--checkpointing_steps=1", f"--lora_layers={EARLIER_LAYERS}", **model, max_train_steps=1)
+    with pytest.raises(SystemExit, match=f"was trained with lora_layers {re.escape(EARLIER_LAYERS)}"):
+        train("--dry_run", LATEST, **model)
+    train("--dry_run", LATEST, f"--lora_layers={EARLIER_LAYERS}", **model)
+
+
 def test_what_is_followed_is_noted(
     resume: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

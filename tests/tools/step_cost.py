@@ -55,7 +55,7 @@ T5_BLOCK = T5Config(d_model=4096, num_layers=1, num_heads=64, d_ff=10240, feed_f
 T5_BLOCK._attn_implementation = "eager"  # the upper bound: SDPA, which newer versions take, needs less
 T5_BLOCKS = 24
 FOUR = "to_k,to_q,to_v,to_out.0"  # the reference's
-EIGHT = f"{FOUR},add_k_proj,add_q_proj,add_v_proj,to_add_out"  # the default
+EIGHT = trainer.Args.lora_layers  # the default, diffusers' own
 LAYERS = {"four": FOUR, "eight": EIGHT, "all": f"{EIGHT},net.0.proj,net.2"}
 TEXT_TOKENS = 154  # 77 of CLIP and 77 of T5
 PROMPTS_AT_ONCE = embed.CHUNK_TOKENS // 77
