@@ -249,6 +249,23 @@ def test_a_path_that_is_no_checkpoint_is_refused(train: Train) -> None:
         train("--resume_from_checkpoint=checkpoint-3")
 
 
+@pytest.mark.parametrize("kind", ["missing", "unknown", "compiled"])
+def test_a_checkpoint_whose_lora_has_other_names_is_refused(train: Train, kind: str) -> None:
+    """PEFT passes over names that it does not know, so the run would go on from a LoRA that does nothing."""
+    checkpoint = train("--checkpointing_steps=4") / "checkpoint-4"
+    saved = state(checkpoint)
+    names = list(saved["lora"])
+    if kind == "compiled":
+        saved["lora"] = {f"_orig_mod.{name}": value for name, value in saved["lora"].items()}
+    elif kind == "unknown":
+        saved["lora"]["one.too.many"] = torch.zeros(2)
+    else:
+        del saved["lora"][names[-1]]
+    torch.save(saved, checkpoint / trainer.STATE_NAME)
+    with pytest.raises(SystemExit, match="checkpoint's LoRA does not fit"):
+        train(LATEST, "--dry_run")
+
+
 def test_only_the_newest_checkpoints_are_kept(train: Train) -> None:
     """--checkpoints_total_limit; those of an earlier run with higher numbers go first, and a user's own copy stays."""
     output = train("--checkpointing_steps=2", "--checkpoints_total_limit=2", max_train_steps=6)
