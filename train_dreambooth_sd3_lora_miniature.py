@@ -479,6 +479,7 @@ class Plan:
     examples: list[Example]  # of the subject
     start_lora: dict[str, Tensor]  # the weights of --pretrained_lora_path, or {}
     checkpoint: dict[str, Any]  # the saved state to resume from, or {}
+    start: int  # number of this start among those that have left checkpoints in --output_dir
     settings: dict[str, object]  # what a run that resumes this one is compared with
     samples_per_step: int
     max_train_steps: int
@@ -533,8 +534,16 @@ def atomic_path(final: Path) -> Iterator[Path]:
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
         if final.is_dir():
-            shutil.rmtree(final)
+            remove_folder(final)
         os.replace(partial, final)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, or only the link to it. What another program holds open stays: it ends no run."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def first_line(error: Exception) -> str:
@@ -1288,6 +1297,7 @@ def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Acce
     scaler = accelerator.scaler
     saved = {
         "global_step": state.global_step,
+        "start": plan.start,
         "settings": plan.settings,
         "lora": get_peft_model_state_dict(state.transformer),  # exact: alpha is not multiplied in
         "optimizer": state.optimizer.state_dict(),
@@ -1300,24 +1310,59 @@ def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Acce
         torch.save(saved, partial / STATE_NAME)
     if args.checkpoints_total_limit:
         for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-            if old != folder:  # a clock that was set back can make the newest look the oldest
-                shutil.rmtree(old)
+            remove_folder(old)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's training state, or {} if it is missing, incomplete or not ours. It cannot run code."""
+def read_state(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Return a checkpoint's training state, or {} if it is missing, incomplete or not ours. It cannot run code.
+
+    With mmap, tensors stay on disk, and the file stays open as long as they live.
+    """
     try:
-        state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception:  # a file that is cut short, or is no pickle of tensors, fails in many ways inside torch
         return {}
-    keys = {"global_step", "settings", "lora", "optimizer", "scaler"}
-    return state if isinstance(state, dict) and keys <= state.keys() else {}
+    return state if is_training_state(state) else {}
+
+
+def is_training_state(state: Any) -> bool:
+    """Whether a saved object has what save_checkpoint writes."""
+    types = {"global_step": int, "settings": dict, "lora": dict, "optimizer": dict, "scaler": dict | None}
+    if not isinstance(state, dict) or not isinstance(state.get("start", 0), int):
+        return False
+    for name, kind in types.items():
+        if name not in state or not isinstance(state[name], kind):
+            return False
+    has_seed = isinstance(state["settings"].get("seed"), int)
+    has_moments = isinstance(state["optimizer"].get("state"), dict)
+    return has_seed and has_moments and all(isinstance(weight, Tensor) for weight in state["lora"].values())
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders that have a checkpoint's name and a training state, whole or not."""
+    states = sorted(folder.glob(f"checkpoint-*/{STATE_NAME}"))
+    return [path.parent for path in states if re.fullmatch(r"checkpoint-[0-9]+", path.parent.name)]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder in the order they were saved; an earlier run may have left higher numbers."""
-    states = sorted(folder.glob(f"checkpoint-*/{STATE_NAME}"), key=lambda path: path.stat().st_mtime_ns)
-    return [path.parent for path in states if re.fullmatch(r"checkpoint-[0-9]+", path.parent.name)]
+    """Return the complete checkpoints in a folder in the order they were saved.
+
+    They say themselves when that was: the start of the program and the step. Copies, archives and the Hub do not keep
+    a file's time, and the step alone is not enough, since an earlier start may have left higher ones. Checkpoints
+    of versions without a number of the start come first.
+    """
+    found = []
+    for path in checkpoint_folders(folder):
+        state = read_state(path, mmap=True)
+        if state:
+            found.append((state.get("start", 0), state["global_step"], path))
+    return [path for *_, path in sorted(found)]
+
+
+def next_start(folder: Path) -> int:
+    """Return the number of a start of the program that is newer than all checkpoints in a folder."""
+    existing = list_checkpoints(folder)
+    return read_state(existing[-1], mmap=True).get("start", 0) + 1 if existing else 1
 
 
 def start_or_resume(
@@ -1562,6 +1607,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
             examples=examples,
             start_lora=start_lora,
             checkpoint=checkpoint,
+            start=next_start(args.output_dir),
             samples_per_step=samples_per_step,
             max_train_steps=max_train_steps,
             preview_steps=find_preview_steps(args, examples, samples_per_step, max_train_steps),
@@ -1606,15 +1652,16 @@ def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
         return {}
     existing = list_checkpoints(args.output_dir)
     if wanted == "latest":
-        candidates = existing[::-1]  # the newest one that is complete
+        candidates = existing[-1:]
+        for path in checkpoint_folders(args.output_dir):
+            if path not in existing:
+                problems.note(f"skipped, since it is not a complete checkpoint: {path}")
     else:
         candidates = [Path(wanted), args.output_dir / wanted]
     for path in candidates:
         state = read_state(path)
         if state:
             return state
-        if path.exists():
-            problems.note(f"skipped, since it is not a complete checkpoint: {path}")
     if wanted == "latest":
         problems.note(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
     else:
