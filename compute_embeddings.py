@@ -35,6 +35,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
+# Both would end an import below with a traceback of a library.
+if sys.flags.optimize > 1:
+    raise SystemExit("python -OO and PYTHONOPTIMIZE=2 take away docstrings, which transformers reads. Use python -O.")
+if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "INFO").upper()), int):
+    raise SystemExit(f"ACCELERATE_LOG_LEVEL={os.environ['ACCELERATE_LOG_LEVEL']} is no level, such as INFO or ERROR.")
+
 import diffusers  # this and transformers load their parts on first use, so --help answers soon
 import numpy as np
 import pandas as pd

@@ -30,6 +30,7 @@ A map of this file, from top to bottom:
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import errno
 import fnmatch
@@ -46,6 +47,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import defaultdict
@@ -56,6 +58,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
+# Both would end an import below with a traceback of a library.
+if sys.flags.optimize > 1:
+    raise SystemExit("python -OO and PYTHONOPTIMIZE=2 take away docstrings, which transformers reads. Use python -O.")
+if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "INFO").upper()), int):
+    raise SystemExit(f"ACCELERATE_LOG_LEVEL={os.environ['ACCELERATE_LOG_LEVEL']} is no level, such as INFO or ERROR.")
+
 import diffusers  # loads its parts on first use, so that a mistyped command line fails fast
 import numpy as np
 import psutil
@@ -63,7 +71,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import AutocastKwargs, broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import (
+    AutocastKwargs,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+)
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData
 from PIL import ExifTags, Image, ImageOps
@@ -538,6 +552,7 @@ class Plan:
     examples: list[Example]  # of the subject
     start_lora: dict[str, Tensor]  # the weights of --pretrained_lora_path, or {}
     checkpoint: dict[str, Any]  # the saved state to resume from, or {}
+    start: int  # number of this start among those that have left checkpoints in --output_dir
     settings: dict[str, object]  # what a run that resumes this one is compared with
     samples_per_step: int
     max_train_steps: int
@@ -592,13 +607,21 @@ def atomic_path(final: Path) -> Iterator[Path]:
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
         if final.is_dir():
-            shutil.rmtree(final)
+            remove_folder(final)
         os.replace(partial, final)
 
 
 def count_of(number: int, noun: str) -> str:
     """Return a number with its noun, such as "1 step" or "2 steps"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, or only the link to it. What another program holds open stays: it ends no run."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def first_line(error: Exception) -> str:
@@ -1080,6 +1103,23 @@ def fused_forward(layer: Any, peft_forward: Callable[[Tensor], Tensor]) -> Calla
     return forward
 
 
+def lora_shapes(transformer: nn.Module) -> dict[str, torch.Size]:
+    """Return the names and shapes of the LoRA's weights, as PEFT stores them."""
+    from peft import get_peft_model_state_dict
+
+    return {name: weight.shape for name, weight in get_peft_model_state_dict(transformer).items()}
+
+
+def set_lora(transformer: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Set the LoRA's weights, all of them; PEFT alone passes over names that are missing or unknown in silence."""
+    from peft import set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(transformer, weights)
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"the LoRA lacks {missing}, and the model has no {result.unexpected_keys}")
+
+
 def trainable_parameters(transformer: nn.Module) -> list[nn.Parameter]:
     """Return the LoRA's parameters."""
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -1369,6 +1409,7 @@ def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Acce
     scaler = accelerator.scaler
     saved = {
         "global_step": state.global_step,
+        "start": plan.start,
         "settings": plan.settings,
         "lora": get_peft_model_state_dict(state.transformer),  # exact: alpha is not multiplied in
         "optimizer": state.optimizer.state_dict(),
@@ -1381,34 +1422,68 @@ def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Acce
         torch.save(saved, partial / STATE_NAME)
     if args.checkpoints_total_limit:
         for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-            if old != folder:  # a clock that was set back can make the newest look the oldest
-                shutil.rmtree(old)
+            remove_folder(old)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's training state, or {} if it is missing, incomplete or not ours. It cannot run code."""
+def read_state(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Return a checkpoint's training state, or {} if it is missing, incomplete or not ours. It cannot run code.
+
+    With mmap, tensors stay on disk, and the file stays open as long as they live.
+    """
     try:
-        state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception:  # a file that is cut short, or is no pickle of tensors, fails in many ways inside torch
         return {}
-    keys = {"global_step", "settings", "lora", "optimizer", "scaler"}
-    return state if isinstance(state, dict) and keys <= state.keys() else {}
+    return state if is_training_state(state) else {}
+
+
+def is_training_state(state: Any) -> bool:
+    """Whether a saved object has what save_checkpoint writes."""
+    types = {"global_step": int, "settings": dict, "lora": dict, "optimizer": dict, "scaler": dict | None}
+    if not isinstance(state, dict) or not isinstance(state.get("start", 0), int):
+        return False
+    for name, kind in types.items():
+        if name not in state or not isinstance(state[name], kind):
+            return False
+    has_seed = isinstance(state["settings"].get("seed"), int)
+    has_moments = isinstance(state["optimizer"].get("state"), dict)
+    return has_seed and has_moments and all(isinstance(weight, Tensor) for weight in state["lora"].values())
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders that have a checkpoint's name and a training state, whole or not."""
+    states = sorted(folder.glob(f"checkpoint-*/{STATE_NAME}"))
+    return [path.parent for path in states if re.fullmatch(r"checkpoint-[0-9]+", path.parent.name)]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder in the order they were saved; an earlier run may have left higher numbers."""
-    states = sorted(folder.glob(f"checkpoint-*/{STATE_NAME}"), key=lambda path: path.stat().st_mtime_ns)
-    return [path.parent for path in states if re.fullmatch(r"checkpoint-[0-9]+", path.parent.name)]
+    """Return the complete checkpoints in a folder in the order they were saved.
+
+    They say themselves when that was: the start of the program and the step. Copies, archives and the Hub do not keep
+    a file's time, and the step alone is not enough, since an earlier start may have left higher ones. Checkpoints
+    of versions without a number of the start come first.
+    """
+    found = []
+    for path in checkpoint_folders(folder):
+        state = read_state(path, mmap=True)
+        if state:
+            found.append((state.get("start", 0), state["global_step"], path))
+    return [path for *_, path in sorted(found)]
+
+
+def next_start(folder: Path) -> int:
+    """Return the number of a start of the program that is newer than all checkpoints in a folder."""
+    existing = list_checkpoints(folder)
+    return read_state(existing[-1], mmap=True).get("start", 0) + 1 if existing else 1
 
 
 def start_or_resume(
     args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
 ) -> TrainState:
     """Load the LoRA's weights, and make optimizer and schedule: new, or as the checkpoint left them."""
-    from peft import set_peft_model_state_dict
-
     saved = plan.checkpoint
-    set_peft_model_state_dict(transformer, saved["lora"] if saved else plan.start_lora)
+    if saved or plan.start_lora:
+        set_lora(transformer, saved["lora"] if saved else plan.start_lora)
     lora_params = trainable_parameters(transformer)
     accelerator.print(f"{sum(parameter.numel() for parameter in lora_params):,} parameters to train")
     optimizer = make_optimizer(lora_params, args, plan.samples_per_step)
@@ -1653,13 +1728,14 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
             examples=examples,
             start_lora=start_lora,
             checkpoint=checkpoint,
+            start=next_start(args.output_dir),
             samples_per_step=samples_per_step,
             max_train_steps=max_train_steps,
             preview_steps=find_preview_steps(args, examples, samples_per_step, max_train_steps),
             settings={},
         )
         plan = replace(plan, settings=comparable_settings(args, plan, accelerator))
-        check_resume(plan, problems)
+        check_resume(args, plan, problems)
         describe_plan(args, plan, problems)
     problems.stop_if_any()
     assert plan is not None  # what was not found was a problem
@@ -1674,6 +1750,11 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         problems.add(f"Precision {precision} is not available: use fp16 or bf16.")
     if precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         problems.add(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
+    if accelerator.device.type == "xla":
+        problems.add("TPUs are not supported. Where there is a GPU as well, set USE_TORCH_XLA=0.")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        problems.note(f"--dynamo_backend {backend} of accelerate's configuration is ignored: nothing is compiled")
     if args.quantize_base and not on_cuda:
         problems.add("--quantize_base needs a GPU.")
     if args.report_to not in ("none", "all") and not accelerator.log_with:
@@ -1692,15 +1773,16 @@ def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
         return {}
     existing = list_checkpoints(args.output_dir)
     if wanted == "latest":
-        candidates = existing[::-1]  # the newest one that is complete
+        candidates = existing[-1:]
+        for path in checkpoint_folders(args.output_dir):
+            if path not in existing:
+                problems.note(f"skipped, since it is not a complete checkpoint: {path}")
     else:
         candidates = [Path(wanted), args.output_dir / wanted]
     for path in candidates:
         state = read_state(path)
         if state:
             return state
-        if path.exists():
-            problems.note(f"skipped, since it is not a complete checkpoint: {path}")
     if wanted == "latest":
         problems.note(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
     else:
@@ -1749,6 +1831,16 @@ def digest_of_weights(args: Args) -> str:
     return digest(starts)
 
 
+def misfit_of_lora(weights: dict[str, Tensor], args: Args, base_model: BaseModel) -> str:
+    """Return the name of a weight that is missing, unknown or of another shape in the LoRA to be trained, or ""."""
+    transformer = copy.deepcopy(base_model.skeleton)  # without values, so the copy costs nothing
+    add_lora(transformer, args, seed=0)
+    expected = set(lora_shapes(transformer).items())
+    given = {(name, weight.shape) for name, weight in weights.items()}
+    different = sorted(given ^ expected)
+    return different[0][0] if different else ""
+
+
 def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems) -> dict[str, Tensor]:
     """Return the weights of --pretrained_lora_path at their strength, if they fit the LoRA that is to be trained."""
     path = args.pretrained_lora_path
@@ -1762,24 +1854,21 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
     except Exception as error:  # of the file system, safetensors or the Hub, which share no class
         problems.add(f"--pretrained_lora_path {path} cannot be loaded: {first_line(error)}.")
         return {}
-    given = {(name, *tensor.shape) for name, tensor in file.items()}
-    expected = set()
-    for name in lora_targets(base_model.skeleton, args.lora_layers):
-        layer = base_model.skeleton.get_submodule(name)
-        expected.add((f"transformer.{name}.lora_A.weight", args.rank, layer.in_features))
-        expected.add((f"transformer.{name}.lora_B.weight", layer.out_features, args.rank))
-    different = sorted(given ^ expected)
-    if different:
+    prefix = "transformer."
+    weights = {name.removeprefix(prefix): weight for name, weight in file.items()}
+    others = [name for name in file if not name.startswith(prefix)]  # of a text encoder, or of another layout
+    misfit = others[0] if others else misfit_of_lora(weights, args, base_model)
+    if misfit:
         problems.add(
             f"--pretrained_lora_path {path} is not a LoRA in diffusers' layout with --rank {args.rank} and these "
-            f"--lora_layers: see {different[0][0]}"
+            f"--lora_layers: see {misfit}"
         )
         return {}
     alpha = (metadata or {}).get("transformer.lora_alpha", args.rank)  # without metadata, alpha is the rank
     factor = alpha / (args.lora_alpha or args.rank)  # lora_B is scaled by this run's alpha from now on
     start_lora = {}
-    for name, tensor in file.items():
-        start_lora[name.removeprefix("transformer.")] = tensor.float() * (factor if "lora_B" in name else 1)
+    for name, weight in weights.items():
+        start_lora[name] = weight.float() * (factor if "lora_B" in name else 1)
     return start_lora
 
 
@@ -1912,26 +2001,36 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
     }
 
 
-def check_resume(plan: Plan, problems: Problems) -> None:
+def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
+    if not plan.checkpoint:
+        return
     on_resume = {each.name: each.metadata["on_resume"] for each in fields(Args)}
-    saved = dict(plan.checkpoint.get("settings", {}))
+    saved = dict(plan.checkpoint["settings"])
     if "lora_layers" in saved:  # the same layers can be spelled in many ways, and an earlier default was
         skeleton = plan.base_model.skeleton
         layers = str(plan.settings["lora_layers"])
         if lora_targets(skeleton, saved["lora_layers"]) == lora_targets(skeleton, layers):
             saved["lora_layers"] = layers
+    refused = []
     changed = []
     for name, value in plan.settings.items():
         before = saved.get(name, value)  # a setting that is newer than the checkpoint counts as unchanged
         if before == value:
             continue
         if on_resume.get(name, REFUSED) == REFUSED:  # what is not a flag was found out about the data
-            problems.add(f"The checkpoint was trained with {name} {before}, this run has {value}.")
+            refused.append(f"The checkpoint was trained with {name} {before}, this run has {value}.")
         else:
             changed.append(f"{name} {before} -> {value}")
     if changed:
         problems.note(f"continuing with changed settings: {', '.join(changed)}")
+    misfit = misfit_of_lora(plan.checkpoint["lora"], args, plan.base_model)
+    if misfit and not refused:  # with the same settings it would fit, if it were whole
+        refused.append(
+            f"The checkpoint's LoRA does not fit the model: see {misfit}. Resume from an earlier checkpoint."
+        )
+    for problem in refused:
+        problems.add(problem)
 
 
 def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
@@ -2164,24 +2263,78 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
 
 
+# What accelerate's configuration can ask for that would put something else in the place of the model, its layers or
+# the optimizer, by the variable in which the launcher passes it on.
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+    "ACCELERATE_FP8_BACKEND": "FP8",
+}
+# What a launcher tells a process about the others.
+LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PATIENCE = 20  # seconds that a process waits for the others of its launch before it says so
+
+
+def refuse_unsupported_launch() -> None:
+    """Exit if accelerate is configured for something that this program does not support."""
+    asked = []
+    for variable, name in UNSUPPORTED.items():
+        value = os.environ.get(variable, "")
+        if value.lower() not in ("", "0", "false", "no"):
+            asked.append(f"{name} ({variable}={value})")
+    if asked:
+        raise SystemExit(
+            f"Cannot start: accelerate is configured for {', '.join(asked)}, which this program does not support. "
+            "Start it with `python` on one GPU, or with `accelerate launch --multi_gpu` on several."
+        )
+
+
+@contextmanager
+def announced_wait() -> Iterator[None]:
+    """Say for whom this process waits, if the block takes longer than PATIENCE.
+
+    Variables that an earlier launch has left in the environment make accelerate wait for processes that never come.
+    """
+    told = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ)
+    message = (
+        f"Waiting for the other processes that the environment announces: {told}. If nobody starts them, end this "
+        "one, unset these variables, and start it again."
+    )
+    timer = threading.Timer(PATIENCE, print, [message], {"flush": True})
+    timer.daemon = True
+    if told:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def make_accelerator(args: Args) -> Accelerator:
     """Return accelerate's engine, with the precision of --mixed_precision or else the launcher's."""
+    refuse_unsupported_launch()
     try:
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=args.output_dir / args.logging_dir,
-            # On a Mac, copies that do not block can deliver wrong data.
-            dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
-            kwargs_handlers=[
-                AutocastKwargs(enabled=False),  # everything has the training dtype; the LoRA casts for itself
-                DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
-                InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # others wait for previews and the upload
-            ],
-        )
-    except ValueError as error:  # a precision that this device or this torch cannot do, or an unknown tracker
-        raise SystemExit(f"Cannot start: {error}") from error
+        with announced_wait():
+            accelerator = Accelerator(
+                mixed_precision=args.mixed_precision,
+                # As a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win over the plain argument.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
+                dynamo_backend="no",  # the keys of a compiled model are not those that a LoRA file has
+                log_with=None if args.report_to == "none" else args.report_to,
+                project_dir=args.output_dir / args.logging_dir,
+                # On a Mac, copies that do not block can deliver wrong data.
+                dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
+                kwargs_handlers=[
+                    AutocastKwargs(enabled=False),  # everything has the training dtype; the LoRA casts for itself
+                    DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
+                    InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # others wait for previews and the upload
+                ],
+            )
+    # A precision that this device or this torch cannot do, an unknown tracker, a broken environment.
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise SystemExit(f"Cannot start: {first_line(error)}.") from error
     if "ACCELERATE_MIXED_PRECISION" in os.environ and accelerator.num_processes == 1:
         torch.set_num_threads(os.cpu_count() or 1)  # the launcher allows one
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32

@@ -75,6 +75,12 @@ def test_4_bit_weights_are_refused_without_a_gpu_of_nvidia(device: str) -> None:
     assert problems_on("cuda", "--quantize_base=nf4") == []
 
 
+def test_a_tpu_is_refused() -> None:
+    """With what makes accelerate take the GPU beside it."""
+    [problem] = problems_on("xla")
+    assert "USE_TORCH_XLA=0" in problem
+
+
 def test_a_precision_that_accelerate_refuses_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 on a Mac with an older torch, for one."""
 

@@ -1,0 +1,74 @@
+"""What a launcher, accelerate's configuration and the environment ask for: followed, or told in one message."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import ROOT, Train, lora, parse
+
+
+def test_a_configured_compiler_is_ignored(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A compiled model's names begin with `_orig_mod.`, in which no program finds a LoRA; a note says so."""
+    expected = lora(train(output="plain"))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    output = train("--checkpointing_steps=4")
+    assert "--dynamo_backend eager" in capsys.readouterr().out
+    assert lora(output).keys() == lora(output / "checkpoint-4").keys() == expected.keys()
+
+
+@pytest.mark.parametrize("variable", trainer.UNSUPPORTED)
+def test_what_would_replace_the_model_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    """DeepSpeed without its package was a traceback."""
+    monkeypatch.setenv(variable, "TE" if "FP8" in variable else "true")
+    with pytest.raises(SystemExit, match=f"Cannot start: .*{variable}"):
+        trainer.make_accelerator(parse("--report_to=none"))
+
+
+def test_a_configuration_that_asks_for_none_of_it_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher writes some variables in any case."""
+    for variable in trainer.UNSUPPORTED:
+        monkeypatch.setenv(variable, "NO" if "FP8" in variable else "false")
+    assert trainer.make_accelerator(parse("--report_to=none")).num_processes == 1
+
+
+def test_the_flag_wins_over_the_accumulation_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the steps would have other sizes than the plan says."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator = trainer.make_accelerator(parse("--report_to=none", "--gradient_accumulation_steps=2"))
+    assert accelerator.gradient_accumulation_steps == 2
+
+
+def test_a_process_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """WORLD_SIZE and RANK that an earlier launch has left behind made it wait for hours without a word."""
+
+    def wait(**_: object) -> None:
+        time.sleep(1)
+        raise ValueError("nobody came")
+
+    monkeypatch.setattr(trainer, "Accelerator", wait)
+    monkeypatch.setattr(trainer, "PATIENCE", 0.1)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "10.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="nobody came"):
+        trainer.make_accelerator(parse())
+    assert "WORLD_SIZE=2, RANK=0, MASTER_ADDR=10.0.0.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["compute_embeddings.py", "train_dreambooth_sd3_lora_miniature.py"])
+@pytest.mark.parametrize(("options", "environment", "name"), [
+    (["-OO"], {}, "python -OO"),
+    ([], {"ACCELERATE_LOG_LEVEL": "x"}, "ACCELERATE_LOG_LEVEL=x"),
+])  # fmt: skip
+def test_what_ends_an_import_is_one_line(
+    script: str, options: list[str], environment: dict[str, str], name: str
+) -> None:
+    """Before the libraries are imported, whose tracebacks would not say what to change."""
+    command = [sys.executable, *options, ROOT / script, "--help"]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and run.stderr.startswith(name) and run.stderr.count("\n") == 1
