@@ -24,6 +24,7 @@ import os
 import re
 import shlex
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -42,7 +43,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -216,7 +217,19 @@ with suppress(ImportError):  # the photos of many phones
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
 # Pillow raises any of these for a file that is no image, or a broken one.
-UNREADABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+TURNS = {  # what makes an image of each EXIF orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
 NOT_USED = (
     "not an image (HEIC needs pip install pillow-heif), not NAME.txt, NAME.caption or NAME.mask.png of an image, "
@@ -235,16 +248,24 @@ def find_images(folder: Path) -> list[Path]:
     return images
 
 
+def check_regular_file(path: Path) -> None:
+    """Raise OSError if a path is not a regular file: reading from a pipe would wait forever."""
+    if not path.exists():
+        raise OSError("it does not exist")
+    if not path.is_file():
+        raise OSError("it is not a regular file")
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex: the embeddings name an image by it."""
+    check_regular_file(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_image(path: Path) -> Image.Image:
     """Open an image without reading its pixels; raise one of UNREADABLE if it cannot be used."""
     path.name.encode()  # a ValueError if it is not UTF-8
-    if not path.is_file():  # a pipe would be waited for forever
-        raise OSError("it is not a regular file")
+    check_regular_file(path)
     image = Image.open(path, formats=FORMATS)
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per channel; save it with 8 or 16")
@@ -263,6 +284,50 @@ def reading_image(path: Path) -> Iterator[None]:
     except UNREADABLE as error:
         message = f"{path} is not a readable image ({error}). Repair it or remove it from the folder."
         raise UnreadableImageError(message) from error
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return an image's EXIF orientation, 1 to 8; 1 is upright, and what EXIF that cannot be read counts as."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
+def load_upright_image(path: Path, mode: str) -> Image.Image:
+    """Load an image with 8 bits per channel, turned as its EXIF orientation says.
+
+    ImageOps.exif_transpose would also write the rest of the EXIF anew, and fail on the odd tags of many phones.
+    """
+    image = open_image(path)
+    image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
+    orientation = exif_orientation(image)
+    if orientation != 1:
+        image = image.transpose(TURNS[orientation])
+    if image.mode.startswith("I;16"):  # convert() would clip the values
+        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+    return image.convert(mode)
+
+
+def mask_path_of(image: Path) -> Path:
+    """Return where an image's mask would be."""
+    return image.with_suffix(".mask.png")
+
+
+def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
+    """Read an image in RGB, white where it is transparent, and its mask in L: NAME.mask.png or the alpha channel."""
+    with reading_image(path):
+        image = load_upright_image(path, "RGBA")
+    mask = image.getchannel("A")
+    mask_path = mask_path_of(path)
+    if mask_path.exists():
+        with reading_image(mask_path):
+            mask = load_upright_image(mask_path, "L")
+    if mask.size != image.size:
+        raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
+    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return on_white.convert("RGB"), mask
 
 
 def caption_images(args: Args) -> dict[str, list[str]]:
@@ -296,15 +361,15 @@ def caption_images(args: Args) -> dict[str, list[str]]:
 def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[str]) -> dict[str, list[str]]:
     """Return each caption with the hashes of its images.
 
-    Each image is decoded once: repairing a truncated one later would change its hash, and cost the embeddings again.
+    Each image and its mask are read once as the trainer reads them: mending a file that it cannot use would change the
+    hash, and cost the embeddings again.
     """
     hashes_of: dict[str, list[str]] = {}
     first_of: dict[str, Path] = {}  # by hash
     for path in tqdm(images, desc="Reading images", unit="image", leave=False):
         try:
-            with reading_image(path), open_image(path) as image:
-                image.load()
-                sha256 = sha256_of(path)
+            read_image(path)
+            sha256 = sha256_of(path)
         except UnreadableImageError as error:
             problems.append(str(error))
             continue
