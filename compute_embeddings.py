@@ -221,6 +221,7 @@ UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
+MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
 TURNS = {  # what makes an image of each EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -232,8 +233,9 @@ TURNS = {  # what makes an image of each EXIF orientation upright
 }
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
 NOT_USED = (
-    "not an image (HEIC needs pip install pillow-heif), not NAME.txt, NAME.caption or NAME.mask.png of an image, "
-    "and not metadata.csv, .jsonl or .parquet in the folder of the images"
+    "not an image (HEIC needs pip install pillow-heif), not NAME.txt, NAME.caption or a mask (NAME.mask.png, "
+    "NAME_mask.png, NAME-masklabel.png) of an image, and not metadata.csv, .jsonl or .parquet in the folder of the "
+    "images"
 )
 
 
@@ -242,10 +244,17 @@ def find_images(folder: Path) -> list[Path]:
     format_of = Image.registered_extensions()
     images = []
     for path in sorted(folder.glob("[!.]*")):
-        is_mask = path.stem.endswith(".mask")
-        if format_of.get(path.suffix.lower()) in FORMATS and not is_mask and not path.is_dir():
+        if format_of.get(path.suffix.lower()) in FORMATS and not path.is_dir():
             images.append(path)
-    return images
+    stems = {image.stem for image in images}
+    return [image for image in images if not is_mask(image, stems)]
+
+
+def is_mask(path: Path, stems: set[str]) -> bool:
+    """Whether an image file is named as the mask of another one, given the stems of all of them."""
+    if path.stem.endswith(".mask"):
+        return True
+    return any(path.name.endswith(ending) and path.name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
 
 
 def check_regular_file(path: Path) -> None:
@@ -310,22 +319,26 @@ def load_upright_image(path: Path, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def mask_path_of(image: Path) -> Path:
-    """Return where an image's mask would be."""
-    return image.with_suffix(".mask.png")
+def mask_path_of(image: Path) -> Path | None:
+    """Return the mask beside an image, or None if there is none."""
+    for ending in MASK_ENDINGS:
+        path = image.with_name(f"{image.stem}{ending}")
+        if path.exists():
+            return path
+    return None
 
 
 def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
-    """Read an image in RGB, white where it is transparent, and its mask in L: NAME.mask.png or the alpha channel."""
+    """Read an image in RGB, white where it is transparent, and its mask in L: a file or the alpha channel."""
     with reading_image(path):
         image = load_upright_image(path, "RGBA")
     mask = image.getchannel("A")
     mask_path = mask_path_of(path)
-    if mask_path.exists():
+    if mask_path:
         with reading_image(mask_path):
             mask = load_upright_image(mask_path, "L")
-    if mask.size != image.size:
-        raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
+        if mask.size != image.size:
+            raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return on_white.convert("RGB"), mask
 
@@ -347,6 +360,7 @@ def caption_images(args: Args) -> dict[str, list[str]]:
     hashes_of = hash_images(images, caption_of, problems)
     if problems:
         raise SystemExit("\n".join(problems))
+    note_likely_masks(images)
 
     captions: dict[str, list[str]] = {}
     for prompt in (args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, *hashes_of):
@@ -381,6 +395,28 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
     return hashes_of
 
 
+def note_likely_masks(images: list[Path]) -> None:
+    """Note images that look like masks of others: NAME-something beside NAME, of the same size and with few colors."""
+    image_of = {image.stem: image for image in images}
+    likely = []
+    for path in images:
+        starts = [path.stem[: match.start()] for match in re.finditer(r"[-_. (]", path.stem)]
+        originals = [image_of[start] for start in starts if start in image_of]
+        if originals and open_image(path).size == open_image(originals[-1]).size and has_few_colors(path):
+            likely.append(path)
+    if likely:
+        print(
+            f"note: images that look like masks are trained as photos: {len(likely)} (first: {likely[0]}). "
+            f"Masks are named NAME{' or NAME'.join(MASK_ENDINGS)}; remove others from the folder."
+        )
+
+
+def has_few_colors(path: Path) -> bool:
+    """Whether 16 gray values make up 95 % of an image: JPEG blurs the edges of a mask."""
+    counts = sorted(load_upright_image(path, "L").histogram(), reverse=True)
+    return sum(counts[:16]) >= 0.95 * sum(counts)
+
+
 def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
     """Return the captions of images that have their own, from sidecar files and from a metadata file.
 
@@ -390,7 +426,7 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
     images_of: dict[str, list[Path]] = {}  # by stem: a.txt is the caption of a.jpg and of a.png
     for image in images:
         images_of.setdefault(image.stem, []).append(image)
-    known = {*images, *[image.with_suffix(".mask.png") for image in images]}
+    known = {*images, *map(mask_path_of, images)}
 
     captions: dict[Path, str] = {}
     sidecars = []

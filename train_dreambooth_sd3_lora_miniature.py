@@ -154,8 +154,8 @@ class Args:
     caption_dropout: float = flag(
         "data", 0.0, "probability that a sample is trained with the empty prompt", minimum=0, maximum=0.999999)
     alpha_mask: bool = flag(
-        "data", False, "weight the loss by an image's alpha channel or NAME.mask.png, so that the background is "
-        "not learned", on_resume=REFUSED)
+        "data", False, "weight the loss by an image's alpha channel or its mask (NAME.mask.png, NAME_mask.png or "
+        "NAME-masklabel.png), so that the background is not learned", on_resume=REFUSED)
     max_sequence_length: int | None = flag(
         "data", None, "number of T5 tokens that the embeddings must have; unset: any", on_resume=FREE,
         embeddings_flag="max_sequence_length")
@@ -611,6 +611,7 @@ UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
+MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
 TURNS = {  # what makes an image of each EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -628,10 +629,17 @@ def find_images(folder: Path) -> list[Path]:
     format_of = Image.registered_extensions()
     images = []
     for path in sorted(folder.glob("[!.]*")):
-        is_mask = path.stem.endswith(".mask")
-        if format_of.get(path.suffix.lower()) in FORMATS and not is_mask and not path.is_dir():
+        if format_of.get(path.suffix.lower()) in FORMATS and not path.is_dir():
             images.append(path)
-    return images
+    stems = {image.stem for image in images}
+    return [image for image in images if not is_mask(image, stems)]
+
+
+def is_mask(path: Path, stems: set[str]) -> bool:
+    """Whether an image file is named as the mask of another one, given the stems of all of them."""
+    if path.stem.endswith(".mask"):
+        return True
+    return any(path.name.endswith(ending) and path.name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -682,22 +690,26 @@ def load_upright_image(path: Path, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def mask_path_of(image: Path) -> Path:
-    """Return where an image's mask would be."""
-    return image.with_suffix(".mask.png")
+def mask_path_of(image: Path) -> Path | None:
+    """Return the mask beside an image, or None if there is none."""
+    for ending in MASK_ENDINGS:
+        path = image.with_name(f"{image.stem}{ending}")
+        if path.exists():
+            return path
+    return None
 
 
 def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
-    """Read an image in RGB, white where it is transparent, and its mask in L: NAME.mask.png or the alpha channel."""
+    """Read an image in RGB, white where it is transparent, and its mask in L: a file or the alpha channel."""
     with reading_image(path):
         image = load_upright_image(path, "RGBA")
     mask = image.getchannel("A")
     mask_path = mask_path_of(path)
-    if mask_path.exists():
+    if mask_path:
         with reading_image(mask_path):
             mask = load_upright_image(mask_path, "L")
-    if mask.size != image.size:
-        raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
+        if mask.size != image.size:
+            raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return on_white.convert("RGB"), mask
 
@@ -721,10 +733,10 @@ def find_examples(
                 size = (image.height, image.width)
                 if exif_orientation(image) >= 5 and image.format != "TIFF":  # whose size Pillow has turned already
                     size = (image.width, image.height)
-                some_are_masked |= mask_path.exists() or image.has_transparency_data
+                some_are_masked |= mask_path is not None or image.has_transparency_data
                 sha256 = sha256_of(path)
             mask: str | bool = args.alpha_mask
-            if args.alpha_mask and mask_path.exists():
+            if args.alpha_mask and mask_path:
                 with reading_image(mask_path):
                     mask = sha256_of(mask_path)
         except UnreadableImageError as error:
@@ -734,7 +746,9 @@ def find_examples(
         name = digest([sha256, mask, identity, shape, crops, args.random_flip])
         examples.append(Example(path, sha256, args.output_dir / "latents" / f"{name}.safetensors", shape))
     if args.alpha_mask and folder == args.instance_data_dir and not any(gather_object([some_are_masked])):
-        problems.add(f"--alpha_mask: no image in {folder} has an alpha channel or a NAME.mask.png.")
+        problems.add(
+            f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{', NAME'.join(MASK_ENDINGS)}."
+        )
     return sorted(gather_object(examples), key=lambda example: example.path)
 
 

@@ -126,7 +126,7 @@ def test_a_token_is_stripped(token: str) -> None:
 
 
 SHARED = ["flag", "Parser", "argparse_options", "flag_problems", "first_line", "find_images", "sha256_of",
-          "check_regular_file", "open_image", "UnreadableImageError", "reading_image", "exif_orientation",
+          "check_regular_file", "is_mask", "open_image", "UnreadableImageError", "reading_image", "exif_orientation",
           "load_upright_image", "mask_path_of", "read_image", "load_part", "peak_memory"]  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_what_both_scripts_need_stands_in_both_word_for_word(name: str) -> None:
 
 def test_both_scripts_take_the_same_images() -> None:
     """By their suffixes, and by their contents."""
-    for name in ("FORMATS", "UNREADABLE", "TURNS"):
+    for name in ("FORMATS", "UNREADABLE", "MASK_ENDINGS", "TURNS"):
         assert getattr(embed, name) == getattr(trainer, name)
 
 

@@ -217,6 +217,22 @@ def test_a_mask_of_another_size_is_an_error(tmp_path: Path) -> None:
         trainer.read_image(tmp_path / "a.jpg")
 
 
+@pytest.mark.parametrize("name", ["a.mask.png", "a-masklabel.png", "a_mask.png"])
+def test_masks_of_other_trainers_are_masks(tmp_path: Path, name: str) -> None:
+    """OneTrainer's -masklabel and everybody's _mask weight the loss, and are no photos."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.jpg")
+    Image.new("L", (64, 64), 0).save(tmp_path / name)
+    assert [path.name for path in trainer.find_images(tmp_path)] == ["a.jpg"]
+    mask = trainer.encode_image(Mirror(), make_example(tmp_path / "a.jpg"), make_args("--alpha_mask"))["mask"]
+    assert (mask == 0).all()
+
+
+def test_a_photo_may_be_named_like_a_mask(tmp_path: Path) -> None:
+    """Where there is no other image of that name it is one."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "dog_mask.png")
+    assert trainer.find_images(tmp_path) == [tmp_path / "dog_mask.png"]
+
+
 def test_a_mask_of_16_bits_is_scaled(tmp_path: Path) -> None:
     """Not cut off, as convert would."""
     Image.new("RGB", (3, 1)).save(tmp_path / "a.png")
