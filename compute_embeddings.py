@@ -25,6 +25,7 @@ import os
 import re
 import shlex
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -49,7 +50,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -297,11 +298,25 @@ with suppress(ImportError):  # the photos of many phones
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
 # Pillow raises any of these for a file that is no image, or a broken one.
-UNREADABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
+TURNS = {  # what makes an image of each EXIF orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
 NOT_USED = (
-    "not an image (HEIC needs pip install pillow-heif), not NAME.txt, NAME.caption or NAME.mask.png of an image, "
-    "and not metadata.csv, .jsonl or .parquet in the folder of the images"
+    "not an image (HEIC needs pip install pillow-heif), not NAME.txt, NAME.caption or a mask (NAME.mask.png, "
+    "NAME_mask.png, NAME-masklabel.png) of an image, and not metadata.csv, .jsonl or .parquet in the folder of the "
+    "images"
 )
 
 
@@ -310,22 +325,37 @@ def find_images(folder: Path) -> list[Path]:
     format_of = Image.registered_extensions()
     images = []
     for path in sorted(folder.glob("[!.]*")):
-        is_mask = path.stem.endswith(".mask")
-        if format_of.get(path.suffix.lower()) in FORMATS and not is_mask and not path.is_dir():
+        if format_of.get(path.suffix.lower()) in FORMATS and not path.is_dir():
             images.append(path)
-    return images
+    stems = {image.stem for image in images}
+    return [image for image in images if not is_mask(image, stems)]
+
+
+def is_mask(path: Path, stems: set[str]) -> bool:
+    """Whether an image file is named as the mask of another one, given the stems of all of them."""
+    if path.stem.endswith(".mask"):
+        return True
+    return any(path.name.endswith(ending) and path.name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
+
+
+def check_regular_file(path: Path) -> None:
+    """Raise OSError if a path is not a regular file: reading from a pipe would wait forever."""
+    if not path.exists():
+        raise OSError("it does not exist")
+    if not path.is_file():
+        raise OSError("it is not a regular file")
 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex: the embeddings name an image by it."""
+    check_regular_file(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_image(path: Path) -> Image.Image:
     """Open an image without reading its pixels; raise one of UNREADABLE if it cannot be used."""
     path.name.encode()  # a ValueError if it is not UTF-8
-    if not path.is_file():  # a pipe would be waited for forever
-        raise OSError("it is not a regular file")
+    check_regular_file(path)
     image = Image.open(path, formats=FORMATS)
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per channel; save it with 8 or 16")
@@ -346,6 +376,54 @@ def reading_image(path: Path) -> Iterator[None]:
         raise UnreadableImageError(message) from error
 
 
+def exif_orientation(image: Image.Image) -> int:
+    """Return an image's EXIF orientation, 1 to 8; 1 is upright, and what EXIF that cannot be read counts as."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
+def load_upright_image(path: Path, mode: str) -> Image.Image:
+    """Load an image with 8 bits per channel, turned as its EXIF orientation says.
+
+    ImageOps.exif_transpose would also write the rest of the EXIF anew, and fail on the odd tags of many phones.
+    """
+    image = open_image(path)
+    image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
+    orientation = exif_orientation(image)
+    if orientation != 1:
+        image = image.transpose(TURNS[orientation])
+    if image.mode.startswith("I;16"):  # convert() would clip the values
+        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+    return image.convert(mode)
+
+
+def mask_path_of(image: Path) -> Path | None:
+    """Return the mask beside an image, or None if there is none."""
+    for ending in MASK_ENDINGS:
+        path = image.with_name(f"{image.stem}{ending}")
+        if path.exists():
+            return path
+    return None
+
+
+def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
+    """Read an image in RGB, white where it is transparent, and its mask in L: a file or the alpha channel."""
+    with reading_image(path):
+        image = load_upright_image(path, "RGBA")
+    mask = image.getchannel("A")
+    mask_path = mask_path_of(path)
+    if mask_path:
+        with reading_image(mask_path):
+            mask = load_upright_image(mask_path, "L")
+        if mask.size != image.size:
+            raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
+    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return on_white.convert("RGB"), mask
+
+
 def caption_images(args: Args) -> dict[str, list[str]]:
     """Return each distinct prompt with the hashes of the images that it captions; exit if anything is wrong.
 
@@ -363,6 +441,7 @@ def caption_images(args: Args) -> dict[str, list[str]]:
     hashes_of = hash_images(images, caption_of, problems)
     if problems:
         raise SystemExit("\n".join(problems))
+    note_likely_masks(images)
 
     captions: dict[str, list[str]] = {}
     for prompt in (args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, *hashes_of):
@@ -397,15 +476,15 @@ class ProgressBar(tqdm):
 def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[str]) -> dict[str, list[str]]:
     """Return each caption with the hashes of its images.
 
-    Each image is decoded once: repairing a truncated one later would change its hash, and cost the embeddings again.
+    Each image and its mask are read once as the trainer reads them: mending a file that it cannot use would change the
+    hash, and cost the embeddings again.
     """
     hashes_of: dict[str, list[str]] = {}
     first_of: dict[str, Path] = {}  # by hash
     for path in ProgressBar(images, desc="Reading images", unit="image", leave=False):
         try:
-            with reading_image(path), open_image(path) as image:
-                image.load()
-                sha256 = sha256_of(path)
+            read_image(path)
+            sha256 = sha256_of(path)
         except UnreadableImageError as error:
             problems.append(str(error))
             continue
@@ -417,6 +496,28 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
     return hashes_of
 
 
+def note_likely_masks(images: list[Path]) -> None:
+    """Note images that look like masks of others: NAME-something beside NAME, of the same size and with few colors."""
+    image_of = {image.stem: image for image in images}
+    likely = []
+    for path in images:
+        starts = [path.stem[: match.start()] for match in re.finditer(r"[-_. (]", path.stem)]
+        originals = [image_of[start] for start in starts if start in image_of]
+        if originals and open_image(path).size == open_image(originals[-1]).size and has_few_colors(path):
+            likely.append(path)
+    if likely:
+        print(
+            f"note: images that look like masks are trained as photos: {len(likely)} (first: {likely[0]}). "
+            f"Masks are named NAME{' or NAME'.join(MASK_ENDINGS)}; remove others from the folder."
+        )
+
+
+def has_few_colors(path: Path) -> bool:
+    """Whether 16 gray values make up 95 % of an image: JPEG blurs the edges of a mask."""
+    counts = sorted(load_upright_image(path, "L").histogram(), reverse=True)
+    return sum(counts[:16]) >= 0.95 * sum(counts)
+
+
 def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
     """Return the captions of images that have their own, from sidecar files and from a metadata file.
 
@@ -426,7 +527,7 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
     images_of: dict[str, list[Path]] = {}  # by stem: a.txt is the caption of a.jpg and of a.png
     for image in images:
         images_of.setdefault(image.stem, []).append(image)
-    known = {*images, *[image.with_suffix(".mask.png") for image in images]}
+    known = {*images, *map(mask_path_of, images)}
 
     captions: dict[Path, str] = {}
     sidecars = []

@@ -45,6 +45,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import threading
@@ -170,8 +171,8 @@ class Args:
     caption_dropout: float = flag(
         "data", 0.0, "probability that a sample is trained with the empty prompt", minimum=0, maximum=0.999999)
     alpha_mask: bool = flag(
-        "data", False, "weight the loss by an image's alpha channel or NAME.mask.png, so that the background is "
-        "not learned", on_resume=REFUSED)
+        "data", False, "weight the loss by an image's alpha channel or its mask (NAME.mask.png, NAME_mask.png or "
+        "NAME-masklabel.png), so that the background is not learned", on_resume=REFUSED)
     max_sequence_length: int | None = flag(
         "data", None, "number of T5 tokens that the embeddings must have; unset: any", on_resume=FREE,
         embeddings_flag="max_sequence_length")
@@ -591,8 +592,17 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def check_regular_file(path: Path) -> None:
+    """Raise OSError if a path is not a regular file: reading from a pipe would wait forever."""
+    if not path.exists():
+        raise OSError("it does not exist")
+    if not path.is_file():
+        raise OSError("it is not a regular file")
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex: the embeddings name an image by it."""
+    check_regular_file(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -726,7 +736,20 @@ with suppress(ImportError):  # the photos of many phones
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
 # Pillow raises any of these for a file that is no image, or a broken one.
-UNREADABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
+TURNS = {  # what makes an image of each EXIF orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 CROPS_PER_IMAGE = 4  # a random crop is one of this many places, since latents are encoded before training
 
 
@@ -735,17 +758,23 @@ def find_images(folder: Path) -> list[Path]:
     format_of = Image.registered_extensions()
     images = []
     for path in sorted(folder.glob("[!.]*")):
-        is_mask = path.stem.endswith(".mask")
-        if format_of.get(path.suffix.lower()) in FORMATS and not is_mask and not path.is_dir():
+        if format_of.get(path.suffix.lower()) in FORMATS and not path.is_dir():
             images.append(path)
-    return images
+    stems = {image.stem for image in images}
+    return [image for image in images if not is_mask(image, stems)]
+
+
+def is_mask(path: Path, stems: set[str]) -> bool:
+    """Whether an image file is named as the mask of another one, given the stems of all of them."""
+    if path.stem.endswith(".mask"):
+        return True
+    return any(path.name.endswith(ending) and path.name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
 
 
 def open_image(path: Path) -> Image.Image:
     """Open an image without reading its pixels; raise one of UNREADABLE if it cannot be used."""
     path.name.encode()  # a ValueError if it is not UTF-8
-    if not path.is_file():  # a pipe would be waited for forever
-        raise OSError("it is not a regular file")
+    check_regular_file(path)
     image = Image.open(path, formats=FORMATS)
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per channel; save it with 8 or 16")
@@ -766,27 +795,50 @@ def reading_image(path: Path) -> Iterator[None]:
         raise UnreadableImageError(message) from error
 
 
+def exif_orientation(image: Image.Image) -> int:
+    """Return an image's EXIF orientation, 1 to 8; 1 is upright, and what EXIF that cannot be read counts as."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
 def load_upright_image(path: Path, mode: str) -> Image.Image:
-    """Load an image with 8 bits per channel, turned as its EXIF orientation says."""
-    image = ImageOps.exif_transpose(open_image(path))
+    """Load an image with 8 bits per channel, turned as its EXIF orientation says.
+
+    ImageOps.exif_transpose would also write the rest of the EXIF anew, and fail on the odd tags of many phones.
+    """
+    image = open_image(path)
+    image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
+    orientation = exif_orientation(image)
+    if orientation != 1:
+        image = image.transpose(TURNS[orientation])
     if image.mode.startswith("I;16"):  # convert() would clip the values
         image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
     return image.convert(mode)
 
 
-def mask_path_of(image: Path) -> Path:
-    """Return where an image's mask would be."""
-    return image.with_suffix(".mask.png")
+def mask_path_of(image: Path) -> Path | None:
+    """Return the mask beside an image, or None if there is none."""
+    for ending in MASK_ENDINGS:
+        path = image.with_name(f"{image.stem}{ending}")
+        if path.exists():
+            return path
+    return None
 
 
 def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
-    """Read an image in RGB, white where it is transparent, and its mask in L: NAME.mask.png or the alpha channel."""
+    """Read an image in RGB, white where it is transparent, and its mask in L: a file or the alpha channel."""
     with reading_image(path):
         image = load_upright_image(path, "RGBA")
-        mask_path = mask_path_of(path)
-        mask = load_upright_image(mask_path, "L") if mask_path.exists() else image.getchannel("A")
+    mask = image.getchannel("A")
+    mask_path = mask_path_of(path)
+    if mask_path:
+        with reading_image(mask_path):
+            mask = load_upright_image(mask_path, "L")
         if mask.size != image.size:
-            raise ValueError(f"its mask has {mask.size} pixels, not {image.size}")
+            raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return on_white.convert("RGB"), mask
 
@@ -807,11 +859,15 @@ def find_examples(
         mask_path = mask_path_of(path)
         try:
             with reading_image(path), open_image(path) as image:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-                size = (image.width, image.height) if is_turned else (image.height, image.width)
-                some_are_masked |= mask_path.exists() or image.has_transparency_data
+                size = (image.height, image.width)
+                if exif_orientation(image) >= 5 and image.format != "TIFF":  # whose size Pillow has turned already
+                    size = (image.width, image.height)
+                some_are_masked |= mask_path is not None or image.has_transparency_data
                 sha256 = sha256_of(path)
-                mask = sha256_of(mask_path) if args.alpha_mask and mask_path.exists() else args.alpha_mask
+            mask: str | bool = args.alpha_mask
+            if args.alpha_mask and mask_path:
+                with reading_image(mask_path):
+                    mask = sha256_of(mask_path)
         except UnreadableImageError as error:
             problems.add(str(error))
             continue
@@ -819,7 +875,9 @@ def find_examples(
         name = digest([sha256, mask, identity, shape, crops, args.random_flip])
         examples.append(Example(path, sha256, args.output_dir / "latents" / f"{name}.safetensors", shape))
     if args.alpha_mask and folder == args.instance_data_dir and not any(gather_object([some_are_masked])):
-        problems.add(f"--alpha_mask: no image in {folder} has an alpha channel or a NAME.mask.png.")
+        problems.add(
+            f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{', NAME'.join(MASK_ENDINGS)}."
+        )
     return sorted(gather_object(examples), key=lambda example: example.path)
 
 
@@ -830,8 +888,7 @@ class PromptEmbeddings:
 
     def __init__(self, path: Path) -> None:
         """Open the file; raises OSError or ValueError if compute_embeddings.py has not written it."""
-        if not path.is_file():  # a pipe would be waited for forever
-            raise OSError("it is not a regular file")
+        check_regular_file(path)
         self.path = path
         self.file = pq.ParquetFile(path, memory_map=True)
         self.about = self.read_metadata()

@@ -146,6 +146,10 @@ def other_mask(folder: Path) -> None:
     Image.new("L", (5, 5)).save(folder / "photos" / "a.mask.png")
 
 
+def mask_is_a_pipe(folder: Path) -> None:
+    os.mkfifo(folder / "photos" / "a.mask.png")
+
+
 def scaled_t5(folder: Path) -> None:
     """Weights with which T5's output overflows fp16."""
     [path] = (folder / "model" / "text_encoder_3").glob("*.safetensors")
@@ -234,6 +238,7 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "truncated image": (truncated_image, "", 1, "a.jpg"),
     "no masks": (nothing, "--alpha_mask", 1, "--alpha_mask"),
     "mask of another size": (other_mask, "--alpha_mask", 1, "a.jpg .*mask"),
+    "FIFO as mask": (mask_is_a_pipe, "--alpha_mask", 1, "a.mask.png .*regular file"),
     "no embeddings": (remove("embeddings.parquet"), "", 1, "embeddings.parquet .*python compute_embeddings.py"),
     "truncated embeddings": (cut_short("embeddings.parquet"), "", 1, "embeddings.parquet"),
     "FIFO as embeddings": (lambda f: os.mkfifo(f / "pipe"), "--data_df_path=pipe", 1, "--data_df_path pipe"),
@@ -297,6 +302,8 @@ EMBEDDINGS = {
     "FIFO as image": (lambda f: os.mkfifo(f / "photos/z.jpg"), "", 1, "z.jpg"),
     "name not UTF-8": (not_utf8, "", 1, "\\.jpg"),
     "truncated image": (cut_short("photos/a.jpg"), "", 1, "a.jpg"),
+    "FIFO as mask": (mask_is_a_pipe, "", 1, "a.mask.png .*regular file"),
+    "mask of another size": (other_mask, "", 1, "a.jpg .*mask"),
     "empty caption": (write("photos/a.txt", " \n"), "", 1, "a.txt: .*a.jpg"),
     "caption in latin-1": (write("photos/a.txt", b"\xe4"), "", 1, "a.txt .*UTF-8"),
     "caption is a folder": (lambda f: (f / "photos/a.txt").mkdir(), "", 1, "a.txt"),

@@ -105,6 +105,19 @@ def test_what_is_not_used_is_named(name: str, folder: Path, capsys: pytest.Captu
     assert "pillow-heif" in note if name == "d.heic" else "NAME.txt" in note and "NAME.caption" in note
 
 
+@pytest.mark.parametrize(("name", "size"), [("noise-label.png", 300), ("noise (mask).jpg", 300), ("noise-b.png", 200)])
+def test_likely_masks_are_noted(name: str, size: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named as another image with a suffix, of the same size, in few colors: one note. A smaller one is a photo."""
+    Image.effect_noise((300, 300), 90).save(folder / "noise.png")
+    Image.effect_noise((300, 300), 80).save(folder / "noise-2.png")
+    mask = Image.new("L", (size, size))
+    mask.paste(255, (20, 20, 100, 150))
+    mask.save(folder / name)
+    captions_of(folder)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "look like masks" in line]
+    assert len(notes) == (size == 300) and all(f": 1 (first: {folder / name})" in note for note in notes)
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
 def test_metadata_one_folder_up_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """datasets reads it there, we do not."""

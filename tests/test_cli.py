@@ -217,8 +217,9 @@ def test_a_token_is_stripped(token: str) -> None:
 
 
 SHARED = ["flag", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file", "argparse_options",
-          "flag_problems", "first_line", "find_images", "sha256_of", "open_image", "UnreadableImageError",
-          "reading_image", "ProgressBar", "load_part", "peak_memory"]  # fmt: skip
+          "flag_problems", "first_line", "find_images", "sha256_of", "check_regular_file", "is_mask", "open_image",
+          "UnreadableImageError", "reading_image", "exif_orientation", "load_upright_image", "mask_path_of", "read_image",
+          "ProgressBar", "load_part", "peak_memory"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -229,7 +230,8 @@ def test_what_both_scripts_need_stands_in_both_word_for_word(name: str) -> None:
 
 def test_both_scripts_take_the_same_images() -> None:
     """By their suffixes, and by their contents."""
-    assert embed.FORMATS == trainer.FORMATS
+    for name in ("FORMATS", "UNREADABLE", "MASK_ENDINGS", "TURNS"):
+        assert getattr(embed, name) == getattr(trainer, name)
 
 
 @pytest.mark.parametrize("script", [embed, trainer])

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import struct
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -156,12 +157,80 @@ def test_images_are_upright_and_on_white(tmp_path: Path) -> None:
     assert [image.getpixel(at)[0] for at in ((0, 0), (1, 0), (0, 1), (1, 1))] == [0, 128, 255, 1]
 
 
+def with_odd_exif(path: Path, orientation: int) -> None:
+    """A photo of 20 x 10 as some phones write it: EXIF has its width as a double, and a negative resolution."""
+
+    def entry(tag: int, kind: int, count: int, value: bytes) -> bytes:
+        return struct.pack(">HHI", tag, kind, count) + value
+
+    values = 8 + 2 + 3 * 12 + 4  # where values of more than 4 bytes begin: after the header and three entries
+    entries = entry(0x0100, 12, 1, struct.pack(">I", values))  # ImageWidth as a double
+    entries += entry(0x0112, 3, 1, struct.pack(">HH", orientation, 0))
+    entries += entry(0x011A, 5, 1, struct.pack(">I", values + 8))  # XResolution, a fraction without a sign, of -72
+    data = struct.pack(">d", 20.0) + struct.pack(">iI", -72, 1)
+    tiff = b"MM\0*" + struct.pack(">IH", 8, 3) + entries + struct.pack(">I", 0) + data
+    Image.new("RGB", (20, 10)).save(path, exif=b"Exif\0\0" + tiff)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, (20, 10)), (3, (20, 10)), (6, (10, 20)), (8, (10, 20))])
+def test_odd_exif_does_not_keep_a_photo_from_being_turned(tmp_path: Path, orientation: int, size: tuple) -> None:
+    """Of EXIF the orientation alone is read; writing the rest anew ended in a struct.error."""
+    with_odd_exif(tmp_path / "a.jpg", orientation)
+    assert trainer.read_image(tmp_path / "a.jpg")[0].size == size
+
+
+def test_exif_that_cannot_be_read_leaves_a_photo_as_it_is(tmp_path: Path) -> None:
+    """Its pixels are good."""
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=b"Exif\0\0no TIFF")
+    assert trainer.read_image(tmp_path / "a.jpg")[0].size == (20, 10)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_pillow_turns_them(tmp_path: Path, orientation: int) -> None:
+    """For each of the eight EXIF orientations, in JPEG and in TIFF, which Pillow turns when it loads one."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = save_noise(tmp_path / "a.png", 20, 10)
+    for name in ("a.jpg", "a.tiff"):
+        image.save(tmp_path / name, exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB")
+        assert as_tensor(trainer.read_image(tmp_path / name)[0]).equal(as_tensor(expected))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tiff"])
+def test_the_shape_of_a_turned_image_is_that_of_the_upright_one(tmp_path: Path, name: str) -> None:
+    """Pillow gives a TIFF's size as turned already, and that of a JPEG as it is stored."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (96, 48)).save(tmp_path / name, exif=exif)
+    args = make_args("--aspect_ratio_buckets=96,48;48,96")
+    accelerator = trainer.make_accelerator(args)
+    [example] = trainer.find_examples(tmp_path, args, None, accelerator, trainer.Problems(accelerator))
+    assert example.shape == (96, 48)
+
+
 def test_a_mask_of_another_size_is_an_error(tmp_path: Path) -> None:
     """It belongs to another image."""
     Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
     Image.new("L", (32, 64)).save(tmp_path / "a.mask.png")
     with pytest.raises(ValueError, match="its mask"):
         trainer.read_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("name", ["a.mask.png", "a-masklabel.png", "a_mask.png"])
+def test_masks_of_other_trainers_are_masks(tmp_path: Path, name: str) -> None:
+    """OneTrainer's -masklabel and everybody's _mask weight the loss, and are no photos."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.jpg")
+    Image.new("L", (64, 64), 0).save(tmp_path / name)
+    assert [path.name for path in trainer.find_images(tmp_path)] == ["a.jpg"]
+    mask = trainer.encode_image(Mirror(), make_example(tmp_path / "a.jpg"), make_args("--alpha_mask"))["mask"]
+    assert (mask == 0).all()
+
+
+def test_a_photo_may_be_named_like_a_mask(tmp_path: Path) -> None:
+    """Where there is no other image of that name it is one."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "dog_mask.png")
+    assert trainer.find_images(tmp_path) == [tmp_path / "dog_mask.png"]
 
 
 def test_a_mask_of_16_bits_is_scaled(tmp_path: Path) -> None:
