@@ -476,6 +476,9 @@ def features(session: Session) -> None:
 
 def limited_memory(session: Session) -> None:
     """c: smaller cards, imitated, and one that is too small."""
+    if torch.cuda.is_available() and not hasattr(torch._C, "_cuda_setMemoryFraction"):
+        session.add("training in less memory", "not run: this PyTorch cannot limit the memory of its device")
+        return
     for limit in session.sizes.limits_gb:
         what = f"training, limited to {limit:g} GB"
         train(session, Training(what, session.sizes.flags_under_limits, vram_limit_gb=limit, max_steps=5))
