@@ -1203,8 +1203,9 @@ def train(
         progress.set_postfix_str(f"loss {mean_loss:.4f}, {peak_memory()}")
         progress.update()
 
-        # Save before anything that takes long.
-        if is_main and (signaled or state.global_step % args.checkpointing_steps == 0):
+        # Save before anything that takes long; the last step too, so that the run can be continued to more steps.
+        is_last = state.global_step == plan.max_train_steps
+        if is_main and (signaled or is_last or state.global_step % args.checkpointing_steps == 0):
             save_checkpoint(args, plan, state, accelerator)
         if signaled:
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint

@@ -88,6 +88,16 @@ def test_resuming_ends_at_max_train_steps(train: Train) -> None:
     assert len(logged(output)) == 4
 
 
+def test_more_steps_after_the_end_go_on_from_it(train: Train) -> None:
+    """The end saves a checkpoint too, within --checkpoints_total_limit: 3 steps, continued to 6, are 6."""
+    expected = lora(train(output="whole", max_train_steps=6))
+    flags = ["--checkpointing_steps=2", "--checkpoints_total_limit=1"]
+    output = train(*flags, max_train_steps=3)
+    assert names(trainer.list_checkpoints(output)) == ["checkpoint-3"]
+    train(*flags, LATEST, max_train_steps=6)
+    assert equal(lora(output), expected) and len(logged(output)) == 6
+
+
 def test_a_finished_run_resumed_ends_well(train: Train) -> None:
     """The reference crashed; here the LoRA is written once more, the same."""
     output = train("--checkpointing_steps=4")
