@@ -1039,11 +1039,12 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
     }
-    if args.optimizer == "paged_adamw_8bit":
+    name = meant_values(vars(args))["optimizer"]
+    if name == "paged_adamw_8bit":
         from bitsandbytes.optim import PagedAdamW8bit
 
         return PagedAdamW8bit(lora_params, **kwargs)
-    if args.optimizer == "adamw_8bit" or args.use_8bit_adam:
+    if name == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(lora_params, **kwargs)
@@ -1881,16 +1882,26 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
     }
 
 
+def meant_values(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with what flags mean in place of what they say, where the same can be said in two ways."""
+    meant = dict(settings)
+    if meant.pop("use_8bit_adam", False) and meant["optimizer"] == "adamw":
+        meant["optimizer"] = "adamw_8bit"
+    meant["lora_alpha"] = meant["lora_alpha"] or meant["rank"]
+    return meant
+
+
 def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
     if not plan.checkpoint:
         return
     on_resume = {each.name: each.metadata["on_resume"] for each in fields(Args)}
-    saved = plan.checkpoint["settings"]
+    current = meant_values(plan.settings)
+    saved = meant_values(plan.settings | plan.checkpoint["settings"])  # what is newer than it counts as unchanged
     refused = []
     changed = []
-    for name, value in plan.settings.items():
-        before = saved.get(name, value)  # a setting that is newer than the checkpoint counts as unchanged
+    for name, value in current.items():
+        before = saved[name]
         if before == value:
             continue
         if on_resume.get(name, REFUSED) == REFUSED:  # what is not a flag was found out about the data
