@@ -523,6 +523,15 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def flush_to_disk(file: Any) -> None:
+    """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # the disk is full, or broken
+            raise
+
+
 @contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
     """Yield a path to write a file or folder to; if the block succeeds, it appears as `final`, whole and on disk."""
@@ -532,10 +541,25 @@ def atomic_path(final: Path) -> Iterator[Path]:
         for path in [partial, *partial.rglob("*")]:
             if path.is_file():
                 with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
+                    flush_to_disk(file)
         if final.is_dir():
             remove_folder(final)
+        move_into_place(partial, final)
+
+
+def move_into_place(partial: Path, final: Path) -> None:
+    """Rename a file or folder; where folders cannot be renamed, as on some network drives, rename its files.
+
+    By name, so that training_state.pt comes last: a checkpoint without it counts as incomplete.
+    """
+    try:
         os.replace(partial, final)
+    except OSError:
+        if not partial.is_dir():
+            raise
+        final.mkdir(exist_ok=True)
+        for path in sorted(partial.iterdir()):
+            os.replace(path, final / path.name)
 
 
 def remove_folder(folder: Path) -> None:
@@ -1289,7 +1313,8 @@ def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: s
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     save_file(lora, path, metadata)
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    with suppress(OSError):  # a drive of Windows or in the cloud has no modes
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
@@ -2173,6 +2198,8 @@ def lock_output_dir(folder: Path, accelerator: Accelerator) -> Iterator[None]:
             lock.acquire()
     except Timeout:
         problems.add(f"Another training is writing to {folder}: wait for it, or use another --output_dir.")
+    except (OSError, NotImplementedError) as error:
+        problems.note(f"{folder} cannot be locked ({error}): keep other trainings out of it")
     problems.stop_if_any()
     try:
         if accelerator.is_main_process:
