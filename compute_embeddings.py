@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import hashlib
 import json
 import logging
@@ -777,6 +778,15 @@ def peak_memory() -> str:
     return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
 
 
+def flush_to_disk(file: Any) -> None:
+    """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # the disk is full, or broken
+            raise
+
+
 def write_embeddings(
     path: Path,
     captions: dict[str, list[str]],
@@ -797,7 +807,7 @@ def write_embeddings(
     table = pa.table(columns, metadata={"sd3_embeddings": json.dumps(about)})
     with open(path, "wb") as file:
         pq.write_table(table, file, row_group_size=1)
-        os.fsync(file.fileno())
+        flush_to_disk(file)
 
 
 def compute(args: Args) -> None:
@@ -821,10 +831,11 @@ def compute(args: Args) -> None:
         "t5": args.t5_precision,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
     }
-    with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent, ignore_cleanup_errors=True) as scratch:
         prompt_embeds, pooled_prompt_embeds = encode_prompts(args, list(captions), Path(scratch))
         table = Path(scratch, "table.parquet")
         write_embeddings(table, captions, prompt_embeds, pooled_prompt_embeds, about)
+        del prompt_embeds  # it maps a file in the scratch folder, which Windows could not remove
         os.replace(table, path)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {peak_memory()}, {time.monotonic() - started:.0f} s")
 

@@ -606,6 +606,15 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def flush_to_disk(file: Any) -> None:
+    """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # the disk is full, or broken
+            raise
+
+
 @contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
     """Yield a path to write a file or folder to; if the block succeeds, it appears as `final`, whole and on disk."""
@@ -615,10 +624,25 @@ def atomic_path(final: Path) -> Iterator[Path]:
         for path in [partial, *partial.rglob("*")]:
             if path.is_file():
                 with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
+                    flush_to_disk(file)
         if final.is_dir():
             remove_folder(final)
+        move_into_place(partial, final)
+
+
+def move_into_place(partial: Path, final: Path) -> None:
+    """Rename a file or folder; where folders cannot be renamed, as on some network drives, rename its files.
+
+    By name, so that training_state.pt comes last: a checkpoint without it counts as incomplete.
+    """
+    try:
         os.replace(partial, final)
+    except OSError:
+        if not partial.is_dir():
+            raise
+        final.mkdir(exist_ok=True)
+        for path in sorted(partial.iterdir()):
+            os.replace(path, final / path.name)
 
 
 def count_of(number: int, noun: str) -> str:
@@ -1202,11 +1226,12 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
     }
-    if args.optimizer == "paged_adamw_8bit":
+    name = meant_values(vars(args))["optimizer"]
+    if name == "paged_adamw_8bit":
         from bitsandbytes.optim import PagedAdamW8bit
 
         return PagedAdamW8bit(lora_params, **kwargs)
-    if args.optimizer == "adamw_8bit" or args.use_8bit_adam:
+    if name == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(lora_params, **kwargs)
@@ -1373,8 +1398,9 @@ def train(
         progress.set_postfix_str(f"loss {mean_loss:.4f}{vram_in_use()}", refresh=False)
         progress.update()
 
-        # Save before anything that takes long.
-        if is_main and (signaled or state.global_step % args.checkpointing_steps == 0):
+        # Save before anything that takes long; the last step too, so that the run can be continued to more steps.
+        is_last = state.global_step == plan.max_train_steps
+        if is_main and (signaled or is_last or state.global_step % args.checkpointing_steps == 0):
             save_checkpoint(args, plan, state, accelerator)
         if signaled:
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
@@ -1456,7 +1482,8 @@ def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: s
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     save_file(lora, path, metadata)
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    with suppress(OSError):  # a drive of Windows or in the cloud has no modes
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
@@ -2058,21 +2085,32 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
     }
 
 
+def meant_values(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with what flags mean in place of what they say, where the same can be said in two ways."""
+    meant = dict(settings)
+    if meant.pop("use_8bit_adam", False) and meant["optimizer"] == "adamw":
+        meant["optimizer"] = "adamw_8bit"
+    meant["lora_alpha"] = meant["lora_alpha"] or meant["rank"]
+    return meant
+
+
 def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
     if not plan.checkpoint:
         return
     on_resume = {each.name: each.metadata["on_resume"] for each in fields(Args)}
-    saved = dict(plan.checkpoint["settings"])
-    if "lora_layers" in saved:  # the same layers can be spelled in many ways, and an earlier default was
+    before_settings = dict(plan.checkpoint["settings"])
+    if "lora_layers" in before_settings:  # the same layers can be spelled in many ways, and an earlier default was
         skeleton = plan.base_model.skeleton
         layers = str(plan.settings["lora_layers"])
-        if lora_targets(skeleton, saved["lora_layers"]) == lora_targets(skeleton, layers):
-            saved["lora_layers"] = layers
+        if lora_targets(skeleton, before_settings["lora_layers"]) == lora_targets(skeleton, layers):
+            before_settings["lora_layers"] = layers
+    current = meant_values(plan.settings)
+    saved = meant_values(plan.settings | before_settings)  # what is newer than the checkpoint counts as unchanged
     refused = []
     changed = []
-    for name, value in plan.settings.items():
-        before = saved.get(name, value)  # a setting that is newer than the checkpoint counts as unchanged
+    for name, value in current.items():
+        before = saved[name]
         if before == value:
             continue
         if on_resume.get(name, REFUSED) == REFUSED:  # what is not a flag was found out about the data
@@ -2410,6 +2448,8 @@ def lock_output_dir(folder: Path, accelerator: Accelerator) -> Iterator[None]:
             lock.acquire()
     except Timeout:
         problems.add(f"Another training is writing to {folder}: wait for it, or use another --output_dir.")
+    except (OSError, NotImplementedError) as error:
+        problems.note(f"{folder} cannot be locked ({error}): keep other trainings out of it")
     problems.stop_if_any()
     try:
         if accelerator.is_main_process:

@@ -219,7 +219,7 @@ def test_a_token_is_stripped(token: str) -> None:
 SHARED = ["flag", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file", "argparse_options",
           "flag_problems", "first_line", "find_images", "sha256_of", "check_regular_file", "is_mask", "open_image",
           "UnreadableImageError", "reading_image", "exif_orientation", "load_upright_image", "mask_path_of",
-          "read_image", "ProgressBar", "load_part", "peak_memory"]  # fmt: skip
+          "read_image", "ProgressBar", "load_part", "peak_memory", "flush_to_disk"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import quantized_on_cpu
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import LATEST, PREVIEW_PROMPT, PROMPT, Train, compute, equal, logged, lora, names, state
+from conftest import LATEST, PREVIEW_PROMPT, PROMPT, RANK, Train, compute, equal, logged, lora, names, state
 
 ANOTHER_VALUE = {  # another value for each flag; {0} stands for the folder of the test
     "seed": 1, "variant": "fp16", "rank": 32, "lora_alpha": 7, "lora_layers": "to_q",
@@ -39,6 +39,7 @@ ANOTHER_VALUE = {  # another value for each flag; {0} stands for the folder of t
     "hub_private_repo": True, "hub_model_id": "me/dog", "hub_token": "hf_token",
     "train_batch_size": 2, "gradient_accumulation_steps": 1, "dry_run": True, "push_to_hub": True,
 }  # fmt: skip
+SAID_OTHERWISE = {"use_8bit_adam"}  # what it means is a value of another flag, --optimizer
 SUMS_IN_ANOTHER_ORDER = {"train_batch_size", "gradient_accumulation_steps"}  # the same LoRA but for rounding
 NO_TRAINING = {"dry_run", "push_to_hub"}
 
@@ -86,6 +87,16 @@ def test_resuming_ends_at_max_train_steps(train: Train) -> None:
     train("--checkpointing_steps=1", LATEST)
     assert names(trainer.list_checkpoints(output)) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     assert len(logged(output)) == 4
+
+
+def test_more_steps_after_the_end_go_on_from_it(train: Train) -> None:
+    """The end saves a checkpoint too, within --checkpoints_total_limit: 3 steps, continued to 6, are 6."""
+    expected = lora(train(output="whole", max_train_steps=6))
+    flags = ["--checkpointing_steps=2", "--checkpoints_total_limit=1"]
+    output = train(*flags, max_train_steps=3)
+    assert names(trainer.list_checkpoints(output)) == ["checkpoint-3"]
+    train(*flags, LATEST, max_train_steps=6)
+    assert equal(lora(output), expected) and len(logged(output)) == 6
 
 
 def test_a_finished_run_resumed_ends_well(train: Train) -> None:
@@ -139,7 +150,9 @@ def test_what_must_not_change_is_refused(resume: Train, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as exit_info:
         resume(*command(values_of("refused"), tmp_path), f"--class_prompt={PREVIEW_PROMPT}", "--dry_run")
     message = str(exit_info.value)
-    assert [name for name in values_of("refused") if f"was trained with {name} " not in message] == []
+    assert [
+        name for name in values_of("refused", without=SAID_OTHERWISE) if f"was trained with {name} " not in message
+    ] == []
     assert "seed 0, this run has 1" in message
 
 
@@ -166,6 +179,19 @@ def test_on_sd35_the_earlier_layers_are_others(train: Train, tiny35: Path) -> No
     with pytest.raises(SystemExit, match=f"was trained with lora_layers {re.escape(EARLIER_LAYERS)}"):
         train("--dry_run", LATEST, **model)
     train("--dry_run", LATEST, f"--lora_layers={EARLIER_LAYERS}", **model)
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (["--use_8bit_adam"], ["--optimizer=adamw_8bit"]), (["--optimizer=adamw_8bit"], ["--use_8bit_adam"]),
+    ([f"--lora_alpha={RANK}"], []), ([], [f"--lora_alpha={RANK}"]),
+])  # fmt: skip
+def test_the_same_said_otherwise_is_no_change(
+    train: Train, capsys: pytest.CaptureFixture[str], one: list[str], other: list[str]
+) -> None:
+    """Two flags for 8-bit Adam, and alpha that is unset or the rank: the run continues to the same LoRA."""
+    expected = lora(train("--checkpointing_steps=2", *one))
+    output = train(*other, "--resume_from_checkpoint=checkpoint-2")
+    assert equal(lora(output), expected) and "changed settings" not in capsys.readouterr().out
 
 
 def test_what_is_followed_is_noted(
