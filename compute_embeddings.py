@@ -211,6 +211,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # before a text encoder is loaded.
 
 FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
+if "AVIF" in Image.registered_extensions().values():  # Pillow 11.3 and later have it in most builds
+    FORMATS.append("AVIF")
 with suppress(ImportError):  # the photos of many phones
     import pillow_heif
 
@@ -232,11 +234,11 @@ TURNS = {  # what makes an image of each EXIF orientation upright
     8: Image.Transpose.ROTATE_90,
 }
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
-NOT_USED = (
-    "not an image (HEIC needs pip install pillow-heif), not NAME.txt, NAME.caption or a mask (NAME.mask.png, "
-    "NAME_mask.png, NAME-masklabel.png) of an image, and not metadata.csv, .jsonl or .parquet in the folder of the "
-    "images"
-)
+FORMATS_NEED = {  # by suffix, what reading these images takes
+    ".avif": "AVIF needs: pip install -U pillow",
+    ".heic": "HEIC needs: pip install pillow-heif",
+    ".heif": "HEIF needs: pip install pillow-heif",
+}
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -417,6 +419,21 @@ def has_few_colors(path: Path) -> bool:
     return sum(counts[:16]) >= 0.95 * sum(counts)
 
 
+def why_not_used(path: Path) -> str:
+    """Say why a file in the folder of the images is neither an image nor a caption."""
+    suffix = path.suffix.lower()
+    if suffix in FORMATS_NEED:
+        return FORMATS_NEED[suffix]
+    image_format = Image.registered_extensions().get(suffix)
+    if image_format in Image.OPEN and image_format not in FORMATS:
+        return f"{image_format} images are not read; save it as PNG"
+    masks = f"NAME{', NAME'.join(MASK_ENDINGS)}"
+    return (
+        f"not an image ({', '.join(FORMATS)}), not a caption (NAME.txt, NAME.caption) or a mask ({masks}) of one, and "
+        f"not {', '.join(METADATA_NAMES)}"
+    )
+
+
 def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
     """Return the captions of images that have their own, from sidecar files and from a metadata file.
 
@@ -436,10 +453,10 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
         elif path.suffix.lower() in (".txt", ".caption") and path.stem in images_of:
             sidecars.append(path)
         elif path not in known and not path.is_dir():
-            print(f"note: skipped {path}: {NOT_USED}")
+            print(f"note: skipped {path}: {why_not_used(path)}")
     for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
         if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
-            print(f"note: skipped {path}: {NOT_USED}")
+            print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")
     for path in sidecars:
         try:
             text = path.read_text("utf-8-sig")

@@ -601,6 +601,8 @@ class Problems:
 # the latents, the embeddings and a random generator that is seeded by n.
 
 FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
+if "AVIF" in Image.registered_extensions().values():  # Pillow 11.3 and later have it in most builds
+    FORMATS.append("AVIF")
 with suppress(ImportError):  # the photos of many phones
     import pillow_heif
 
