@@ -259,6 +259,20 @@ def is_mask(path: Path, stems: set[str]) -> bool:
     return any(path.name.endswith(ending) and path.name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
 
 
+def why_no_images(folder: Path) -> str:
+    """Say why no image was found in a folder."""
+    try:
+        subfolders = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and find_images(path)]
+    except FileNotFoundError:
+        return f"{folder} does not exist."
+    except OSError as error:  # it is a file, or may not be read
+        return f"{folder} cannot be read: {error.strerror}."
+    reason = f"{folder} has no images ({', '.join(FORMATS)})."
+    if subfolders:
+        reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
+    return reason
+
+
 def check_regular_file(path: Path) -> None:
     """Raise OSError if a path is not a regular file: reading from a pipe would wait forever."""
     if not path.exists():
@@ -354,7 +368,7 @@ def caption_images(args: Args) -> dict[str, list[str]]:
     problems: list[str] = []
     images = find_images(folder)
     if not images:
-        problems.append(f"--local_data_dir {folder} has no images ({', '.join(FORMATS)}).")
+        problems.append(f"--local_data_dir {why_no_images(folder)}")
     own_captions = read_captions(folder, images, problems)
     caption_of = {}
     for image in images:
@@ -454,6 +468,8 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
             sidecars.append(path)
         elif path not in known and not path.is_dir():
             print(f"note: skipped {path}: {why_not_used(path)}")
+        elif path.is_dir() and images and find_images(path):
+            print(f"note: skipped the images in {path}: only those directly in {folder} are read")
     for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
         if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
             print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")

@@ -503,6 +503,20 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def why_no_images(folder: Path) -> str:
+    """Say why no image was found in a folder."""
+    try:
+        subfolders = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and find_images(path)]
+    except FileNotFoundError:
+        return f"{folder} does not exist."
+    except OSError as error:  # it is a file, or may not be read
+        return f"{folder} cannot be read: {error.strerror}."
+    reason = f"{folder} has no images ({', '.join(FORMATS)})."
+    if subfolders:
+        reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
+    return reason
+
+
 def check_regular_file(path: Path) -> None:
     """Raise OSError if a path is not a regular file: reading from a pipe would wait forever."""
     if not path.exists():
@@ -1642,9 +1656,9 @@ def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
         problems.note(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
     else:
         names = ", ".join(path.name for path in existing) or "none"
-        problems.add(
-            f"--resume_from_checkpoint {wanted} is not a complete checkpoint. {args.output_dir} has: {names}."
-        )
+        found = any(path.exists() for path in candidates)
+        reason = "is not a complete checkpoint" if found else "does not exist"
+        problems.add(f"--resume_from_checkpoint {wanted} {reason}. {args.output_dir} has: {names}.")
     return {}
 
 
@@ -1781,7 +1795,7 @@ def with_prompts(
     """Return the examples with the prompts that the embeddings' file has for their images."""
     folder, path = args.instance_data_dir, args.data_df_path
     if not examples:
-        problems.add(f"--instance_data_dir {folder} has no images ({', '.join(FORMATS)}).")
+        problems.add(f"--instance_data_dir {why_no_images(folder)}")
     if not embeddings:
         return []
     fix = f"Run: {embeddings_command(args, embeddings.about)}"

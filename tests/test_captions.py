@@ -142,6 +142,14 @@ def test_metadata_one_folder_up_is_named(name: str, folder: Path, capsys: pytest
     assert f"note: skipped {folder.parent / name}" in capsys.readouterr().out
 
 
+def test_a_folder_of_masks_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only images directly in the folder are read."""
+    (folder / "masks").mkdir()
+    shutil.copy(folder / "c.png", folder / "masks")
+    captions_of(folder)
+    assert f"note: skipped the images in {folder / 'masks'}" in capsys.readouterr().out
+
+
 def test_all_that_is_wrong_with_a_folder_in_one_message(folder: Path) -> None:
     """Captions that are empty, not UTF-8, of no image, of two equal images, in a broken file; a truncated image."""
     (folder / "a.txt").write_text("sks dog")

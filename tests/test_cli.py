@@ -125,9 +125,10 @@ def test_a_token_is_stripped(token: str) -> None:
     assert trainer.parse_args([*REQUIRED, f"--hub_token={token}"]).hub_token == "hf_x"
 
 
-SHARED = ["flag", "Parser", "argparse_options", "flag_problems", "first_line", "find_images", "sha256_of",
-          "check_regular_file", "is_mask", "open_image", "UnreadableImageError", "reading_image", "exif_orientation",
-          "load_upright_image", "mask_path_of", "read_image", "load_part", "peak_memory"]  # fmt: skip
+SHARED = ["flag", "Parser", "argparse_options", "flag_problems", "first_line", "find_images", "is_mask",
+          "why_no_images", "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image",
+          "exif_orientation", "load_upright_image", "mask_path_of", "read_image", "load_part",
+          "peak_memory"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)
