@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -109,6 +109,31 @@ class Args:
 # fmt: on
 
 
+class ForgivingStream:
+    """An output stream for which printing never fails.
+
+    Its reader, a pipe or a terminal, may go away, and its encoding, such as cp1252 on Windows, may lack characters:
+    that costs the output, or shows escapes such as \\u72ac, but not the result of the program.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        with suppress(OSError, ValueError):
+            self.stream.write(printable)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: write() has flushed."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
@@ -125,6 +150,9 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(file or ForgivingStream(sys.stdout))
 
     def error(self, message: str) -> NoReturn:
         super().error(re.sub(r"hf_\w+", "hf_...", message))
@@ -767,7 +795,8 @@ def main(args: Args) -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, signal.default_int_handler)
     try:
-        compute(args)
+        with redirect_stdout(ForgivingStream(sys.stdout)), redirect_stderr(ForgivingStream(sys.stderr)):
+            compute(args)
     except KeyboardInterrupt:
         raise SystemExit("Interrupted; nothing was written.") from None
     except torch.OutOfMemoryError as error:

@@ -295,6 +295,31 @@ class Args:
 # fmt: on
 
 
+class ForgivingStream:
+    """An output stream for which printing never fails.
+
+    Its reader, a pipe or a terminal, may go away, and its encoding, such as cp1252 on Windows, may lack characters:
+    that costs the output, or shows escapes such as \\u72ac, but not the result of the program.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        with suppress(OSError, ValueError):
+            self.stream.write(printable)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: write() has flushed."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
@@ -311,6 +336,9 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(file or ForgivingStream(sys.stdout))
 
     def error(self, message: str) -> NoReturn:
         super().error(re.sub(r"hf_\w+", "hf_...", message))
@@ -2114,25 +2142,6 @@ def end_on_signals() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
-class IgnoreBrokenPipe:
-    """An output stream whose reader, a pipe or a terminal, may go away: that costs the output, not the LoRA."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):
-            self.stream.write(text)
-            self.stream.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        """Do nothing: write() has flushed."""
-
-
 def is_full_disk(error: Exception) -> bool:
     """Whether an error means that a disk or a quota is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -2170,8 +2179,8 @@ def main(args: Args) -> None:
     accelerator = make_accelerator(args)
     signals: list[int] = []
     with (
-        redirect_stdout(IgnoreBrokenPipe(sys.stdout)),
-        redirect_stderr(IgnoreBrokenPipe(sys.stderr)),
+        redirect_stdout(ForgivingStream(sys.stdout)),
+        redirect_stderr(ForgivingStream(sys.stderr)),
         explained_errors(),
     ):
         plan = preflight(args, accelerator)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -125,9 +126,9 @@ def test_a_token_is_stripped(token: str) -> None:
     assert trainer.parse_args([*REQUIRED, f"--hub_token={token}"]).hub_token == "hf_x"
 
 
-SHARED = ["flag", "Parser", "argparse_options", "flag_problems", "first_line", "find_images", "is_mask",
-          "why_no_images", "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image",
-          "exif_orientation", "load_upright_image", "mask_path_of", "read_image", "load_part",
+SHARED = ["flag", "ForgivingStream", "Parser", "argparse_options", "flag_problems", "first_line", "find_images",
+          "is_mask", "why_no_images", "check_regular_file", "sha256_of", "open_image", "UnreadableImageError",
+          "reading_image", "exif_orientation", "load_upright_image", "mask_path_of", "read_image", "load_part",
           "peak_memory"]  # fmt: skip
 
 
@@ -188,3 +189,11 @@ def test_each_script_works_alone(name: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / name, tmp_path)
     result = subprocess.run([sys.executable, name, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "usage:" in result.stdout and result.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["compute_embeddings.py", "train_dreambooth_sd3_lora_miniature.py"])
+def test_help_is_shown_in_ascii(name: str) -> None:
+    """As on Windows and with LANG=C; a superscript ended it in a UnicodeEncodeError."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, name, "--help"], cwd=ROOT, capture_output=True, env=environment)
+    assert result.returncode == 0 and b"usage:" in result.stdout and result.stderr == b""
