@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -122,6 +122,31 @@ class Args:
 # fmt: on
 
 
+class ForgivingStream:
+    """An output stream for which printing never fails.
+
+    Its reader, a pipe or a terminal, may go away, and its encoding, such as cp1252 on Windows, may lack characters:
+    that costs the output, or shows escapes such as \\u72ac, but not the result of the program.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        with suppress(OSError, ValueError):
+            self.stream.write(printable)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: write() has flushed."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
@@ -136,6 +161,9 @@ class Parser(argparse.ArgumentParser):
                 groups[name] = self.add_argument_group(name)
             names = [f"--{each_name}" for each_name in (each.name, *each.metadata["aliases"])]
             groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(file or ForgivingStream(sys.stdout))
 
     def error(self, message: str) -> NoReturn:
         """End the program with one message, where argparse would print its usage of all flags first."""
@@ -293,6 +321,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # before a text encoder is loaded.
 
 FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
+if "AVIF" in Image.registered_extensions().values():  # Pillow 11.3 and later have it in most builds
+    FORMATS.append("AVIF")
 with suppress(ImportError):  # the photos of many phones
     import pillow_heif
 
@@ -314,11 +344,11 @@ TURNS = {  # what makes an image of each EXIF orientation upright
     8: Image.Transpose.ROTATE_90,
 }
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
-NOT_USED = (
-    "not an image (HEIC needs pip install pillow-heif), not NAME.txt, NAME.caption or a mask (NAME.mask.png, "
-    "NAME_mask.png, NAME-masklabel.png) of an image, and not metadata.csv, .jsonl or .parquet in the folder of the "
-    "images"
-)
+FORMATS_NEED = {  # by suffix, what reading these images takes
+    ".avif": "AVIF needs: pip install -U pillow",
+    ".heic": "HEIC needs: pip install pillow-heif",
+    ".heif": "HEIF needs: pip install pillow-heif",
+}
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -337,6 +367,20 @@ def is_mask(path: Path, stems: set[str]) -> bool:
     if path.stem.endswith(".mask"):
         return True
     return any(path.name.endswith(ending) and path.name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
+
+
+def why_no_images(folder: Path) -> str:
+    """Say why no image was found in a folder."""
+    try:
+        subfolders = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and find_images(path)]
+    except FileNotFoundError:
+        return f"{folder} does not exist."
+    except OSError as error:  # it is a file, or may not be read
+        return f"{folder} cannot be read: {error.strerror}."
+    reason = f"{folder} has no images ({', '.join(FORMATS)})."
+    if subfolders:
+        reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
+    return reason
 
 
 def check_regular_file(path: Path) -> None:
@@ -434,7 +478,7 @@ def caption_images(args: Args) -> dict[str, list[str]]:
     problems: list[str] = []
     images = find_images(folder)
     if not images:
-        problems.append(f"--local_data_dir {folder} has no images ({', '.join(FORMATS)}).")
+        problems.append(f"--local_data_dir {why_no_images(folder)}")
     own_captions = read_captions(folder, images, problems)
     caption_of = {}
     for image in images:
@@ -519,6 +563,21 @@ def has_few_colors(path: Path) -> bool:
     return sum(counts[:16]) >= 0.95 * sum(counts)
 
 
+def why_not_used(path: Path) -> str:
+    """Say why a file in the folder of the images is neither an image nor a caption."""
+    suffix = path.suffix.lower()
+    if suffix in FORMATS_NEED:
+        return FORMATS_NEED[suffix]
+    image_format = Image.registered_extensions().get(suffix)
+    if image_format in Image.OPEN and image_format not in FORMATS:
+        return f"{image_format} images are not read; save it as PNG"
+    masks = f"NAME{', NAME'.join(MASK_ENDINGS)}"
+    return (
+        f"not an image ({', '.join(FORMATS)}), not a caption (NAME.txt, NAME.caption) or a mask ({masks}) of one, and "
+        f"not {', '.join(METADATA_NAMES)}"
+    )
+
+
 def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
     """Return the captions of images that have their own, from sidecar files and from a metadata file.
 
@@ -538,10 +597,12 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
         elif path.suffix.lower() in (".txt", ".caption") and path.stem in images_of:
             sidecars.append(path)
         elif path not in known and not path.is_dir():
-            print(f"note: skipped {path}: {NOT_USED}")
+            print(f"note: skipped {path}: {why_not_used(path)}")
+        elif path.is_dir() and images and find_images(path):
+            print(f"note: skipped the images in {path}: only those directly in {folder} are read")
     for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
         if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
-            print(f"note: skipped {path}: {NOT_USED}")
+            print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")
     for path in sidecars:
         try:
             text = path.read_text("utf-8-sig")
@@ -846,7 +907,8 @@ def main(args: Args) -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, signal.default_int_handler)
     try:
-        compute(args)
+        with redirect_stdout(ForgivingStream(sys.stdout)), redirect_stderr(ForgivingStream(sys.stderr)):
+            compute(args)
     except KeyboardInterrupt:
         raise SystemExit("Interrupted; nothing was written.") from None
     except torch.OutOfMemoryError as error:

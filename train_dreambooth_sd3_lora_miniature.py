@@ -314,6 +314,31 @@ class Args:
 # fmt: on
 
 
+class ForgivingStream:
+    """An output stream for which printing never fails.
+
+    Its reader, a pipe or a terminal, may go away, and its encoding, such as cp1252 on Windows, may lack characters:
+    that costs the output, or shows escapes such as \\u72ac, but not the result of the program.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        with suppress(OSError, ValueError):
+            self.stream.write(printable)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: write() has flushed."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
@@ -328,6 +353,9 @@ class Parser(argparse.ArgumentParser):
                 groups[name] = self.add_argument_group(name)
             names = [f"--{each_name}" for each_name in (each.name, *each.metadata["aliases"])]
             groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(file or ForgivingStream(sys.stdout))
 
     def error(self, message: str) -> NoReturn:
         """End the program with one message, where argparse would print its usage of all flags first."""
@@ -592,6 +620,20 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def why_no_images(folder: Path) -> str:
+    """Say why no image was found in a folder."""
+    try:
+        subfolders = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and find_images(path)]
+    except FileNotFoundError:
+        return f"{folder} does not exist."
+    except OSError as error:  # it is a file, or may not be read
+        return f"{folder} cannot be read: {error.strerror}."
+    reason = f"{folder} has no images ({', '.join(FORMATS)})."
+    if subfolders:
+        reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
+    return reason
+
+
 def check_regular_file(path: Path) -> None:
     """Raise OSError if a path is not a regular file: reading from a pipe would wait forever."""
     if not path.exists():
@@ -754,6 +796,8 @@ class Problems:
 # the latents, the embeddings and a random generator that is seeded by n.
 
 FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
+if "AVIF" in Image.registered_extensions().values():  # Pillow 11.3 and later have it in most builds
+    FORMATS.append("AVIF")
 with suppress(ImportError):  # the photos of many phones
     import pillow_heif
 
@@ -1871,9 +1915,9 @@ def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
         problems.note(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
     else:
         names = ", ".join(path.name for path in existing) or "none"
-        problems.add(
-            f"--resume_from_checkpoint {wanted} is not a complete checkpoint. {args.output_dir} has: {names}."
-        )
+        found = any(path.exists() for path in candidates)
+        reason = "is not a complete checkpoint" if found else "does not exist"
+        problems.add(f"--resume_from_checkpoint {wanted} {reason}. {args.output_dir} has: {names}.")
     return {}
 
 
@@ -2016,7 +2060,7 @@ def with_prompts(
     """Return the examples with the prompts that the embeddings' file has for their images."""
     folder, path = args.instance_data_dir, args.data_df_path
     if not examples:
-        problems.add(f"--instance_data_dir {folder} has no images ({', '.join(FORMATS)}).")
+        problems.add(f"--instance_data_dir {why_no_images(folder)}")
     if not embeddings:
         return []
     fix = f"Run: {embeddings_command(args, embeddings.about)}"
@@ -2483,25 +2527,6 @@ def end_on_signals() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
-class IgnoreBrokenPipe:
-    """An output stream whose reader, a pipe or a terminal, may go away: that costs the output, not the LoRA."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):
-            self.stream.write(text)
-            self.stream.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        """Do nothing: write() has flushed."""
-
-
 def is_full_disk(error: Exception) -> bool:
     """Whether an error means that a disk or a quota is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -2539,8 +2564,8 @@ def main(args: Args) -> None:
     accelerator = make_accelerator(args)
     signals: list[int] = []
     with (
-        redirect_stdout(IgnoreBrokenPipe(sys.stdout)),
-        redirect_stderr(IgnoreBrokenPipe(sys.stderr)),
+        redirect_stdout(ForgivingStream(sys.stdout)),
+        redirect_stderr(ForgivingStream(sys.stderr)),
         explained_errors(),
     ):
         plan = preflight(args, accelerator)

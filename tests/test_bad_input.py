@@ -71,6 +71,14 @@ def no_images(folder: Path) -> None:
         path.unlink()
 
 
+def subfolders(folder: Path) -> None:
+    """All photos in sub-folders, as kohya wants them."""
+    for name in ("10_dog", "20_dog"):
+        shutil.copytree(folder / "photos", folder / "moved" / name)
+    shutil.rmtree(folder / "photos")
+    (folder / "moved").rename(folder / "photos")
+
+
 def bomb(folder: Path) -> None:
     """A PNG of 36 bytes that says it has 10 gigapixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
@@ -226,7 +234,9 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "int8 base": (nothing, "--quantize_base int8", 2, "--quantize_base"),
     "no flags file": (nothing, "@missing.txt", 2, "missing.txt"),
     "open quote in flags": (write("flags.txt", "--seed '1"), "@flags.txt", 2, "quotation"),
-    "images folder is a file": (nothing, "--instance_data_dir=embeddings.parquet", 1, "--instance_data_dir"),
+    "images folder is a file": (nothing, "--instance_data_dir=embeddings.parquet", 1, "Not a directory"),
+    "images folder missing": (remove("photos"), "", 1, "--instance_data_dir photos does not exist"),
+    "images in sub-folders": (subfolders, "", 1, "--instance_data_dir photos .*10_dog, 20_dog"),
     "empty folder": (no_images, "", 1, "--instance_data_dir photos"),
     "text as image": (write("photos/a.jpg", "hello"), "", 1, "a.jpg"),
     "PostScript as image": (postscript, "", 1, "z.png"),
@@ -284,7 +294,7 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
         "embeddings.parquet",
     ),
     "samples is a file": (write("out/samples", ""), "", 1, "out/samples"),
-    "no such checkpoint": (nothing, RESUME, 1, "--resume_from_checkpoint checkpoint-9"),
+    "no such checkpoint": (nothing, RESUME, 1, "--resume_from_checkpoint checkpoint-9 does not exist"),
     "state that runs code": (state(Evil()), RESUME, 1, "--resume_from_checkpoint checkpoint-9"),
     "text as LoRA": (nothing, f"--pretrained_lora_path out/{trainer.LORA_NAME}", 1, "--pretrained_lora_path"),
 }
@@ -295,7 +305,8 @@ EMBEDDINGS = {
     "forgotten quotes": (nothing, "--validation_prompt a big dog", 2, "--validation_prompt"),
     "prompt not UTF-8": (nothing, "--prompt dog\udcff", 2, "--prompt"),
     "open quote in flags": (write("flags.txt", "--prompt 'a"), "@flags.txt", 2, "quotation"),
-    "no images folder": (remove("photos"), "", 1, "--local_data_dir photos"),
+    "no images folder": (remove("photos"), "", 1, "--local_data_dir photos does not exist"),
+    "images in sub-folders": (subfolders, "", 1, "--local_data_dir photos .*10_dog, 20_dog"),
     "images folder with a long name": (nothing, f"--local_data_dir={'x' * 300}", 1, "--local_data_dir x"),
     "text as image": (write("photos/a.jpg", "hello"), "", 1, "a.jpg"),
     "PostScript as image": (postscript, "", 1, "z.png"),

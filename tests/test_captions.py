@@ -95,14 +95,30 @@ def test_words_that_pandas_takes_for_nothing_are_text(folder: Path) -> None:
     assert list(captions_of(folder).values()) == ["7", "0.7", "NA", PROMPT, PROMPT]
 
 
-@pytest.mark.parametrize("name", ["a.jpg.txt", "a.jpg.caption", "a.json", "b.txt.bak", "z.txt", "notes.pdf", "d.heic"])
+@pytest.mark.parametrize(
+    "name", ["a.jpg.txt", "a.jpg.caption", "a.json", "b.txt.bak", "z.txt", "notes.pdf", "d.heics"]
+)
 def test_what_is_not_used_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file that looks like a caption or an image, with what is read instead."""
     (folder / name).write_text("sks dog")
     assert set(captions_of(folder).values()) == {PROMPT}
     [note] = [line for line in capsys.readouterr().out.splitlines() if name in line]
     assert note.startswith("note: skipped")
-    assert "pillow-heif" in note if name == "d.heic" else "NAME.txt" in note and "NAME.caption" in note
+    assert "NAME.txt" in note and "NAME.caption" in note and "HEIC" not in note
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("d.heic", "HEIC needs: pip install pillow-heif"), ("d.HEIF", "pillow-heif"), ("d.gif", "GIF images are not read"),
+    ("d.psd", "PSD images are not read"),
+])  # fmt: skip
+def test_an_image_of_another_format_is_called_what_it_is(
+    name: str, reason: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An animated GIF was told that HEIC needs pillow-heif."""
+    (folder / name).touch()
+    captions_of(folder)
+    [note] = [line for line in capsys.readouterr().out.splitlines() if name in line]
+    assert note.startswith("note: skipped") and reason in note and "metadata" not in note
 
 
 @pytest.mark.parametrize(("name", "size"), [("noise-label.png", 300), ("noise (mask).jpg", 300), ("noise-b.png", 200)])
@@ -124,6 +140,14 @@ def test_metadata_one_folder_up_is_named(name: str, folder: Path, capsys: pytest
     (folder.parent / name).write_text("file_name,text\nphotos/a.jpg,sks dog\n")
     assert set(captions_of(folder).values()) == {PROMPT}
     assert f"note: skipped {folder.parent / name}" in capsys.readouterr().out
+
+
+def test_a_folder_of_masks_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only images directly in the folder are read."""
+    (folder / "masks").mkdir()
+    shutil.copy(folder / "c.png", folder / "masks")
+    captions_of(folder)
+    assert f"note: skipped the images in {folder / 'masks'}" in capsys.readouterr().out
 
 
 def test_all_that_is_wrong_with_a_folder_in_one_message(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -216,10 +217,11 @@ def test_a_token_is_stripped(token: str) -> None:
     assert trainer.parse_args([*REQUIRED, f"--hub_token={token}"]).hub_token == "hf_x"
 
 
-SHARED = ["flag", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file", "argparse_options",
-          "flag_problems", "first_line", "find_images", "sha256_of", "check_regular_file", "is_mask", "open_image",
-          "UnreadableImageError", "reading_image", "exif_orientation", "load_upright_image", "mask_path_of",
-          "read_image", "ProgressBar", "load_part", "peak_memory", "flush_to_disk"]  # fmt: skip
+SHARED = ["flag", "ForgivingStream", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file",
+          "argparse_options", "flag_problems", "first_line", "find_images", "is_mask", "why_no_images",
+          "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image", "exif_orientation",
+          "load_upright_image", "mask_path_of", "read_image", "ProgressBar", "load_part", "peak_memory",
+          "flush_to_disk"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -293,3 +295,11 @@ def test_each_script_works_alone(name: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / name, tmp_path)
     result = subprocess.run([sys.executable, name, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "usage:" in result.stdout and result.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["compute_embeddings.py", "train_dreambooth_sd3_lora_miniature.py"])
+def test_help_is_shown_in_ascii(name: str) -> None:
+    """As on Windows and with LANG=C; a superscript ended it in a UnicodeEncodeError."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, name, "--help"], cwd=ROOT, capture_output=True, env=environment)
+    assert result.returncode == 0 and b"usage:" in result.stdout and result.stderr == b""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -207,6 +207,14 @@ def test_the_shape_of_a_turned_image_is_that_of_the_upright_one(tmp_path: Path, 
     accelerator = trainer.make_accelerator(args)
     [example] = trainer.find_examples(tmp_path, args, None, accelerator, trainer.Problems(accelerator))
     assert example.shape == (96, 48)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot write AVIF")
+def test_avif_is_read(tmp_path: Path) -> None:
+    """As many phones and websites give it."""
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "a.avif")
+    [path] = trainer.find_images(tmp_path)
+    assert trainer.read_image(path)[0].size == (20, 10)
 
 
 def test_a_mask_of_another_size_is_an_error(tmp_path: Path) -> None:

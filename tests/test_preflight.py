@@ -45,8 +45,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 
 
 @pytest.mark.parametrize(("flags", "part"), [
-    (["--data_df_path=nowhere.parquet"], "nowhere.parquet cannot be read"),
-    (["--instance_data_dir=nowhere"], "--instance_data_dir nowhere has no images"),
+    (["--data_df_path=nowhere.parquet"], "nowhere.parquet cannot be read .it does not exist"),
+    (["--instance_data_dir=nowhere"], "--instance_data_dir nowhere does not exist"),
+    (["--resume_from_checkpoint=nowhere"], "--resume_from_checkpoint nowhere does not exist"),
     (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot load transformer of nowhere/nothing"),
     (["--instance_prompt=another prompt"], "has no embeddings of 'another prompt'"),
     (["--max_sequence_length=256"], "has 77 T5 tokens, not --max_sequence_length 256"),

@@ -4,11 +4,13 @@ import io
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import peft
@@ -352,6 +354,49 @@ def test_an_output_that_cannot_be_written_costs_no_lora(train: Train, tmp_path: 
     output = tmp_path / "out"
     assert len(lora(output)) == 30 and (output / "README.md").exists()
     assert Image.open(output / "samples" / "progress.png").size == (512, 256)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_file_names_that_the_terminal_cannot_show_change_nothing(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """A note about a Japanese name ended compute_embeddings.py; now it is shown as far as possible."""
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (folder / "犬.pdf").touch()
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    output = compute(tiny, folder, tmp_path / "embeddings.parquet", "--no_t5")
+    assert pq.ParquetFile(output).metadata.num_rows == 2
+    name = "犬.pdf" if encoding == "utf-8" else "\\u72ac.pdf"
+    assert f"note: skipped {folder / name}" in shown.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_the_trainer_shows_captions_as_far_as_the_terminal_can(
+    train: Train, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """A line that could not be encoded was lost altogether."""
+    embeddings = compute(tiny, photos, tmp_path / "e.parquet", "--no_t5", "--prompt=犬")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    train("--dry_run", instance_prompt="犬", data_df_path=embeddings)
+    assert "\\u72ac" in shown.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("stdout", ["reader gone", "closed"])
+def test_compute_embeddings_needs_no_output(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdout: str
+) -> None:
+    """`python compute_embeddings.py | head` ended in a message about the folder of the images."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream if stdout == "reader gone" else None)
+        output = compute(tiny, photos, tmp_path / "embeddings.parquet", "--no_t5")
+        monkeypatch.undo()
+        with suppress(BrokenPipeError):
+            stream.close()
+    assert pq.ParquetFile(output).metadata.num_rows == 2
 
 
 def test_a_killed_data_worker_is_one_message(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
