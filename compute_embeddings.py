@@ -147,6 +147,10 @@ class ForgivingStream:
         """Do nothing: write() has flushed."""
 
 
+# The Parser, the readers of images and a few helpers stand in the trainer, too, word for word: each script works
+# alone. Change both; a test compares them.
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
@@ -620,8 +624,8 @@ def check_caption(path: Path, name: Any, text: Any, images: set[Path], problems:
     if image not in images:
         problems.append(f"{path} has a caption of {name}; only images directly in {path.parent} are read.")
         return {}
-    is_nan = text != text  # pandas and Arrow write an empty cell so
-    if not isinstance(text, str | int | float) or is_nan or not str(text).strip():
+    is_nan = text != text  # only NaN differs from itself; pandas and Arrow use it for an empty cell
+    if isinstance(text, bool) or not isinstance(text, str | int | float) or is_nan or not str(text).strip():
         problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
         return {}
     return {image: " ".join(str(text).split())}
@@ -665,7 +669,7 @@ CHUNK_TOKENS = 16 * 77  # T5 tokens per pass: more prompts share one reading of 
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message: the Hub's own words, where there are some."""
-    message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+    message = (getattr(error, "server_message", None) or str(error)).strip() or type(error).__name__
     return message.splitlines()[0].rstrip(".")
 
 
@@ -715,7 +719,7 @@ def load_clip(args: Args, device: torch.device) -> diffusers.StableDiffusion3Pip
 
 
 def load_t5(args: Args, device: torch.device, offload_folder: Path) -> transformers.T5EncoderModel:
-    """Load T5 in 8 bits, or in fp32 with its blocks left on disk, from where accelerate reads one at a time.
+    """Load T5 in 8 bits, or in fp32 with its blocks left on disk, from where accelerate reads them one at a time.
 
     transformers keeps `wo`, which overflows in fp16, in fp32. Streaming would lose that rule, so a streamed T5 is
     computed in fp32 altogether.
@@ -748,7 +752,7 @@ def report_truncated(tokenizer: Any, prompts: list[str], max_length: int, name: 
 
 
 def to_float16(embeds: Tensor, name: str) -> np.ndarray:
-    """Return the same numbers in fp16; exit if one of them is not finite there."""
+    """Return the same numbers in fp16; exit if one of them overflows."""
     embeds = embeds.half()
     if not embeds.isfinite().all():
         raise SystemExit(f"{name} gave values that fp16 cannot hold. With T5 in 8 bits, try --t5_precision exact.")
@@ -871,6 +875,14 @@ def write_embeddings(
         flush_to_disk(file)
 
 
+def is_parquet(path: Path) -> bool:
+    """Whether a path is a Parquet file, by its first bytes."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+
+
 def compute(args: Args) -> None:
     """Compute the embeddings: everything from the images to the file."""
     started = time.monotonic()
@@ -881,7 +893,7 @@ def compute(args: Args) -> None:
     captions = caption_images(args)
     path = args.output_path
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (path.is_file() and path.open("rb").read(4) == b"PAR1"):
+    if path.exists() and not is_parquet(path):
         raise SystemExit(f"--output_path {path} exists and is not a Parquet file.")
     about = {
         "format_version": 1,
@@ -903,7 +915,8 @@ def compute(args: Args) -> None:
 
 def main(args: Args) -> None:
     """Compute the embeddings, and end with one message on what can go wrong in between."""
-    for number in signal.valid_signals() & {1, 15}:  # SIGHUP, which Windows does not have, and SIGTERM
+    sighup = 1  # which Windows does not have
+    for number in signal.valid_signals() & {sighup, signal.SIGTERM}:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, signal.default_int_handler)
     try:

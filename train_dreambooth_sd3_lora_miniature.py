@@ -102,7 +102,7 @@ OTHER_SCRIPT = "compute_embeddings.py"
 # What another value of a flag does to a run that resumes:
 REFUSED = "refused"  # the optimizer's state or the order of the samples would mean something else
 NOTED = "noted"  # it is followed from here on, and a note says so
-FREE = "free"  # it does not change which LoRA is trained
+FREE = "free"  # it has no effect on the LoRA, or what follows from it is compared (see comparable_settings)
 
 
 FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what holds if it says nothing
@@ -241,12 +241,12 @@ class Args:
         "training", 0.0, "mean of logit_normal; below 0: more of the high noise levels", minimum=-100, maximum=100)
     logit_std: float = flag("training", 1.0, "standard deviation of logit_normal")
     mode_scale: float = flag(
-        "training", 1.29, "of mode: the higher, the more samples have middle noise levels", minimum=-1, maximum=1.75)
+        "training", 1.29, "scale of mode: higher values draw more middle noise levels", minimum=-1, maximum=1.75)
     precondition_outputs: int = flag(
         "training", 0, "1: the reference's loss, on clean latents: sigma² times the loss on velocity",
         minimum=0, const=1, choices=(0, 1))
     optimizer: str = flag(
-        "training", "adamw", "the 8-bit ones are bitsandbytes'; the paged one can move its state to RAM when the GPU "
+        "training", "adamw", "the 8-bit ones need bitsandbytes; the paged one can move its state to RAM when the GPU "
         "is full",
         choices=("adamw", "adamw_8bit", "paged_adamw_8bit"), parse=str.lower, on_resume=REFUSED)
     use_8bit_adam: bool = flag("training", False, "the same as --optimizer adamw_8bit", on_resume=REFUSED)
@@ -337,6 +337,10 @@ class ForgivingStream:
 
     def flush(self) -> None:
         """Do nothing: write() has flushed."""
+
+
+# The Parser, the readers of images and a few helpers stand in compute_embeddings.py, too, word for word: each script
+# works alone. Change both; a test compares them.
 
 
 class Parser(argparse.ArgumentParser):
@@ -585,7 +589,7 @@ class Plan:
     settings: dict[str, object]  # what a run that resumes this one is compared with
     samples_per_step: int
     max_train_steps: int
-    preview_steps: set[int]  # steps that are followed by previews; the last step has its own
+    preview_steps: set[int]  # steps that are followed by previews; publish() draws those of the last step
 
 
 @dataclass
@@ -603,7 +607,8 @@ class TrainState:
 # when it is complete, and problems are collected before they end a run.
 
 # Previews, class images and all choices about a sample are drawn from generators that are seeded by the run's seed,
-# one of these streams, and a number. The order of samples, the new LoRA and its dropout use the run's seed directly.
+# one of these streams, and a number. The order of samples and the new LoRA use the run's seed itself, the LoRA's
+# dropout the seed plus a sample's number.
 SAMPLE_STREAM = 1
 PREVIEW_STREAM = 2
 CLASS_IMAGE_STREAM = 3
@@ -702,7 +707,7 @@ def remove_folder(folder: Path) -> None:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message: the Hub's own words, where there are some."""
-    message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+    message = (getattr(error, "server_message", None) or str(error)).strip() or type(error).__name__
     return message.splitlines()[0].rstrip(".")
 
 
@@ -1284,7 +1289,8 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
 
 # -------------------------------------------------------------------------------------------------------------- loss
 # Rectified flow: noisy = (1 - sigma) * latents + sigma * noise, and the transformer learns the velocity along that
-# line, noise - latents. Another loss or weighting goes here; which noise levels are drawn is decided in SampleDataset.
+# line, noise - latents. Another loss goes here. Another weighting goes into flow_matching_loss and the choices of
+# --weighting_scheme; SampleDataset then draws its noise levels uniformly.
 
 
 def flow_matching_loss(error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str, precondition: bool) -> Tensor:
@@ -1321,7 +1327,7 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
 # Before the loop one real micro-batch finds out how much memory a step takes. The loop itself knows no epochs: the
 # data loader holds exactly the samples that are left, in order.
 
-ADAM_STATES = 2  # two moments, each as large as the parameters
+ADAM_STATES = 2  # room for two moments in fp32 per parameter; 8-bit optimizers need less
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high, which costs a few steps
 NOT_FINITE = (
     f"The gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite; none of these steps was applied. Usual "
@@ -1466,7 +1472,7 @@ def prepare_training(
         minutes = math.ceil(steps_left * seconds / 60)
         accelerator.print(f"about {seconds:.2g} s per step, {count_of(minutes, 'minute')} in all")
     dataloader = DataLoader(
-        Subset(dataset, samples_left),  # a resumed run starts behind the samples that it has seen
+        Subset(dataset, samples_left),  # a resumed run starts after the samples that it has seen
         args.train_batch_size,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -1793,7 +1799,7 @@ def preview_untrained(args: Args, plan: Plan, state: TrainState, accelerator: Ac
 
 
 def log_images(shown: dict[str, list[Image.Image]], step: int, accelerator: Accelerator) -> None:
-    """Show images, by title, in the trackers that can."""
+    """Log images under their titles to the trackers that support images."""
     values = {title: np.array(images) for title, images in shown.items()}
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -1860,7 +1866,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
             samples_per_step=samples_per_step,
             max_train_steps=max_train_steps,
             preview_steps=find_preview_steps(args, examples, samples_per_step, max_train_steps),
-            settings={},
+            settings={},  # they describe the plan, so they follow once it exists
         )
         plan = replace(plan, settings=comparable_settings(args, plan, accelerator))
         check_resume(args, plan, problems)
@@ -1891,7 +1897,7 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         if folder is not None:
             nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-                problems.add(f"{folder} cannot be written: {nearest} is not a folder, or may not be changed.")
+                problems.add(f"{folder} cannot be written: {nearest} is not a folder, or is not writable.")
 
 
 def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
@@ -2074,7 +2080,7 @@ def with_prompts(
     prompt = args.instance_prompt
     captions = {example.prompt for example in examples}
     if prompt in embeddings.row_of_prompt and prompt != embeddings.about.get("prompt") and prompt not in captions:
-        problems.add(f"In {path} --instance_prompt {prompt!r} is the caption of no image. {fix}")
+        problems.add(f"No image in {path} has the caption {prompt!r} of --instance_prompt. {fix}")
     return examples
 
 
@@ -2099,7 +2105,7 @@ def count_steps(args: Args, examples: list[Example], samples_per_step: int) -> i
 
 
 def find_preview_steps(args: Args, examples: list[Example], samples_per_step: int, max_train_steps: int) -> set[int]:
-    """Return the steps that are followed by previews: those in which the period, in samples, is completed again."""
+    """Return the steps after which previews are drawn: each one that completes another period, counted in samples."""
     if not args.validation_prompt:
         return set()
     if args.validation_steps:
