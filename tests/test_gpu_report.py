@@ -124,7 +124,7 @@ def test_ctrl_c_loses_no_row(tmp_path: Path) -> None:
             if "embeddings" in line:
                 break
         process.send_signal(signal.SIGINT)
-        assert "interrupted" in process.communicate(timeout=60)[0]
+        assert "interrupted" in process.communicate(timeout=300)[0]
     assert process.returncode == 1
     results = {row["what"]: row["result"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert results["embeddings, T5 exact"] == "ok" and results["everything else"] == "**interrupted**"
@@ -134,7 +134,7 @@ def test_ctrl_c_loses_no_row(tmp_path: Path) -> None:
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     """In one line, and ends with 2."""
     command = [sys.executable, str(TOOL), f"--output_dir={tmp_path / 'report'}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--tiny" in result.stderr
     assert not (tmp_path / "report").exists()
 
@@ -159,5 +159,5 @@ def test_time_that_is_over_is_a_row(tmp_path: Path) -> None:
     """Each run that was not begun has its reason in the table."""
     command = [sys.executable, TOOL, "--tiny", f"--output_dir={tmp_path}", "--minutes=0.01"]
     env = os.environ | {"TQDM_DISABLE": "1"}
-    subprocess.run(list(map(str, command)), capture_output=True, check=True, timeout=100, env=env)
+    subprocess.run(list(map(str, command)), capture_output=True, check=True, timeout=300, env=env)
     assert (tmp_path / "report.md").read_text().count("not run: no time was left") > 15
