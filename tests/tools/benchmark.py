@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE / "tools")]
+sys.path.insert(0, str(HERE))
 
 import numpy as np
 import pyarrow.parquet as pq

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE))
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
