@@ -82,6 +82,7 @@ from accelerate.utils import (
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData
 from PIL import ExifTags, Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -843,15 +844,24 @@ def encode_image(vae: diffusers.AutoencoderKL, example: Example, args: Args) -> 
     return {name: tensor.half().cpu() for name, tensor in default_collate(variants).items()}
 
 
+def are_latents(path: Path) -> bool:
+    """Whether a file of latents exists and is whole: opening it compares its header with its length."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {"mean", "std", "mask"} <= set(file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
 def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
     """Write the latents that do not exist yet, one safetensors file per image; each process encodes its share.
 
-    In fp32, as `force_upcast` in the VAE's config demands, and untiled: tiles change latents by 11 to 34 % of their
-    standard deviation.
+    A file that was cut short is written again. In fp32, as `force_upcast` in the VAE's config demands, and untiled:
+    tiles change latents by 11 to 34 % of their standard deviation.
     """
     problems = Problems(accelerator)
     share = examples[accelerator.process_index :: accelerator.num_processes]
-    missing = [example for example in share if not example.latents.exists()]
+    missing = [example for example in share if not are_latents(example.latents)]
     if missing:
         vae = load_vae(args, torch.float32)
         del vae.decoder  # 0.2 GB that encoding does not need
@@ -867,7 +877,7 @@ def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator
         del vae
     diffusers.training_utils.free_memory()
     problems.stop_if_any()
-    if not all(example.latents.exists() for example in examples):
+    if not all(are_latents(example.latents) for example in examples):
         raise SystemExit(f"The latents are not visible here: all machines must share --output_dir {args.output_dir}.")
 
 
@@ -1142,11 +1152,13 @@ def choose_recomputation(
     counts = [blocks] if args.gradient_checkpointing else [0, blocks // 2, blocks]
     for count in counts:
         recompute_blocks(state.transformer, count)
+        if count != counts[0] and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # the try that failed had filled the card
         try:
             seconds = time_micro_batch(state.transformer, batch, plan.weight_dtype, args)
             break
-        except torch.OutOfMemoryError:
-            if count == blocks:
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or count == blocks:
                 raise
         finally:
             state.transformer.zero_grad()
@@ -1154,6 +1166,12 @@ def choose_recomputation(
     del optimizer_states  # only their room was wanted
     accelerator.print(f"{count} of {blocks} blocks recompute their activations, {peak_memory()}")
     return seconds
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that the GPU is full; what is allocated beside torch's allocator has other errors."""
+    pattern = "CUBLAS_STATUS_ALLOC_FAILED|out of memory"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(pattern, str(error)))
 
 
 def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> float:
@@ -1747,6 +1765,21 @@ def misfit_of_lora(weights: dict[str, Tensor], args: Args, base_model: BaseModel
     return different[0][0] if different else ""
 
 
+def alpha_of(metadata: Any, rank: int) -> float:
+    """Return the alpha that a LoRA's metadata gives to all layers; without any it is the rank. Raises ValueError."""
+    if metadata is None:
+        return rank
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its metadata is {metadata!r}")
+    for name in ("rank_pattern", "alpha_pattern", "use_rslora"):
+        if metadata.get(f"transformer.{name}"):
+            raise ValueError(f"its {name} is not supported")
+    alpha = metadata.get("transformer.lora_alpha", rank)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"its lora_alpha is {alpha!r}")
+    return alpha
+
+
 def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems) -> dict[str, Tensor]:
     """Return the weights of --pretrained_lora_path at their strength, if they fit the LoRA that is to be trained."""
     path = args.pretrained_lora_path
@@ -1770,7 +1803,15 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
             f"--lora_layers: see {misfit}"
         )
         return {}
-    alpha = (metadata or {}).get("transformer.lora_alpha", args.rank)  # without metadata, alpha is the rank
+    infinite = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if infinite:
+        problems.add(f"--pretrained_lora_path {path} has weights that are not finite: see {infinite[0]}.")
+        return {}
+    try:
+        alpha = alpha_of(metadata, args.rank)
+    except ValueError as error:
+        problems.add(f"--pretrained_lora_path {path} does not say how strong it is: {error}.")
+        return {}
     factor = alpha / (args.lora_alpha or args.rank)  # lora_B is scaled by this run's alpha from now on
     start_lora = {}
     for name, weight in weights.items():
@@ -1916,6 +1957,22 @@ def meant_values(settings: dict[str, Any]) -> dict[str, Any]:
     return meant
 
 
+def has_moments_of(optimizer: dict[str, Any], shapes: list[torch.Size]) -> bool:
+    """Whether an optimizer's saved state has both moments of each parameter.
+
+    It is empty as long as every step was skipped, since Adam makes its states in the first one.
+    """
+    states = optimizer["state"]
+    if states and list(states) != list(range(len(shapes))):
+        return False
+    for number, state in states.items():
+        tensors = state.get("__bnb_optimizer_quant_state__", state)  # where bitsandbytes has them
+        names = ("exp_avg", "exp_avg_sq") if "exp_avg" in tensors else ("state1", "state2")
+        if any(name not in tensors or tensors[name].shape != shapes[number] for name in names):
+            return False
+    return True
+
+
 def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
     if not plan.checkpoint:
@@ -1935,11 +1992,13 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
             changed.append(f"{name} {before} -> {value}")
     if changed:
         problems.note(f"continuing with changed settings: {', '.join(changed)}")
-    misfit = misfit_of_lora(plan.checkpoint["lora"], args, plan.base_model)
-    if misfit and not refused:  # with the same settings it would fit, if it were whole
-        refused.append(
-            f"The checkpoint's LoRA does not fit the model: see {misfit}. Resume from an earlier checkpoint."
-        )
+    lora = plan.checkpoint["lora"]
+    if not refused:  # with the same settings all of it fits, if it is whole
+        misfit = misfit_of_lora(lora, args, plan.base_model)
+        if not misfit and not has_moments_of(plan.checkpoint["optimizer"], [each.shape for each in lora.values()]):
+            misfit = "the optimizer's state"
+        if misfit:
+            refused.append(f"The checkpoint does not fit the model: see {misfit}. Resume from an earlier one.")
     for problem in refused:
         problems.add(problem)
 
@@ -2269,10 +2328,10 @@ def explained_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:  # before or after training; during training, a signal saves a checkpoint
         raise SystemExit(f"Interrupted. {nothing_lost}: run the same command again.") from None
-    except torch.OutOfMemoryError as error:
-        fixes = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
-        raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {fixes}.") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            fixes = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
+            raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {fixes}.") from error
         if is_full_disk(error):
             raise SystemExit(f"The disk is full ({error}). {nothing_lost}: make room and resume.") from error
         if isinstance(error, OSError) and error.filename is not None:  # a user's file or folder
