@@ -1666,6 +1666,11 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     return plan
 
 
+def is_bf16_slow_on_cpu() -> bool:
+    """Whether this CPU lacks the instructions with which oneDNN, torch's library for CPUs, multiplies in bf16."""
+    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> None:
     """Check the precision, the 4-bit weights, the tracker, and write access to the folders."""
     precision = accelerator.mixed_precision
@@ -1674,6 +1679,8 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         problems.add(f"Precision {precision} is not available: use fp16 or bf16.")
     if precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         problems.add(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
+    if precision == "bf16" and accelerator.device.type == "cpu" and is_bf16_slow_on_cpu():
+        problems.note("this CPU has no instructions for bf16, so a step takes minutes: use --mixed_precision no")
     if accelerator.device.type == "xla":
         problems.add("TPUs are not supported. Where there is a GPU as well, set USE_TORCH_XLA=0.")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
@@ -2165,6 +2172,13 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", ".*broadcast_buffers")  # a flag that accelerate passes on to DDP
     # fp16's loss scaler skips optimizer steps at first, so the schedule seems to come too early.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
+    threading.excepthook = report_thread_error
+
+
+def report_thread_error(failure: threading.ExceptHookArgs) -> None:
+    """Report an error of a thread, but not a full disk: TensorBoard raises that again, in the main thread."""
+    if not is_full_disk(failure.exc_value):
+        threading.__excepthook__(failure)
 
 
 # What accelerate's configuration can ask for that would put something else in the place of the model, its layers or
@@ -2216,6 +2230,13 @@ def announced_wait() -> Iterator[None]:
         timer.cancel()
 
 
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use, of which taskset or a container can leave few."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def make_accelerator(args: Args) -> Accelerator:
     """Return accelerate's engine, with the precision of --mixed_precision or else the launcher's."""
     refuse_unsupported_launch()
@@ -2240,7 +2261,7 @@ def make_accelerator(args: Args) -> Accelerator:
     except (ValueError, ImportError, RuntimeError) as error:
         raise SystemExit(f"Cannot start: {first_line(error)}.") from error
     if "ACCELERATE_MIXED_PRECISION" in os.environ and accelerator.num_processes == 1:
-        torch.set_num_threads(os.cpu_count() or 1)  # the launcher allows one
+        torch.set_num_threads(usable_cpus())  # the launcher allows one
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -2311,7 +2332,7 @@ class IgnoreBrokenPipe:
         """Do nothing: write() has flushed."""
 
 
-def is_full_disk(error: Exception) -> bool:
+def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error means that a disk or a quota is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True

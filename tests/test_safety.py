@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -255,6 +256,24 @@ def test_a_full_disk_is_one_message(train: Train, small_files: Callable[[int], N
     assert {path: after.get(path) for path in before} == before
     new = [path for path in after.keys() - before.keys() if "logs" not in path.parts]
     assert all(load_file(path) for path in new) and all(path.parent.name == "latents" for path in new)
+
+
+@pytest.mark.parametrize("size", [0, 200])
+def test_a_disk_that_is_full_before_the_first_event_is_one_message(
+    train: Train, small_files: Callable[[int], None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], size: int,
+) -> None:  # fmt: skip
+    """TensorBoard's thread prints no traceback beside it; another error of a thread is printed."""
+    train("--report_to=none")
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has its own
+    small_files(size)
+    with pytest.raises(SystemExit, match="The disk is full"):
+        train()
+    assert "Traceback" not in capsys.readouterr().err
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_full_disk_while_a_preview_is_written_is_one_message(
