@@ -51,6 +51,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
+from huggingface_hub import HfApi
 from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
@@ -681,12 +682,62 @@ def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: obje
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
-        raise SystemExit(
-            f"Cannot load {subfolder} of {name}: {first_line(error)}\n"
-            "A folder must have diffusers' layout. A repository may be gated: accept its license on "
-            f"https://huggingface.co/{name} and run: hf auth login\n"
-            "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
-        ) from error
+        raise SystemExit(f"Cannot load {subfolder} of {name}: {first_line(error)}\n{advice_on_model(name)}") from error
+
+
+def advice_on_model(name: str) -> str:
+    """Return what to try if a model cannot be loaded."""
+    if Path(name).is_dir():
+        return "The folder must have diffusers' layout, with whole weight files in the safetensors format."
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return "There is no such folder, and no repository can have this name."
+    return (
+        "There is no such folder. The repository may be gated: accept its license on "
+        f"https://huggingface.co/{name} and run: hf auth login\n"
+        "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
+    )
+
+
+def list_model_files(args: Args, token: str | None) -> list[str] | None:
+    """Return the names of the model's files, such as vae/config.json; None if the Hub cannot be asked."""
+    folder = Path(args.pretrained_model_name_or_path)
+    if folder.is_dir():
+        return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    try:
+        return HfApi(token=token).list_repo_files(str(folder.as_posix()), revision=args.revision)
+    except Exception:  # of the Hub or the network, which share no class; what was downloaded before may be enough
+        return None
+
+
+def missing_weights(files: list[str], args: Args, subfolder: str) -> str:
+    """Return a message if a model has no weights of a part in the format and the variant that are loaded, or "".
+
+    They are NAME.safetensors or, in several files, NAME.safetensors.index.json, with the variant as one more suffix.
+    """
+    stem = "model" if subfolder.startswith("text_encoder") else "diffusion_pytorch_model"
+    present = [Path(file).name for file in files if Path(file).parent.name == subfolder]
+    for name in present:
+        suffixes = name.removeprefix(stem).split(".")
+        variant = [suffix for suffix in suffixes if suffix not in ("", "safetensors", "index", "json")]
+        if name.startswith(f"{stem}.") and "safetensors" in suffixes and ".".join(variant) == (args.variant or ""):
+            return ""
+    wanted = f"{stem}.{args.variant}.safetensors" if args.variant else f"{stem}.safetensors"
+    weights = [name for name in sorted(present) if "config" not in name]
+    has = f"It has: {', '.join(weights)}." if weights else "It has no weights at all."
+    fix = "Leave out --variant, or use one that is there." if args.variant else "See --variant."
+    return f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: there is no {wanted}. {has} {fix}"
+
+
+def check_weights(args: Args) -> None:
+    """Exit if weights of a text encoder are missing, before the first one takes its time."""
+    files = list_model_files(args, token=None)
+    encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    if args.t5_precision == "none":
+        encoders.remove("text_encoder_3")
+    if files is not None:
+        missing = [missing_weights(files, args, encoder) for encoder in encoders]
+        if any(missing):
+            raise SystemExit("\n".join(message for message in missing if message))
 
 
 def load_tokenizer(load: Any, args: Args, subfolder: str) -> Any:
@@ -895,6 +946,7 @@ def compute(args: Args) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not is_parquet(path):
         raise SystemExit(f"--output_path {path} exists and is not a Parquet file.")
+    check_weights(args)
     about = {
         "format_version": 1,
         "model": args.pretrained_model_name_or_path,

@@ -82,6 +82,7 @@ from accelerate.utils import (
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData
 from PIL import ExifTags, Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -719,12 +720,50 @@ def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: obje
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
-        raise SystemExit(
-            f"Cannot load {subfolder} of {name}: {first_line(error)}\n"
-            "A folder must have diffusers' layout. A repository may be gated: accept its license on "
-            f"https://huggingface.co/{name} and run: hf auth login\n"
-            "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
-        ) from error
+        raise SystemExit(f"Cannot load {subfolder} of {name}: {first_line(error)}\n{advice_on_model(name)}") from error
+
+
+def advice_on_model(name: str) -> str:
+    """Return what to try if a model cannot be loaded."""
+    if Path(name).is_dir():
+        return "The folder must have diffusers' layout, with whole weight files in the safetensors format."
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return "There is no such folder, and no repository can have this name."
+    return (
+        "There is no such folder. The repository may be gated: accept its license on "
+        f"https://huggingface.co/{name} and run: hf auth login\n"
+        "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
+    )
+
+
+def list_model_files(args: Args, token: str | None) -> list[str] | None:
+    """Return the names of the model's files, such as vae/config.json; None if the Hub cannot be asked."""
+    folder = Path(args.pretrained_model_name_or_path)
+    if folder.is_dir():
+        return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    try:
+        return HfApi(token=token).list_repo_files(str(folder.as_posix()), revision=args.revision)
+    except Exception:  # of the Hub or the network, which share no class; what was downloaded before may be enough
+        return None
+
+
+def missing_weights(files: list[str], args: Args, subfolder: str) -> str:
+    """Return a message if a model has no weights of a part in the format and the variant that are loaded, or "".
+
+    They are NAME.safetensors or, in several files, NAME.safetensors.index.json, with the variant as one more suffix.
+    """
+    stem = "model" if subfolder.startswith("text_encoder") else "diffusion_pytorch_model"
+    present = [Path(file).name for file in files if Path(file).parent.name == subfolder]
+    for name in present:
+        suffixes = name.removeprefix(stem).split(".")
+        variant = [suffix for suffix in suffixes if suffix not in ("", "safetensors", "index", "json")]
+        if name.startswith(f"{stem}.") and "safetensors" in suffixes and ".".join(variant) == (args.variant or ""):
+            return ""
+    wanted = f"{stem}.{args.variant}.safetensors" if args.variant else f"{stem}.safetensors"
+    weights = [name for name in sorted(present) if "config" not in name]
+    has = f"It has: {', '.join(weights)}." if weights else "It has no weights at all."
+    fix = "Leave out --variant, or use one that is there." if args.variant else "See --variant."
+    return f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: there is no {wanted}. {has} {fix}"
 
 
 class ProgressBar(tqdm):
@@ -1054,15 +1093,24 @@ def encode_image(vae: diffusers.AutoencoderKL, example: Example, args: Args) -> 
     return {name: tensor.half().cpu() for name, tensor in default_collate(variants).items()}
 
 
+def are_latents(path: Path) -> bool:
+    """Whether a file of latents exists and is whole: opening it compares its header with its length."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {"mean", "std", "mask"} <= set(file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
 def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
     """Write the latents that do not exist yet, one safetensors file per image; each process encodes its share.
 
-    In fp32, as `force_upcast` in the VAE's config demands, and untiled: tiles change latents by 11 to 34 % of their
-    standard deviation.
+    A file that was cut short is written again. In fp32, as `force_upcast` in the VAE's config demands, and untiled:
+    tiles change latents by 11 to 34 % of their standard deviation.
     """
     problems = Problems(accelerator)
     share = examples[accelerator.process_index :: accelerator.num_processes]
-    missing = [example for example in share if not example.latents.exists()]
+    missing = [example for example in share if not are_latents(example.latents)]
     if missing:
         vae = load_vae(args, torch.float32)
         del vae.decoder  # 0.2 GB that encoding does not need
@@ -1079,7 +1127,7 @@ def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator
         del vae
     diffusers.training_utils.free_memory()
     problems.stop_if_any()
-    if not all(example.latents.exists() for example in examples):
+    if not all(are_latents(example.latents) for example in examples):
         raise SystemExit(f"The latents are not visible here: all machines must share --output_dir {args.output_dir}.")
 
 
@@ -1355,11 +1403,13 @@ def choose_recomputation(
     counts = [blocks] if args.gradient_checkpointing else [0, blocks // 2, blocks]
     for count in counts:
         recompute_blocks(state.transformer, count)
+        if count != counts[0] and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # the try that failed had filled the card
         try:
             seconds = time_micro_batch(state.transformer, batch, plan.weight_dtype, args)
             break
-        except torch.OutOfMemoryError:
-            if count == blocks:
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or count == blocks:
                 raise
         finally:
             state.transformer.zero_grad()
@@ -1368,6 +1418,12 @@ def choose_recomputation(
     recomputed = {0: "off", blocks: f"all {blocks} blocks"}.get(count, f"{count} of {blocks} blocks")
     accelerator.print(f"gradient checkpointing: {recomputed}, {peak_memory()}")
     return seconds
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that the GPU is full; what is allocated beside torch's allocator has other errors."""
+    pattern = "CUBLAS_STATUS_ALLOC_FAILED|out of memory"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(pattern, str(error)))
 
 
 def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> float:
@@ -1876,6 +1932,11 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     return plan
 
 
+def is_bf16_slow_on_cpu() -> bool:
+    """Whether this CPU lacks the instructions with which oneDNN, torch's library for CPUs, multiplies in bf16."""
+    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> None:
     """Check the precision, the 4-bit weights, the tracker, and write access to the folders."""
     precision = accelerator.mixed_precision
@@ -1884,6 +1945,8 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         problems.add(f"Precision {precision} is not available: use fp16 or bf16.")
     if precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         problems.add(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
+    if precision == "bf16" and accelerator.device.type == "cpu" and is_bf16_slow_on_cpu():
+        problems.note("this CPU has no instructions for bf16, so a step takes minutes: use --mixed_precision no")
     if accelerator.device.type == "xla":
         problems.add("TPUs are not supported. Where there is a GPU as well, set USE_TORCH_XLA=0.")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
@@ -1940,6 +2003,11 @@ def inspect_base_model(args: Args, problems: Problems) -> BaseModel | None:
     except SystemExit as message:  # of load_part
         problems.add(str(message))
         return None
+    files = list_model_files(args, token)
+    for subfolder in ("transformer", "vae"):
+        missing = missing_weights(files, args, subfolder) if files is not None else ""
+        if missing:
+            problems.add(missing)
     largest = skeleton.config.pos_embed_max_size * skeleton.config.patch_size * 8  # a latent is 8 x 8 pixels
     side = args.resolution
     for height, width in training_shapes(args):
@@ -1975,6 +2043,21 @@ def misfit_of_lora(weights: dict[str, Tensor], args: Args, base_model: BaseModel
     return different[0][0] if different else ""
 
 
+def alpha_of(metadata: Any, rank: int) -> float:
+    """Return the alpha that a LoRA's metadata gives to all layers; without any it is the rank. Raises ValueError."""
+    if metadata is None:
+        return rank
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its metadata is {metadata!r}")
+    for name in ("rank_pattern", "alpha_pattern", "use_rslora"):
+        if metadata.get(f"transformer.{name}"):
+            raise ValueError(f"its {name} is not supported")
+    alpha = metadata.get("transformer.lora_alpha", rank)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"its lora_alpha is {alpha!r}")
+    return alpha
+
+
 def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems) -> dict[str, Tensor]:
     """Return the weights of --pretrained_lora_path at their strength, if they fit the LoRA that is to be trained."""
     path = args.pretrained_lora_path
@@ -1998,7 +2081,15 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
             f"--lora_layers: see {misfit}"
         )
         return {}
-    alpha = (metadata or {}).get("transformer.lora_alpha", args.rank)  # without metadata, alpha is the rank
+    infinite = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if infinite:
+        problems.add(f"--pretrained_lora_path {path} has weights that are not finite: see {infinite[0]}.")
+        return {}
+    try:
+        alpha = alpha_of(metadata, args.rank)
+    except ValueError as error:
+        problems.add(f"--pretrained_lora_path {path} does not say how strong it is: {error}.")
+        return {}
     factor = alpha / (args.lora_alpha or args.rank)  # lora_B is scaled by this run's alpha from now on
     start_lora = {}
     for name, weight in weights.items():
@@ -2144,6 +2235,22 @@ def meant_values(settings: dict[str, Any]) -> dict[str, Any]:
     return meant
 
 
+def has_moments_of(optimizer: dict[str, Any], shapes: list[torch.Size]) -> bool:
+    """Whether an optimizer's saved state has both moments of each parameter.
+
+    It is empty as long as every step was skipped, since Adam makes its states in the first one.
+    """
+    states = optimizer["state"]
+    if states and list(states) != list(range(len(shapes))):
+        return False
+    for number, state in states.items():
+        tensors = state.get("__bnb_optimizer_quant_state__", state)  # where bitsandbytes has them
+        names = ("exp_avg", "exp_avg_sq") if "exp_avg" in tensors else ("state1", "state2")
+        if any(name not in tensors or tensors[name].shape != shapes[number] for name in names):
+            return False
+    return True
+
+
 def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
     if not plan.checkpoint:
@@ -2169,11 +2276,13 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
             changed.append(f"{name} {before} -> {value}")
     if changed:
         problems.note(f"continuing with changed settings: {', '.join(changed)}")
-    misfit = misfit_of_lora(plan.checkpoint["lora"], args, plan.base_model)
-    if misfit and not refused:  # with the same settings it would fit, if it were whole
-        refused.append(
-            f"The checkpoint's LoRA does not fit the model: see {misfit}. Resume from an earlier checkpoint."
-        )
+    lora = plan.checkpoint["lora"]
+    if not refused:  # with the same settings all of it fits, if it is whole
+        misfit = misfit_of_lora(lora, args, plan.base_model)
+        if not misfit and not has_moments_of(plan.checkpoint["optimizer"], [each.shape for each in lora.values()]):
+            misfit = "the optimizer's state"
+        if misfit:
+            refused.append(f"The checkpoint does not fit the model: see {misfit}. Resume from an earlier one.")
     for problem in refused:
         problems.add(problem)
 
@@ -2406,6 +2515,13 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", ".*broadcast_buffers")  # a flag that accelerate passes on to DDP
     # fp16's loss scaler skips optimizer steps at first, so the schedule seems to come too early.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
+    threading.excepthook = report_thread_error
+
+
+def report_thread_error(failure: threading.ExceptHookArgs) -> None:
+    """Report an error of a thread, but not a full disk: TensorBoard raises that again, in the main thread."""
+    if not is_full_disk(failure.exc_value):
+        threading.__excepthook__(failure)
 
 
 # What accelerate's configuration can ask for that would put something else in the place of the model, its layers or
@@ -2457,6 +2573,13 @@ def announced_wait() -> Iterator[None]:
         timer.cancel()
 
 
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use, of which taskset or a container can leave few."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def make_accelerator(args: Args) -> Accelerator:
     """Return accelerate's engine, with the precision of --mixed_precision or else the launcher's."""
     refuse_unsupported_launch()
@@ -2481,7 +2604,7 @@ def make_accelerator(args: Args) -> Accelerator:
     except (ValueError, ImportError, RuntimeError) as error:
         raise SystemExit(f"Cannot start: {first_line(error)}.") from error
     if "ACCELERATE_MIXED_PRECISION" in os.environ and accelerator.num_processes == 1:
-        torch.set_num_threads(os.cpu_count() or 1)  # the launcher allows one
+        torch.set_num_threads(usable_cpus())  # the launcher allows one
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -2533,7 +2656,7 @@ def end_on_signals() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
-def is_full_disk(error: Exception) -> bool:
+def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error means that a disk or a quota is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
@@ -2550,10 +2673,10 @@ def explained_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:  # before or after training; during training, a signal saves a checkpoint
         raise SystemExit(f"Interrupted. {nothing_lost}: run the same command again.") from None
-    except torch.OutOfMemoryError as error:
-        fixes = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
-        raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {fixes}.") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            fixes = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
+            raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {fixes}.") from error
         if is_full_disk(error):
             raise SystemExit(f"The disk is full ({error}). {nothing_lost}: make room and resume.") from error
         if isinstance(error, OSError) and error.filename is not None:  # a user's file or folder

@@ -202,7 +202,7 @@ VAE = "model/vae/diffusion_pytorch_model.safetensors"
 PRIOR = "--with_prior_preservation --class_prompt dog"
 RESUME = "--resume_from_checkpoint checkpoint-9"
 LATE = {"truncated image", "mask of another size", "VAE cut short", "broken VAE config", "transformer cut short"}
-LATE |= {"pickled transformer", "unknown variant", "samples is a file"}
+LATE |= {"samples is a file"}
 TRAINER = {  # what is spoiled, flags, exit code, and what the message must name; LATE: images may have been encoded
     "unknown flag": (nothing, "--zoom 3", 2, "--zoom"),
     "flag with nothing": (nothing, "--instance_prompt=--", 2, "--instance_prompt"),

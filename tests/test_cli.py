@@ -220,8 +220,8 @@ def test_a_token_is_stripped(token: str) -> None:
 SHARED = ["flag", "ForgivingStream", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file",
           "argparse_options", "flag_problems", "first_line", "find_images", "is_mask", "why_no_images",
           "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image", "exif_orientation",
-          "load_upright_image", "mask_path_of", "read_image", "ProgressBar", "load_part", "peak_memory",
-          "flush_to_disk"]  # fmt: skip
+          "load_upright_image", "mask_path_of", "read_image", "ProgressBar", "load_part", "advice_on_model",
+          "list_model_files", "missing_weights", "peak_memory", "flush_to_disk"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -75,6 +75,21 @@ def test_4_bit_weights_are_refused_without_a_gpu_of_nvidia(device: str) -> None:
     assert problems_on("cuda", "--quantize_base=nf4") == []
 
 
+@pytest.mark.parametrize(("device", "precision", "can", "noted"), [
+    ("cpu", "bf16", False, True), ("cpu", "bf16", True, False), ("cpu", "no", False, False),
+    ("mps", "bf16", False, False),
+])  # fmt: skip
+def test_a_cpu_without_bf16_gets_a_note(
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: str, can: bool, noted: bool
+) -> None:
+    """It emulates it, at minutes a step."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: can)
+    accelerator = Namespace(device=torch.device(device), mixed_precision=precision, is_main_process=True, log_with=[])
+    problems = trainer.Problems(accelerator)
+    trainer.check_machine(parse(), accelerator, problems)
+    assert ["--mixed_precision no" in note for note in problems.notes] == [True] * noted and not problems.problems
+
+
 def test_a_tpu_is_refused() -> None:
     """With what makes accelerate take the GPU beside it."""
     [problem] = problems_on("xla")

@@ -72,3 +72,19 @@ def test_what_ends_an_import_is_one_line(
     command = [sys.executable, *options, ROOT / script, "--help"]
     run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1 and run.stderr.startswith(name) and run.stderr.count("\n") == 1
+
+
+def test_the_threads_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """taskset, a job scheduler or a container can leave it fewer CPUs than there are; the launcher allows one."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
+    trainer.make_accelerator(parse("--report_to=none"))
+    assert trainer.torch.get_num_threads() == 2
+
+
+def test_where_no_system_tells_all_cpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows and on a Mac."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert trainer.usable_cpus() == 3

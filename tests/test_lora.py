@@ -3,12 +3,14 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
@@ -366,6 +368,35 @@ def test_a_lora_of_a_model_of_another_width_is_refused(train: Train, tmp_path: P
     save_file(wide, tmp_path / "wide")
     with pytest.raises(SystemExit, match="is not a LoRA .* see "):
         train(f"--pretrained_lora_path={tmp_path / 'wide'}")
+
+
+@pytest.mark.parametrize(("metadata", "part"), [
+    ([1, 2], "[1, 2]"),
+    ({"lora_alpha": "strong"}, "lora_alpha is 'strong'"),
+    ({"lora_alpha": None}, "lora_alpha is None"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    ({"lora_alpha": 4, "alpha_pattern": {"attn.to_q": 2}}, "alpha_pattern"),
+    ({"lora_alpha": 4, "use_rslora": True}, "use_rslora"),
+])  # fmt: skip
+def test_a_lora_whose_strength_is_unclear_is_refused(train: Train, tmp_path: Path, metadata: Any, part: str) -> None:
+    """Its file is named, and what stands in its metadata."""
+    weights = load_file(train(max_train_steps=1) / trainer.LORA_NAME)
+    if isinstance(metadata, dict):
+        metadata = {f"transformer.{name}": value for name, value in metadata.items()}
+    about = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)}
+    save_file(weights, tmp_path / "start.safetensors", about)
+    with pytest.raises(SystemExit, match=f"start.safetensors .*{re.escape(part)}"):
+        train(f"--pretrained_lora_path={tmp_path / 'start.safetensors'}", "--dry_run")
+
+
+def test_a_lora_that_is_not_finite_is_refused(train: Train, tmp_path: Path) -> None:
+    """By the name of the weight."""
+    weights = load_file(train(max_train_steps=1) / trainer.LORA_NAME)
+    name = list(weights)[3]
+    weights[name][0, 0] = torch.nan
+    save_file(weights, tmp_path / "start.safetensors")
+    with pytest.raises(SystemExit, match=f"start.safetensors .*not finite.*{name.removeprefix('transformer.')}"):
+        train(f"--pretrained_lora_path={tmp_path / 'start.safetensors'}", "--dry_run")
 
 
 # ------------------------------------------------------------------------------------------------------------ the card

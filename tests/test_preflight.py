@@ -82,3 +82,58 @@ def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = trainer.Problems(t4)
     trainer.check_machine(parse("--report_to=none"), t4, problems)
     assert problems.problems == ["Tesla T4 only emulates bf16; use --mixed_precision fp16."]
+
+
+def weights(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("diffusion_pytorch_model*.safetensors"))
+
+
+@pytest.mark.parametrize("flags", [["--variant=fp16"], []])
+def test_weights_of_another_variant_are_seen_before_anything_loads(
+    train: Train, tiny: Path, tmp_path: Path, flags: list[str]
+) -> None:
+    """With and without --variant, each part is named, with the files that there are; a folder gets no link."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    if not flags:
+        for path in weights(model):
+            path.rename(path.with_suffix(".fp16.safetensors"))
+    with pytest.raises(SystemExit) as exit_info:
+        train("--dry_run", *flags, pretrained_model_name_or_path=model)
+    message = str(exit_info.value)
+    assert f"transformer of {model}" in message and f"vae of {model}" in message and "https:" not in message
+    assert message.count(f"It has: {weights(model)[0].name}.") == 2 and "--variant" in message
+
+
+@pytest.mark.parametrize("name", [
+    "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.safetensors.fp16.index.json",
+])  # fmt: skip
+def test_weights_in_one_file_or_several_are_found(name: str) -> None:
+    """By every spelling of the index's name that the libraries have used."""
+    args = parse("--variant=fp16")
+    assert not trainer.missing_weights(["transformer/config.json", f"transformer/{name}"], args, "transformer")
+    assert trainer.missing_weights([f"vae/{name}"], args, "transformer")
+    assert trainer.missing_weights([f"transformer/{name}"], parse(), "transformer")
+
+
+def test_the_hub_is_asked_for_the_files_of_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request; without an answer, what was downloaded before may be enough."""
+    asked = []
+
+    def list_repo_files(api: object, repo_id: str, revision: str | None) -> list[str]:
+        asked.append((repo_id, revision))
+        return ["vae/config.json"]
+
+    monkeypatch.setattr(trainer.HfApi, "list_repo_files", list_repo_files)
+    args = parse("--pretrained_model_name_or_path=me/sd3", "--revision=v2")
+    assert trainer.list_model_files(args, None) == ["vae/config.json"] and asked == [("me/sd3", "v2")]
+    monkeypatch.undo()
+    assert trainer.list_model_files(args, None) is None  # the tests are offline
+
+
+@pytest.mark.parametrize(("model", "has_link"), [("me/sd3", True), ("./sd3", False), ("/data/models/sd3", False)])
+def test_only_a_repository_gets_a_link(train: Train, model: str, has_link: bool) -> None:
+    """A path would make an address that does not exist."""
+    with pytest.raises(SystemExit) as exit_info:
+        train("--dry_run", pretrained_model_name_or_path=model)
+    assert ("https://huggingface.co/" in str(exit_info.value)) == has_link

@@ -300,8 +300,8 @@ def test_a_path_that_is_no_checkpoint_is_refused(train: Train) -> None:
         train("--resume_from_checkpoint=checkpoint-3")
 
 
-@pytest.mark.parametrize("kind", ["missing", "unknown", "compiled"])
-def test_a_checkpoint_whose_lora_has_other_names_is_refused(train: Train, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["missing", "unknown", "compiled", "other shape", "one state", "other moments"])
+def test_a_checkpoint_that_does_not_fit_is_refused(train: Train, kind: str) -> None:
     """PEFT passes over names that it does not know, so the run would go on from a LoRA that does nothing."""
     checkpoint = train("--checkpointing_steps=4") / "checkpoint-4"
     saved = state(checkpoint)
@@ -310,10 +310,16 @@ def test_a_checkpoint_whose_lora_has_other_names_is_refused(train: Train, kind: 
         saved["lora"] = {f"_orig_mod.{name}": value for name, value in saved["lora"].items()}
     elif kind == "unknown":
         saved["lora"]["one.too.many"] = torch.zeros(2)
+    elif kind == "other shape":
+        saved["lora"][names[0]] = torch.zeros(2, 2)
+    elif kind == "one state":
+        saved["optimizer"]["state"] = {0: saved["optimizer"]["state"][0]}
+    elif kind == "other moments":
+        saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(2, 2)
     else:
         del saved["lora"][names[-1]]
     torch.save(saved, checkpoint / trainer.STATE_NAME)
-    with pytest.raises(SystemExit, match="checkpoint's LoRA does not fit"):
+    with pytest.raises(SystemExit, match="The checkpoint does not fit the model"):
         train(LATEST, "--dry_run")
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -66,14 +67,16 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [
-    b"", pickle.dumps([]), "a list", {"global_step": 2}, "code",
-], ids=["empty", "pickle", "list", "other keys", "code"])  # fmt: skip
+    b"", pickle.dumps([]), "a list", {"global_step": 2}, "code", "a step of text", "settings in a list",
+], ids=["empty", "pickle", "list", "other keys", "code", "step", "settings"])  # fmt: skip
 def test_a_state_of_another_kind_is_not_a_complete_checkpoint(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object
 ) -> None:
     """Whatever stands in training_state.pt, no code in it runs; the checkpoint before it is taken."""
     state = train("--checkpointing_steps=2") / "checkpoint-4" / trainer.STATE_NAME
     values = {"a list": [1, 2], "code": Evil(tmp_path / "ran")}
+    whole = torch.load(state, weights_only=True)
+    values |= {"a step of text": whole | {"global_step": "4"}, "settings in a list": whole | {"settings": [1]}}
     if isinstance(content, bytes):
         state.write_bytes(content)
     else:
@@ -257,6 +260,24 @@ def test_a_full_disk_is_one_message(train: Train, small_files: Callable[[int], N
     assert all(load_file(path) for path in new) and all(path.parent.name == "latents" for path in new)
 
 
+@pytest.mark.parametrize("size", [0, 200])
+def test_a_disk_that_is_full_before_the_first_event_is_one_message(
+    train: Train, small_files: Callable[[int], None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], size: int,
+) -> None:  # fmt: skip
+    """TensorBoard's thread prints no traceback beside it; another error of a thread is printed."""
+    train("--report_to=none")
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has its own
+    small_files(size)
+    with pytest.raises(SystemExit, match="The disk is full"):
+        train()
+    assert "Traceback" not in capsys.readouterr().err
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_a_full_disk_while_a_preview_is_written_is_one_message(
     train: Train, small_files: Callable[[int], None]
 ) -> None:
@@ -267,6 +288,15 @@ def test_a_full_disk_while_a_preview_is_written_is_one_message(
     with pytest.raises(SystemExit, match="The disk is full"):
         train(PREVIEWS[0], "--resolution=128")
     assert contents(output / "samples") == before == {}
+
+
+def test_latents_that_were_cut_short_are_encoded_again(train: Train) -> None:
+    """An archive or a drive in the cloud can end early; the LoRA is the same."""
+    output = train()
+    expected = lora(output)
+    for path in (output / "latents").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    assert equal(lora(train()), expected)
 
 
 def test_out_of_gpu_memory_says_what_to_change(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

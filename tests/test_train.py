@@ -171,6 +171,49 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
     assert len(lines) == 1 and "30 of 30" in lines[0] and "loss" in lines[0]
 
 
+@pytest.mark.parametrize("error", [
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory"),
+])  # fmt: skip
+def test_a_library_that_finds_no_memory_makes_blocks_recompute(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: RuntimeError
+) -> None:
+    """cuBLAS allocates beside torch, in the first backward pass; the figure of the peak begins again after it."""
+    probe, tried, reset = trainer.time_micro_batch, [], []
+
+    def full_once(*args: object) -> float:
+        tried.append(len(reset))
+        if len(tried) == 1:
+            raise error
+        return probe(*args)
+
+    monkeypatch.setattr(trainer, "time_micro_batch", full_once)
+    monkeypatch.setattr(trainer, "peak_memory", lambda: "")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append(1))
+    choose = trainer.choose_recomputation
+
+    def choose_on_a_gpu(*args: object) -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            return choose(*args)
+
+    monkeypatch.setattr(trainer, "choose_recomputation", choose_on_a_gpu)
+    monkeypatch.setattr(trainer.diffusers.training_utils, "free_memory", lambda: None)
+    train(max_train_steps=1)
+    assert "1 of 2 blocks recompute" in capsys.readouterr().out and tried == [0, 1]
+
+
+def test_another_error_of_the_first_step_stays_one(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not look like a lack of memory."""
+
+    def fail(*_: object) -> float:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(trainer, "time_micro_batch", fail)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        train()
+
+
 def test_without_a_tracker_nothing_is_logged(train: Train) -> None:
     """--report_to none."""
     assert not (train("--report_to=none") / "logs").exists()
