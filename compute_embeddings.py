@@ -17,6 +17,7 @@ A map of this file, from top to bottom:
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import logging
@@ -37,7 +38,6 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import diffusers  # this and transformers load their parts on first use, so --help answers soon
 import numpy as np
-import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -503,6 +503,7 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
             print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")
     for path in sidecars:
         try:
+            check_regular_file(path)
             text = path.read_text("utf-8-sig")
         except (OSError, ValueError) as error:
             problems.append(f"{path} cannot be read: {error}. Captions are UTF-8.")
@@ -518,17 +519,44 @@ def check_caption(path: Path, name: Any, text: Any, images: set[Path], problems:
     if image not in images:
         problems.append(f"{path} has a caption of {name}; only images directly in {path.parent} are read.")
         return {}
-    is_nan = text != text  # pandas and Arrow write an empty cell so
+    is_nan = text != text  # what pandas writes into Parquet and JSON for an empty cell
     if not isinstance(text, str | int | float) or is_nan or not str(text).strip():
         problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
         return {}
     return {image: " ".join(str(text).split())}
 
 
+def read_csv_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; raises OSError or ValueError if it is not readable."""
+    rows = []
+    wrong_lines = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)  # an open quote is an error
+            header = next(reader, [])
+            for values in reader:
+                if len(values) == len(header):
+                    rows.append(dict(zip(header, values, strict=True)))
+                elif values:  # not an empty line
+                    wrong_lines.append(reader.line_num)
+    except csv.Error as error:
+        raise ValueError(f"{error}, in line {reader.line_num}") from error
+    if "file_name" not in header or "text" not in header:
+        raise ValueError(f"its first line is {','.join(header)!r}")
+    if wrong_lines:
+        lines = ", ".join(str(line) for line in wrong_lines[:10])
+        raise ValueError(
+            f"rows with more or fewer fields than the {len(header)} of the first line: {len(wrong_lines)}, in line "
+            f"{lines}; a caption that contains a comma needs quotes"
+        )
+    return rows
+
+
 def read_metadata_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metadata file; raises OSError or ValueError if it is not readable."""
+    check_regular_file(path)
     if path.suffix == ".csv":
-        return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+        return read_csv_rows(path)
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
     lines = path.read_text("utf-8-sig").split("\n")
