@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -63,6 +64,20 @@ def test_sidecars(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -
     (folder / name).write_text("sks dog")
     assert captions_of(folder)["a.jpg"] == "sks dog"
     assert "skipped" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_match_whichever_system_wrote_their_accents(forms: tuple[str, str], folder: Path) -> None:
+    """A Mac writes e and its accent (NFD), others é (NFC): in sidecars and in metadata."""
+    of_images, of_captions = forms
+    (folder / "a.jpg").rename(folder / unicodedata.normalize(of_images, "é.jpg"))
+    (folder / "c.png").rename(folder / unicodedata.normalize(of_images, "ü.png"))
+    (folder / unicodedata.normalize(of_captions, "é.txt")).write_text("one")
+    row = {"file_name": unicodedata.normalize(of_captions, "ü.png"), "text": "two"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    captions = captions_of(folder)
+    assert captions[unicodedata.normalize(of_images, "é.jpg")] == "one"
+    assert captions[unicodedata.normalize(of_images, "ü.png")] == "two"
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
