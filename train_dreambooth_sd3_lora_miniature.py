@@ -467,6 +467,7 @@ class Example:
     path: Path
     sha256: str  # of the image file, by which the embeddings name it
     latents: Path  # the safetensors file of its latents, which is written before training
+    size: tuple[int, int]  # (height, width) in pixels
     shape: tuple[int, int]  # (height, width) in pixels that it is trained in
     prompt: str = ""
     loss_weight: float = 1.0
@@ -788,7 +789,7 @@ def find_examples(
             continue
         shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
         name = digest([sha256, mask, identity, shape, crops, args.random_flip])
-        examples.append(Example(path, sha256, args.output_dir / "latents" / f"{name}.safetensors", shape))
+        examples.append(Example(path, sha256, args.output_dir / "latents" / f"{name}.safetensors", size, shape))
     if args.alpha_mask and folder == args.instance_data_dir and not any(gather_object([some_are_masked])):
         problems.add(
             f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{', NAME'.join(MASK_ENDINGS)}."
@@ -1599,6 +1600,8 @@ def draw_progress(folder: Path, rows: int, last_step: int) -> Image.Image:
 # and adds what is wrong to the Problems; it writes nothing, prints nothing, and does not end the run. So all problems
 # of a run, in all its processes, come in one message.
 
+COMMON_WORDS = set("a an the of in on at with and photo picture image painting drawing style".split())
+
 
 def preflight(args: Args, accelerator: Accelerator) -> Plan:
     """Check everything that can be checked in seconds, and return the plan; problems end the run in one message."""
@@ -1617,6 +1620,8 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     examples = find_examples(args.instance_data_dir, args, base_model, accelerator, problems)
     embeddings = open_embeddings(args, base_model, problems)
     examples = with_prompts(examples, embeddings, args, problems)
+    note_odd_sizes(examples, problems)
+    note_captions_without_rare_word(examples, args, problems)
 
     # All of it together: how many steps, of what, and whether the checkpoint may be continued with that.
     plan = None
@@ -1839,6 +1844,44 @@ def with_prompts(
     if prompt in embeddings.row_of_prompt and prompt != embeddings.about.get("prompt") and prompt not in captions:
         problems.add(f"In {path} --instance_prompt {prompt!r} is the caption of no image. {fix}")
     return examples
+
+
+def note_odd_sizes(examples: list[Example], problems: Problems) -> None:
+    """Note images that are enlarged more than twice, and those of which a crop shows less than half."""
+    small = []
+    oblong = []
+    for example in examples:
+        (height, width), (trained_height, trained_width) = example.size, example.shape
+        scales = (trained_height / height, trained_width / width)
+        if max(scales) > 2:
+            small.append(example.path)
+        if min(scales) < max(scales) / 2:
+            oblong.append(example.path)
+    if small:
+        problems.note(f"images that are enlarged more than twice: {len(small)} (first: {small[0]})")
+    if oblong:
+        problems.note(
+            f"images of which a crop shows less than half: {len(oblong)} (first: {oblong[0]}); crop them to the "
+            "subject, or use --aspect_ratio_buckets"
+        )
+
+
+def note_captions_without_rare_word(examples: list[Example], args: Args, problems: Problems) -> None:
+    """Note captions without any of the words that are to stand for the subject."""
+    common = COMMON_WORDS | words_of(args.class_prompt or "")
+    rare = words_of(args.instance_prompt) - common
+    without = [example.path for example in examples if example.prompt and not rare & words_of(example.prompt)]
+    if rare and without:
+        words = ", ".join(sorted(rare))
+        problems.note(
+            f"captions without any of the words {words}: {len(without)} (first: that of {without[0]}); these images "
+            "do not teach what --instance_prompt means"
+        )
+
+
+def words_of(prompt: str) -> set[str]:
+    """Return the words of a prompt in small letters."""
+    return set(re.findall(r"\w+", prompt.lower()))
 
 
 def choose_seed(args: Args, checkpoint: dict[str, Any], drawn_seed: int) -> int:
