@@ -666,6 +666,7 @@ TURNS = {  # what makes an image of each EXIF orientation upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+CAPTIONS_IN_PREFLIGHT = 500  # 8 s; of more captions, those that a run will see are read before its training
 CROPS_PER_IMAGE = 4  # a random crop is one of this many places, since latents are encoded before training
 
 
@@ -848,6 +849,19 @@ class PromptEmbeddings:
         return embeds
 
 
+def check_embeddings(
+    examples: list[Example], embeddings: PromptEmbeddings, args: Args, accelerator: Accelerator, problems: Problems
+) -> None:
+    """Check that the prompts of these examples have finite embeddings; each process reads its share, 16 ms each."""
+    known = [example.prompt for example in examples if example.prompt in embeddings.row_of_prompt]
+    prompts = list(dict.fromkeys(known))  # each once; what is not known is a problem already
+    for prompt in prompts[accelerator.process_index :: accelerator.num_processes]:
+        try:
+            embeddings[prompt]
+        except (OSError, ValueError, pa.ArrowException) as error:
+            problems.add(f"{embeddings.path}: {first_line(error)}. Run: {embeddings_command(args, embeddings.about)}")
+
+
 def load_vae(args: Args, dtype: torch.dtype) -> diffusers.AutoencoderKL:
     """Load the VAE in a dtype."""
     load = diffusers.AutoencoderKL.from_pretrained
@@ -962,6 +976,16 @@ def sample_order(kinds: list[list[Example]], seed: int, micro_batch: int, length
             for _ in range(samples_per_turn):
                 order.append(deck.deal())
     return order[:length]
+
+
+def check_order(order: list[Example], args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
+    """End the run if a caption that the training will show has no finite embeddings, unless preflight has read all."""
+    captions = {example.prompt for example in plan.examples}
+    problems = Problems(accelerator)
+    if len(captions) > CAPTIONS_IN_PREFLIGHT:
+        samples_left = order[state.global_step * plan.samples_per_step :]
+        check_embeddings(samples_left, plan.embeddings, args, accelerator, problems)
+    problems.stop_if_any()
 
 
 @dataclass
@@ -1620,6 +1644,9 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     examples = find_examples(args.instance_data_dir, args, base_model, accelerator, problems)
     embeddings = open_embeddings(args, base_model, problems)
     examples = with_prompts(examples, embeddings, args, problems)
+    captions = {example.prompt for example in examples}
+    if embeddings and len(captions) <= CAPTIONS_IN_PREFLIGHT:
+        check_embeddings(examples, embeddings, args, accelerator, problems)
     note_odd_sizes(examples, problems)
     note_captions_without_rare_word(examples, args, problems)
 
@@ -2250,6 +2277,7 @@ def main(args: Args) -> None:
             # The whole run's samples, in order; a resumed run trains the rest of them.
             micro_batch = args.train_batch_size * accelerator.num_processes
             order = sample_order(kinds, plan.seed, micro_batch, plan.max_train_steps * plan.samples_per_step)
+            check_order(order, args, plan, state, accelerator)
             dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
             model, dataloader = prepare_training(args, plan, state, dataset, accelerator)
             accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)

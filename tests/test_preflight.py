@@ -5,6 +5,9 @@ import shutil
 import types
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -100,6 +103,29 @@ def test_a_caption_without_the_rare_word_is_noted(
     train("--dry_run", *flags, instance_data_dir=folder, data_df_path=embeddings)
     notes = notes_of(capsys.readouterr().out, "captions without")
     assert len(notes) == noted and all("sks" in note and "1 (first: " in note and "c.png" in note for note in notes)
+
+
+@pytest.mark.parametrize("in_preflight", [True, False])
+def test_a_caption_that_is_not_finite_is_found_before_training(
+    train: Train, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_preflight: bool
+) -> None:
+    """Of few captions in preflight, of many when it is known which ones the training shows; not at its third step."""
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (folder / "c.txt").write_text("a dog asleep")
+    embeddings = compute(tiny, folder, tmp_path / "e.parquet", "--no_t5")
+    table = pq.read_table(embeddings)
+    values = table["pooled_prompt_embeds"].combine_chunks().to_numpy_ndarray().copy()
+    values[table["prompt"].to_pylist().index("a dog asleep"), 3] = np.nan
+    column = pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+    table = table.set_column(table.column_names.index("pooled_prompt_embeds"), "pooled_prompt_embeds", column)
+    pq.write_table(table, embeddings, row_group_size=1)
+    flags = ["--dry_run"]
+    if not in_preflight:
+        monkeypatch.setattr(trainer, "CAPTIONS_IN_PREFLIGHT", 1)
+        flags = []
+    monkeypatch.setattr(trainer, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match="e.parquet: .*'a dog asleep' are not finite. Run: python compute_emb"):
+        train(*flags, instance_data_dir=folder, data_df_path=embeddings, max_train_steps=5)
 
 
 @pytest.mark.parametrize("name", ["joint_attention_dim", "pooled_projection_dim"])
