@@ -17,6 +17,7 @@ A map of this file, from top to bottom:
 from __future__ import annotations
 
 import argparse
+import csv
 import difflib
 import errno
 import hashlib
@@ -30,6 +31,7 @@ import struct
 import sys
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -45,7 +47,6 @@ if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "I
 
 import diffusers  # this and transformers load their parts on first use, so --help answers soon
 import numpy as np
-import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -591,15 +592,15 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
     """
     images_of: dict[str, list[Path]] = {}  # by stem: a.txt is the caption of a.jpg and of a.png
     for image in images:
-        images_of.setdefault(image.stem, []).append(image)
+        images_of.setdefault(composed(image.stem), []).append(image)
     known = {*images, *map(mask_path_of, images)}
 
     captions: dict[Path, str] = {}
     sidecars = []
     for path in sorted(folder.glob("[!.]*")):
         if path.name in METADATA_NAMES:
-            captions |= read_metadata_file(path, set(images), problems)
-        elif path.suffix.lower() in (".txt", ".caption") and path.stem in images_of:
+            captions |= read_metadata_file(path, images, problems)
+        elif path.suffix.lower() in (".txt", ".caption") and composed(path.stem) in images_of:
             sidecars.append(path)
         elif path not in known and not path.is_dir():
             print(f"note: skipped {path}: {why_not_used(path)}")
@@ -610,53 +611,98 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
             print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")
     for path in sidecars:
         try:
+            check_regular_file(path)
             text = path.read_text("utf-8-sig")
         except (OSError, ValueError) as error:
             problems.append(f"{path} cannot be read: {error}. Captions are UTF-8.")
             continue
-        for image in images_of[path.stem]:
-            captions |= check_caption(path, image.name, text, {image}, problems)
+        captioned = images_of[composed(path.stem)]
+        caption = check_caption(path, captioned[0].name, text, problems)
+        if caption:
+            captions |= dict.fromkeys(captioned, caption)
     return captions
 
 
-def check_caption(path: Path, name: Any, text: Any, images: set[Path], problems: list[str]) -> dict[Path, str]:
-    """Return {image: caption} for an image's name and its caption as a file gives them, or {} and a problem."""
-    image = path.parent / str(name)
-    if image not in images:
-        problems.append(f"{path} has a caption of {name}; only images directly in {path.parent} are read.")
-        return {}
-    is_nan = text != text  # only NaN differs from itself; pandas and Arrow use it for an empty cell
+def composed(name: object) -> str:
+    """Return a name with accents as parts of their letters (NFC): a Mac may have written them apart (NFD)."""
+    return unicodedata.normalize("NFC", str(name))
+
+
+def check_caption(path: Path, name: str, text: Any, problems: list[str]) -> str:
+    """Return an image's caption in one line, given what a file says, or "" and a problem."""
+    is_nan = text != text  # what pandas writes into Parquet and JSON for an empty cell
     if isinstance(text, bool) or not isinstance(text, str | int | float) or is_nan or not str(text).strip():
         problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
-        return {}
-    return {image: " ".join(str(text).split())}
+        return ""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:  # JSON can hold one half of an emoji
+        problems.append(f"{path}: the caption of {name} is not Unicode: {text!r}. Write it again.")
+        return ""
+    return " ".join(str(text).split())
+
+
+def read_csv_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; raises OSError or ValueError if it is not readable."""
+    rows = []
+    wrong_lines = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)  # an open quote is an error
+            header = next(reader, [])
+            for values in reader:
+                if len(values) == len(header):
+                    rows.append(dict(zip(header, values, strict=True)))
+                elif values:  # not an empty line
+                    wrong_lines.append(reader.line_num)
+    except csv.Error as error:
+        raise ValueError(f"{error}, in line {reader.line_num}") from error
+    if "file_name" not in header or "text" not in header:
+        raise ValueError(f"its first line is {','.join(header)!r}")
+    if wrong_lines:
+        lines = ", ".join(str(line) for line in wrong_lines[:10])
+        raise ValueError(
+            f"rows with more or fewer fields than the {len(header)} of the first line: {len(wrong_lines)}, in line "
+            f"{lines}; a caption that contains a comma needs quotes"
+        )
+    return rows
 
 
 def read_metadata_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metadata file; raises OSError or ValueError if it is not readable."""
+    check_regular_file(path)
     if path.suffix == ".csv":
-        return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+        return read_csv_rows(path)
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
     lines = path.read_text("utf-8-sig").split("\n")
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def read_metadata_file(path: Path, images: set[Path], problems: list[str]) -> dict[Path, str]:
+def read_metadata_file(path: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
     """Return the captions in a metadata file, which has columns file_name and text."""
     try:
         rows = read_metadata_rows(path)
     except (OSError, ValueError, pa.ArrowException) as error:
         problems.append(f"{path} cannot be read: {error}. Tables are UTF-8 and have columns file_name and text.")
         return {}
+    image_of = {composed(image): image for image in images}
     captions: dict[Path, str] = {}
     for row in rows:
         if not isinstance(row, dict) or "file_name" not in row or "text" not in row:
             problems.append(f"{path} has a row without file_name or text: {row!r}.")
             return {}
-        for image, caption in check_caption(path, row["file_name"], row["text"], images, problems).items():
-            if image in captions:
-                problems.append(f"{path} has two rows for {image}. Keep one of them.")
+        name = str(row["file_name"])
+        image = image_of.get(composed(path.parent / name))
+        if image is None:
+            exists = os.path.exists(path.parent / name)
+            reason = "is not an image directly in" if exists else "does not exist in"
+            problems.append(f"{path} has a caption of {name}, which {reason} {path.parent}.")
+            continue
+        caption = check_caption(path, name, row["text"], problems)
+        if image in captions:
+            problems.append(f"{path} has two rows for {image}. Keep one of them.")
+        if caption:
             captions[image] = caption
     return captions
 

@@ -560,6 +560,7 @@ class Example:
     path: Path
     sha256: str  # of the image file, by which the embeddings name it
     latents: Path  # the safetensors file of its latents, which is written before training
+    size: tuple[int, int]  # (height, width) in pixels
     shape: tuple[int, int]  # (height, width) in pixels that it is trained in
     prompt: str = ""
     loss_weight: float = 1.0
@@ -862,6 +863,7 @@ TURNS = {  # what makes an image of each EXIF orientation upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+CAPTIONS_IN_PREFLIGHT = 500  # 8 s; of more captions, those that a run will see are read before its training
 CROPS_PER_IMAGE = 4  # a random crop is one of this many places, since latents are encoded before training
 
 
@@ -985,7 +987,7 @@ def find_examples(
             continue
         shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
         name = digest([sha256, mask, identity, shape, crops, args.random_flip])
-        examples.append(Example(path, sha256, args.output_dir / "latents" / f"{name}.safetensors", shape))
+        examples.append(Example(path, sha256, args.output_dir / "latents" / f"{name}.safetensors", size, shape))
     if args.alpha_mask and folder == args.instance_data_dir and not any(gather_object([some_are_masked])):
         problems.add(
             f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{', NAME'.join(MASK_ENDINGS)}."
@@ -1042,6 +1044,19 @@ class PromptEmbeddings:
             if not embeds[name].isfinite().all():
                 raise ValueError(f"the embeddings of {prompt!r} are not finite")
         return embeds
+
+
+def check_embeddings(
+    examples: list[Example], embeddings: PromptEmbeddings, args: Args, accelerator: Accelerator, problems: Problems
+) -> None:
+    """Check that the prompts of these examples have finite embeddings; each process reads its share, 16 ms each."""
+    known = [example.prompt for example in examples if example.prompt in embeddings.row_of_prompt]
+    prompts = list(dict.fromkeys(known))  # each once; what is not known is a problem already
+    for prompt in prompts[accelerator.process_index :: accelerator.num_processes]:
+        try:
+            embeddings[prompt]
+        except (OSError, ValueError, pa.ArrowException) as error:
+            problems.add(f"{embeddings.path}: {first_line(error)}. Run: {embeddings_command(args, embeddings.about)}")
 
 
 def load_vae(args: Args, dtype: torch.dtype) -> diffusers.AutoencoderKL:
@@ -1168,6 +1183,16 @@ def sample_order(kinds: list[list[Example]], seed: int, micro_batch: int, length
             for _ in range(samples_per_turn):
                 order.append(deck.deal())
     return order[:length]
+
+
+def check_order(order: list[Example], args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
+    """End the run if a caption that the training will show has no finite embeddings, unless preflight has read all."""
+    captions = {example.prompt for example in plan.examples}
+    problems = Problems(accelerator)
+    if len(captions) > CAPTIONS_IN_PREFLIGHT:
+        samples_left = order[state.global_step * plan.samples_per_step :]
+        check_embeddings(samples_left, plan.embeddings, args, accelerator, problems)
+    problems.stop_if_any()
 
 
 @dataclass
@@ -1885,6 +1910,8 @@ def draw_progress(folder: Path, rows: int, last_step: int) -> Image.Image:
 # and adds what is wrong to the Problems; it writes nothing, prints nothing, and does not end the run. So all problems
 # of a run, in all its processes, come in one message.
 
+COMMON_WORDS = set("a an the of in on at with and photo picture image painting drawing style".split())
+
 
 def preflight(args: Args, accelerator: Accelerator) -> Plan:
     """Check everything that can be checked in seconds, and return the plan; problems end the run in one message."""
@@ -1903,6 +1930,11 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     examples = find_examples(args.instance_data_dir, args, base_model, accelerator, problems)
     embeddings = open_embeddings(args, base_model, problems)
     examples = with_prompts(examples, embeddings, args, problems)
+    captions = {example.prompt for example in examples}
+    if embeddings and len(captions) <= CAPTIONS_IN_PREFLIGHT:
+        check_embeddings(examples, embeddings, args, accelerator, problems)
+    note_odd_sizes(examples, problems)
+    note_captions_without_rare_word(examples, args, problems)
 
     # All of it together: how many steps, of what, and whether the checkpoint may be continued with that.
     plan = None
@@ -2173,6 +2205,44 @@ def with_prompts(
     if prompt in embeddings.row_of_prompt and prompt != embeddings.about.get("prompt") and prompt not in captions:
         problems.add(f"No image in {path} has the caption {prompt!r} of --instance_prompt. {fix}")
     return examples
+
+
+def note_odd_sizes(examples: list[Example], problems: Problems) -> None:
+    """Note images that are enlarged more than twice, and those of which a crop shows less than half."""
+    small = []
+    oblong = []
+    for example in examples:
+        (height, width), (trained_height, trained_width) = example.size, example.shape
+        scales = (trained_height / height, trained_width / width)
+        if max(scales) > 2:
+            small.append(example.path)
+        if min(scales) < max(scales) / 2:
+            oblong.append(example.path)
+    if small:
+        problems.note(f"images that are enlarged more than twice: {len(small)} (first: {small[0]})")
+    if oblong:
+        problems.note(
+            f"images of which a crop shows less than half: {len(oblong)} (first: {oblong[0]}); crop them to the "
+            "subject, or use --aspect_ratio_buckets"
+        )
+
+
+def note_captions_without_rare_word(examples: list[Example], args: Args, problems: Problems) -> None:
+    """Note captions without any of the words that are to stand for the subject."""
+    common = COMMON_WORDS | words_of(args.class_prompt or "")
+    rare = words_of(args.instance_prompt) - common
+    without = [example.path for example in examples if example.prompt and not rare & words_of(example.prompt)]
+    if rare and without:
+        words = ", ".join(sorted(rare))
+        problems.note(
+            f"captions without any of the words {words}: {len(without)} (first: that of {without[0]}); these images "
+            "do not teach what --instance_prompt means"
+        )
+
+
+def words_of(prompt: str) -> set[str]:
+    """Return the words of a prompt in small letters."""
+    return set(re.findall(r"\w+", prompt.lower()))
 
 
 def choose_seed(args: Args, checkpoint: dict[str, Any], drawn_seed: int) -> int:
@@ -2721,6 +2791,7 @@ def main(args: Args) -> None:
             # The whole run's samples, in order; a resumed run trains the rest of them.
             micro_batch = args.train_batch_size * accelerator.num_processes
             order = sample_order(kinds, plan.seed, micro_batch, plan.max_train_steps * plan.samples_per_step)
+            check_order(order, args, plan, state, accelerator)
             dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
             model, dataloader = prepare_training(args, plan, state, dataset, accelerator)
             accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)

@@ -3,9 +3,11 @@
 import json
 import shutil
 import time
+import unicodedata
 from pathlib import Path
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -64,23 +66,44 @@ def test_sidecars(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "skipped" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_match_whichever_system_wrote_their_accents(forms: tuple[str, str], folder: Path) -> None:
+    """A Mac writes e and its accent (NFD), others é (NFC): in sidecars and in metadata."""
+    of_images, of_captions = forms
+    (folder / "a.jpg").rename(folder / unicodedata.normalize(of_images, "é.jpg"))
+    (folder / "c.png").rename(folder / unicodedata.normalize(of_images, "ü.png"))
+    (folder / unicodedata.normalize(of_captions, "é.txt")).write_text("one")
+    row = {"file_name": unicodedata.normalize(of_captions, "ü.png"), "text": "two"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    captions = captions_of(folder)
+    assert captions[unicodedata.normalize(of_images, "é.jpg")] == "one"
+    assert captions[unicodedata.normalize(of_images, "ü.png")] == "two"
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
 def test_metadata(name: str, folder: Path) -> None:
     """As datasets' ImageFolder takes it; ./ is normalized; a byte order mark, as Windows writes it, is no text."""
-    table, path = (
-        pd.DataFrame({"file_name": ["a.jpg", "./c.png"], "text": ["one", "2"], "other": [1, 2]}),
-        folder / name,
-    )
+    path = folder / name
+    rows = [{"file_name": "a.jpg", "text": "one", "other": 1}, {"file_name": "./c.png", "text": "2", "other": 2}]
     if name == "metadata.parquet":
-        table.set_index("file_name").to_parquet(path)
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif name == "metadata.jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), "utf-8-sig")
     else:
-        text = table.to_csv(index=False) if name == "metadata.csv" else table.to_json(orient="records", lines=True)
-        path.write_text(text, "utf-8-sig")
+        path.write_text("file_name,text,other\na.jpg,one,1\n./c.png,2,2\n", "utf-8-sig")
     rest = dict.fromkeys(["b.JPEG", "d.webp", "e.bmp"], PROMPT)
     assert captions_of(folder) == {"a.jpg": "one", "c.png": "2"} | rest
 
 
-def test_words_that_pandas_takes_for_nothing_are_text(folder: Path) -> None:
+def test_captions_in_csv_may_have_commas_quotes_and_lines(folder: Path) -> None:
+    """In quotes, as spreadsheets write them."""
+    rows = ["text,file_name", '"a dog, ""sitting""\nin the snow",a.jpg', "", "a cat,c.png", ""]
+    (folder / "metadata.csv").write_bytes("\r\n".join(rows).encode())
+    captions = captions_of(folder)
+    assert (captions["a.jpg"], captions["c.png"]) == ('a dog, "sitting" in the snow', "a cat")
+
+
+def test_words_that_mean_nothing_elsewhere_are_text(folder: Path) -> None:
     """None, NA, null and numbers as captions."""
     (folder / "metadata.csv").write_text("file_name,text\na.jpg,None\nb.JPEG,NA\nc.png,null\nd.webp,007\ne.bmp,nan\n")
     expected = ["None", "NA", "null", "007", "nan"]

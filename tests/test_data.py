@@ -31,7 +31,7 @@ def make_args(*flags: str, model: Path = Path("m")) -> Namespace:
 
 
 def make_example(path: Path | str, shape: tuple[int, int] = ENTIRE) -> trainer.Example:
-    return trainer.Example(Path(path), "", Path(f"{path}.latents"), shape, PROMPT)
+    return trainer.Example(Path(path), "", Path(f"{path}.latents"), shape, shape, PROMPT)
 
 
 @pytest.fixture

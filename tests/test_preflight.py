@@ -5,12 +5,15 @@ import shutil
 import types
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PROMPT, Train, parse
+from conftest import PROMPT, Train, compute, parse
 
 
 def test_all_problems_are_reported_at_once(train: Train, tmp_path: Path) -> None:
@@ -62,6 +65,67 @@ def test_what_cannot_work_is_refused_before_a_model_loads(
     monkeypatch.setattr(trainer, "load_vae", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=part):
         train(*flags)
+
+
+def notes_of(output: str, part: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("note: ") and part in line]
+
+
+def test_small_and_long_photos_are_noted(
+    train: Train, tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are enlarged, or mostly cut off: one note each, with the count and the first."""
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    for name, size in [("small.png", (20, 24)), ("tiny.png", (1, 1)), ("wide.png", (600, 64))]:
+        Image.new("RGB", size).save(folder / name)
+    embeddings = compute(tiny, folder, tmp_path / "e.parquet", "--no_t5")
+    train("--dry_run", instance_data_dir=folder, data_df_path=embeddings)
+    output = capsys.readouterr().out
+    [small] = notes_of(output, "enlarged")
+    [long] = notes_of(output, "less than half")
+    assert "2 (first: " in small and "small.png" in small and "1 (first: " in long and "wide.png" in long
+    train("--dry_run")
+    assert not notes_of(capsys.readouterr().out, "first")
+
+
+@pytest.mark.parametrize(("caption", "flags", "noted"), [
+    ("a photo of a cat in the snow", [], True), ("a dog asleep", [], False), ("SKS, asleep", [], False),
+    ("a dog asleep", ["--class_prompt=a photo of a dog"], True),
+])  # fmt: skip
+def test_a_caption_without_the_rare_word_is_noted(
+    train: Train, tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    caption: str, flags: list[str], noted: bool
+) -> None:  # fmt: skip
+    """The LoRA would not answer to it; with the class prompt it is known which words are not rare."""
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (folder / "c.txt").write_text(caption)
+    embeddings = compute(tiny, folder, tmp_path / "e.parquet", "--no_t5")
+    train("--dry_run", *flags, instance_data_dir=folder, data_df_path=embeddings)
+    notes = notes_of(capsys.readouterr().out, "captions without")
+    assert len(notes) == noted and all("sks" in note and "1 (first: " in note and "c.png" in note for note in notes)
+
+
+@pytest.mark.parametrize("in_preflight", [True, False])
+def test_a_caption_that_is_not_finite_is_found_before_training(
+    train: Train, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_preflight: bool
+) -> None:
+    """Of few captions in preflight, of many when it is known which ones the training shows; not at its third step."""
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (folder / "c.txt").write_text("a dog asleep")
+    embeddings = compute(tiny, folder, tmp_path / "e.parquet", "--no_t5")
+    table = pq.read_table(embeddings)
+    values = table["pooled_prompt_embeds"].combine_chunks().to_numpy_ndarray().copy()
+    values[table["prompt"].to_pylist().index("a dog asleep"), 3] = np.nan
+    column = pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+    table = table.set_column(table.column_names.index("pooled_prompt_embeds"), "pooled_prompt_embeds", column)
+    pq.write_table(table, embeddings, row_group_size=1)
+    flags = ["--dry_run"]
+    if not in_preflight:
+        monkeypatch.setattr(trainer, "CAPTIONS_IN_PREFLIGHT", 1)
+        flags = []
+    monkeypatch.setattr(trainer, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match="e.parquet: .*'a dog asleep' are not finite. Run: python compute_emb"):
+        train(*flags, instance_data_dir=folder, data_df_path=embeddings, max_train_steps=5)
 
 
 @pytest.mark.parametrize("name", ["joint_attention_dim", "pooled_projection_dim"])
