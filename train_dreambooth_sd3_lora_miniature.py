@@ -1910,7 +1910,8 @@ def draw_progress(folder: Path, rows: int, last_step: int) -> Image.Image:
 # and adds what is wrong to the Problems; it writes nothing, prints nothing, and does not end the run. So all problems
 # of a run, in all its processes, come in one message.
 
-COMMON_WORDS = set("a an the of in on at with and photo picture image painting drawing style".split())
+COMMON_WORDS = {"a", "an", "the", "of", "in", "on", "at", "with", "and"}
+COMMON_WORDS |= {"photo", "picture", "image", "painting", "drawing", "style"}
 
 
 def preflight(args: Args, accelerator: Accelerator) -> Plan:
