@@ -200,7 +200,7 @@ def test_a_library_that_finds_no_memory_makes_blocks_recompute(
     monkeypatch.setattr(trainer, "choose_recomputation", choose_on_a_gpu)
     monkeypatch.setattr(trainer.diffusers.training_utils, "free_memory", lambda: None)
     train(max_train_steps=1)
-    assert "1 of 2 blocks recompute" in capsys.readouterr().out and tried == [0, 1]
+    assert "checkpointing: 1 of 2 blocks" in capsys.readouterr().out and tried == [0, 1]
 
 
 def test_another_error_of_the_first_step_stays_one(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
