@@ -267,8 +267,9 @@ def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
         options["help"] += " (required)"
     else:
         options["default"] = each.default
-        if each.default not in (None, "", ()) and each.default is not False:
-            options["help"] += f" (default: {each.default})"
+        shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
+        if shown not in (None, "") and shown is not False:
+            options["help"] += f" (default: {shown})"
     if kind is bool:
         options["action"] = "store_true"
         return options
@@ -290,19 +291,18 @@ def flag_problems(args: Args) -> list[str]:
     """Return what is wrong with single flags: numbers outside of their limits, and texts that are not UTF-8."""
     problems = []
     for each in fields(args):
-        value = getattr(args, each.name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = each.metadata["minimum"], each.metadata["maximum"]
-            if low is None:
-                low = 1 if isinstance(value, int) else 1e-30
-            if high is None:
-                high = 10_000_000 if isinstance(value, int) else 1e30
-            if not low <= value <= high:  # this way around, since nan compares as False
-                problems.append(f"--{each.name} {value} is not between {low} and {high}")
-        texts = value if isinstance(value, tuple) else [str(value)]
-        for text in texts:
+        given = getattr(args, each.name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                low, high = each.metadata["minimum"], each.metadata["maximum"]
+                if low is None:
+                    low = 1 if isinstance(value, int) else 1e-30
+                if high is None:
+                    high = 10_000_000 if isinstance(value, int) else 1e30
+                if not low <= value <= high:  # this way around, since nan compares as False
+                    problems.append(f"--{each.name} {value} is not between {low} and {high}")
             try:
-                text.encode()
+                str(value).encode()
             except UnicodeEncodeError:
                 problems.append(f"--{each.name} is not UTF-8")
     return problems
@@ -735,7 +735,7 @@ def advice_on_model(name: str) -> str:
     """Return what to try if a model cannot be loaded."""
     if Path(name).is_dir():
         return "The folder must have diffusers' layout, with whole weight files in the safetensors format."
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         return "There is no such folder, and no repository can have this name."
     return (
         "There is no such folder. The repository may be gated: accept its license on "

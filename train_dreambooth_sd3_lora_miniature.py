@@ -36,6 +36,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -51,7 +52,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
@@ -161,8 +162,9 @@ class Args:
     instance_prompt: str = flag(
         "data", MISSING, "prompt of the images, such as 'a photo of sks dog'", metavar="PROMPT",
         aliases=("prompt",), embeddings_flag="prompt")
-    resolution: int = flag(
-        "data", 512, "training resolution: the side of a square in pixels, a multiple of 16", on_resume=REFUSED)
+    resolution: tuple[int, ...] = flag(
+        "data", (512,), "training resolution: the side of a square in pixels, a multiple of 16; of several, such as "
+        "512 1024, each image is trained at all that it is large enough for", on_resume=REFUSED)
     aspect_ratio_buckets: str | None = flag(
         "data", None, "shapes to train on instead of the square; without a value, common shapes of the same area",
         const="auto", metavar="H,W;H,W", on_resume=REFUSED)
@@ -458,8 +460,9 @@ def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
         options["help"] += " (required)"
     else:
         options["default"] = each.default
-        if each.default not in (None, "", ()) and each.default is not False:
-            options["help"] += f" (default: {each.default})"
+        shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
+        if shown not in (None, "") and shown is not False:
+            options["help"] += f" (default: {shown})"
     if kind is bool:
         options["action"] = "store_true"
         return options
@@ -481,19 +484,18 @@ def flag_problems(args: Args) -> list[str]:
     """Return what is wrong with single flags: numbers outside of their limits, and texts that are not UTF-8."""
     problems = []
     for each in fields(args):
-        value = getattr(args, each.name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = each.metadata["minimum"], each.metadata["maximum"]
-            if low is None:
-                low = 1 if isinstance(value, int) else 1e-30
-            if high is None:
-                high = 10_000_000 if isinstance(value, int) else 1e30
-            if not low <= value <= high:  # this way around, since nan compares as False
-                problems.append(f"--{each.name} {value} is not between {low} and {high}")
-        texts = value if isinstance(value, tuple) else [str(value)]
-        for text in texts:
+        given = getattr(args, each.name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                low, high = each.metadata["minimum"], each.metadata["maximum"]
+                if low is None:
+                    low = 1 if isinstance(value, int) else 1e-30
+                if high is None:
+                    high = 10_000_000 if isinstance(value, int) else 1e30
+                if not low <= value <= high:  # this way around, since nan compares as False
+                    problems.append(f"--{each.name} {value} is not between {low} and {high}")
             try:
-                text.encode()
+                str(value).encode()
             except UnicodeEncodeError:
                 problems.append(f"--{each.name} is not UTF-8")
     return problems
@@ -502,11 +504,18 @@ def flag_problems(args: Args) -> list[str]:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Parse the command line; all mistakes that can be seen in it alone end the program in one message."""
     parser = Parser(Args, str(__doc__ or "").split("\n")[0])
-    args = Args(**parser.parse_values(argv))
+    values = parser.parse_values(argv)
+    values["resolution"] = tuple(sorted(set(values["resolution"])))
+    args = Args(**values)
     problems = flag_problems(args) + combination_problems(args)
     if problems:
         parser.error("\n  ".join(problems))
     return args
+
+
+def listed(values: tuple[object, ...]) -> str:
+    """Return several values of a flag as they are typed."""
+    return " ".join(str(value) for value in values)
 
 
 def combination_problems(args: Args) -> list[str]:
@@ -515,8 +524,10 @@ def combination_problems(args: Args) -> list[str]:
     try:
         training_shapes(args)
     except ValueError:
-        given = f"--resolution {args.resolution}, --aspect_ratio_buckets {args.aspect_ratio_buckets}"
+        given = f"--resolution {listed(args.resolution)}, --aspect_ratio_buckets {args.aspect_ratio_buckets}"
         problems.append(f"{given}: sides must be multiples of 16, and shapes have the form height,width;height,width")
+    if len(args.resolution) > 1 and args.aspect_ratio_buckets not in (None, "auto"):
+        problems.append("--aspect_ratio_buckets with shapes of your own goes with a single --resolution")
     if args.hub_token and args.report_to in ("wandb", "all"):
         problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
@@ -530,23 +541,27 @@ def combination_problems(args: Args) -> list[str]:
     return problems
 
 
-def training_shapes(args: Args) -> list[tuple[int, int]]:
-    """Return the shapes that images are trained in, (height, width) in pixels: the square, or aspect-ratio buckets.
+def training_shapes(args: Args) -> dict[int, list[tuple[int, int]]]:
+    """Return for each training resolution the shapes of images, (height, width) in pixels.
 
-    Raises ValueError if a side is not a multiple of 16: the VAE divides it by 8, the transformer's patches by 2.
+    It is the square or, with --aspect_ratio_buckets, several of the same area. Raises ValueError if a side is not a
+    multiple of 16: the VAE divides it by 8, the transformer's patches by 2.
     """
-    if args.aspect_ratio_buckets is None:
-        shapes = [(args.resolution, args.resolution)]
-    elif args.aspect_ratio_buckets == "auto":
-        shapes = diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution)
-    else:
-        shapes = diffusers.training_utils.parse_buckets_string(args.aspect_ratio_buckets)
-    sides = [args.resolution]  # of previews and class images, whatever the buckets are
-    for height, width in shapes:
-        sides += [height, width]
+    shapes_of = {}
+    sides = list(args.resolution)  # the largest is that of previews and class images, whatever the buckets are
+    for resolution in args.resolution:
+        if args.aspect_ratio_buckets is None:
+            shapes = [(resolution, resolution)]
+        elif args.aspect_ratio_buckets == "auto":
+            shapes = diffusers.training_utils.generate_aspect_ratio_buckets(resolution)
+        else:
+            shapes = diffusers.training_utils.parse_buckets_string(args.aspect_ratio_buckets)
+        for height, width in shapes:
+            sides += [height, width]
+        shapes_of[resolution] = shapes
     if any(side < 16 or side % 16 for side in sides):
         raise ValueError(f"not all of {sides} are multiples of 16")
-    return shapes
+    return shapes_of
 
 
 # ----------------------------------------------------------------------------------------------------------- records
@@ -555,13 +570,14 @@ def training_shapes(args: Args) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Example:
-    """One training image."""
+    """One training image at one training resolution."""
 
     path: Path
     sha256: str  # of the image file, by which the embeddings name it
     latents: Path  # the safetensors file of its latents, which is written before training
     size: tuple[int, int]  # (height, width) in pixels
     shape: tuple[int, int]  # (height, width) in pixels that it is trained in
+    has_alpha: bool  # whether it has an alpha channel, which --alpha_mask can use
     prompt: str = ""
     loss_weight: float = 1.0
 
@@ -728,7 +744,7 @@ def advice_on_model(name: str) -> str:
     """Return what to try if a model cannot be loaded."""
     if Path(name).is_dir():
         return "The folder must have diffusers' layout, with whole weight files in the safetensors format."
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         return "There is no such folder, and no repository can have this name."
     return (
         "There is no such folder. The repository may be gated: accept its license on "
@@ -958,25 +974,25 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
 
 
 def find_examples(
-    folder: Path, args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems
+    images: list[Path], args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems
 ) -> list[Example]:
-    """Return the images of a folder, still without prompts; each process inspects its share.
+    """Return an Example for each image and resolution, still without prompts; each process inspects its share.
 
-    The file of an image's latents is named by a digest of all that the latents depend on.
+    The smallest resolution takes all images, a larger one those that need not be enlarged for it. The file of an
+    Example's latents is named by a digest of all that the latents depend on.
     """
-    shapes = training_shapes(args)
+    shapes_of = training_shapes(args)
     identity = base_model.identity if base_model else ""
     crops = True if args.center_crop else CROPS_PER_IMAGE
     examples = []
-    some_are_masked = False
-    for path in find_images(folder)[accelerator.process_index :: accelerator.num_processes]:
+    for path in images[accelerator.process_index :: accelerator.num_processes]:
         mask_path = mask_path_of(path)
         try:
             with reading_image(path), open_image(path) as image:
                 size = (image.height, image.width)
                 if exif_orientation(image) >= 5 and image.format != "TIFF":  # whose size Pillow has turned already
                     size = (image.width, image.height)
-                some_are_masked |= mask_path is not None or image.has_transparency_data
+                has_alpha = image.has_transparency_data
                 sha256 = sha256_of(path)
             mask: str | bool = args.alpha_mask
             if args.alpha_mask and mask_path:
@@ -985,14 +1001,24 @@ def find_examples(
         except UnreadableImageError as error:
             problems.add(str(error))
             continue
-        shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
-        name = digest([sha256, mask, identity, shape, crops, args.random_flip])
-        examples.append(Example(path, sha256, args.output_dir / "latents" / f"{name}.safetensors", size, shape))
-    if args.alpha_mask and folder == args.instance_data_dir and not any(gather_object([some_are_masked])):
-        problems.add(
-            f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{', NAME'.join(MASK_ENDINGS)}."
-        )
+        for resolution, shapes in shapes_of.items():
+            shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
+            if resolution > min(shapes_of) and enlargement(size, shape) > 1:
+                continue
+            name = digest([sha256, mask, identity, shape, crops, args.random_flip])
+            latents = args.output_dir / "latents" / f"{name}.safetensors"
+            examples.append(Example(path, sha256, latents, size, shape, has_alpha))
     return sorted(gather_object(examples), key=lambda example: example.path)
+
+
+def enlargement(size: tuple[int, int], shape: tuple[int, int]) -> float:
+    """Return the factor by which an image is enlarged to fill a shape; both are (height, width)."""
+    return max(shape[0] / size[0], shape[1] / size[1])
+
+
+def paths_of(examples: list[Example]) -> list[Path]:
+    """Return the files of examples, each of them once."""
+    return list(dict.fromkeys(example.path for example in examples))
 
 
 class PromptEmbeddings:
@@ -1442,7 +1468,7 @@ def choose_recomputation(
     del optimizer_states  # only their room was wanted
     recomputed = {0: "off", blocks: f"all {blocks} blocks"}.get(count, f"{count} of {blocks} blocks")
     accelerator.print(f"gradient checkpointing: {recomputed}, {peak_memory()}")
-    return seconds
+    return seconds * float(np.mean(areas)) / max(areas)  # smaller shapes take less, roughly by their pixels
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -1609,7 +1635,7 @@ def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: s
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.trigger_phrase": args.instance_prompt,
-        "modelspec.resolution": f"{args.resolution}x{args.resolution}",
+        "modelspec.resolution": f"{max(args.resolution)}x{max(args.resolution)}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     save_file(lora, path, metadata)
@@ -1785,8 +1811,8 @@ def generate_images(
         pooled_prompt_embeds=for_each_image(prompt["pooled_prompt_embeds"]),
         negative_prompt_embeds=for_each_image(negative_prompt["prompt_embeds"]),
         negative_pooled_prompt_embeds=for_each_image(negative_prompt["pooled_prompt_embeds"]),
-        height=args.resolution,
-        width=args.resolution,
+        height=max(args.resolution),
+        width=max(args.resolution),
         guidance_scale=guidance_of(args, transformer.config),
         num_inference_steps=args.num_inference_steps,
         generator=generators,
@@ -1803,7 +1829,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 def class_folder(args: Args) -> Path:
     """Return --class_data_dir, or a folder that another model, class prompt or resolution does not share."""
-    made_by = [args.pretrained_model_name_or_path, args.revision, args.class_prompt, args.resolution]
+    made_by = [args.pretrained_model_name_or_path, args.revision, args.class_prompt, max(args.resolution)]
     return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
 
 
@@ -1835,10 +1861,11 @@ def make_class_images(
     accelerator.wait_for_everyone()
 
     problems = Problems(accelerator)
-    found = find_examples(folder, args, plan.base_model, accelerator, problems)
+    paths = find_images(folder)[: args.num_class_images]
+    found = find_examples(paths, args, plan.base_model, accelerator, problems)
     problems.stop_if_any()
     examples = []
-    for example in found[: args.num_class_images]:
+    for example in found:
         examples.append(replace(example, prompt=str(args.class_prompt), loss_weight=args.prior_loss_weight))
     return examples
 
@@ -1928,13 +1955,15 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     # The base model without its weights, and what must fit it: the LoRA to start from, the images, the embeddings.
     base_model = inspect_base_model(args, problems)
     start_lora = read_start_lora(args, base_model, problems)
-    examples = find_examples(args.instance_data_dir, args, base_model, accelerator, problems)
+    images = find_images(args.instance_data_dir)
+    examples = find_examples(images, args, base_model, accelerator, problems)
+    check_masks(images, examples, args, problems)
     embeddings = open_embeddings(args, base_model, problems)
     examples = with_prompts(examples, embeddings, args, problems)
     captions = {example.prompt for example in examples}
     if embeddings and len(captions) <= CAPTIONS_IN_PREFLIGHT:
         check_embeddings(examples, embeddings, args, accelerator, problems)
-    note_odd_sizes(examples, problems)
+    note_odd_sizes(examples, args, problems)
     note_captions_without_rare_word(examples, args, problems)
 
     # All of it together: how many steps, of what, and whether the checkpoint may be continued with that.
@@ -2037,18 +2066,18 @@ def inspect_base_model(args: Args, problems: Problems) -> BaseModel | None:
         problems.add(str(message))
         return None
     files = list_model_files(args, token)
-    for subfolder in ("transformer", "vae"):
-        missing = missing_weights(files, args, subfolder) if files is not None else ""
-        if missing:
-            problems.add(missing)
+    if files is not None:
+        missing = [missing_weights(files, args, subfolder) for subfolder in ("transformer", "vae")]
+        if any(missing):  # usually of both, for the same reason
+            problems.add("\n  ".join(message for message in missing if message))
     largest = skeleton.config.pos_embed_max_size * skeleton.config.patch_size * 8  # a latent is 8 x 8 pixels
-    side = args.resolution
-    for height, width in training_shapes(args):
+    side = max(args.resolution)
+    for height, width in itertools.chain(*training_shapes(args).values()):
         side = max(side, height, width)
     if side > largest:
         problems.add(
-            f"--resolution {args.resolution} or --aspect_ratio_buckets: a side of {side} pixels is above the model's "
-            f"{largest}."
+            f"--resolution {listed(args.resolution)} or --aspect_ratio_buckets: a side of {side} pixels is above the "
+            f"model's {largest}."
         )
     for layer in args.lora_layers.split(","):
         if not lora_targets(skeleton, layer):
@@ -2196,10 +2225,10 @@ def with_prompts(
     fix = f"Run: {embeddings_command(args, embeddings.about)}"
     prompt_of = embeddings.prompt_of_image
     examples = [replace(example, prompt=prompt_of.get(example.sha256, "")) for example in examples]
-    missing = [example.path.name for example in examples if example.sha256 not in prompt_of]
+    missing = paths_of([example for example in examples if example.sha256 not in prompt_of])
     if missing:
-        count = f"{len(missing)} of {len(examples)} images in {folder}"
-        problems.add(f"{count} have no embeddings in {path} (first: {missing[0]}). {fix}")
+        count = f"{len(missing)} of {len(paths_of(examples))} images in {folder}"
+        problems.add(f"{count} have no embeddings in {path} (first: {missing[0].name}). {fix}")
     # --instance_prompt must be what compute_embeddings.py was told, or at least the caption of an image.
     prompt = args.instance_prompt
     captions = {example.prompt for example in examples}
@@ -2208,23 +2237,36 @@ def with_prompts(
     return examples
 
 
-def note_odd_sizes(examples: list[Example], problems: Problems) -> None:
-    """Note images that are enlarged more than twice, and those of which a crop shows less than half."""
-    small = []
+def check_masks(images: list[Path], examples: list[Example], args: Args, problems: Problems) -> None:
+    """Check that some image has a mask, if --alpha_mask is to mean something."""
+    has_masks = any(example.has_alpha for example in examples) or any(mask_path_of(path) for path in images)
+    if args.alpha_mask and not has_masks:
+        folder, endings = args.instance_data_dir, ", NAME".join(MASK_ENDINGS)
+        problems.add(f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{endings}.")
+
+
+def note_odd_sizes(examples: list[Example], args: Args, problems: Problems) -> None:
+    """Note images that are enlarged more than twice, those that a resolution leaves out, and those mostly cut off."""
+    enlarged = paths_of([each for each in examples if enlargement(each.size, each.shape) > 2])
+    if enlarged:
+        problems.note(f"images that are enlarged more than twice: {len(enlarged)} (first: {enlarged[0]})")
+    counts = Counter(example.path for example in examples)
+    small = [path for path, count in counts.items() if count < len(args.resolution)]
+    if small:
+        problems.note(
+            f"images too small for {max(args.resolution)} pixels, trained at lower resolutions alone: {len(small)} "
+            f"(first: {small[0]})"
+        )
     oblong = []
     for example in examples:
         (height, width), (trained_height, trained_width) = example.size, example.shape
         scales = (trained_height / height, trained_width / width)
-        if max(scales) > 2:
-            small.append(example.path)
         if min(scales) < max(scales) / 2:
-            oblong.append(example.path)
-    if small:
-        problems.note(f"images that are enlarged more than twice: {len(small)} (first: {small[0]})")
+            oblong.append(example)
     if oblong:
         problems.note(
-            f"images of which a crop shows less than half: {len(oblong)} (first: {oblong[0]}); crop them to the "
-            "subject, or use --aspect_ratio_buckets"
+            f"images of which a crop shows less than half: {len(paths_of(oblong))} (first: {oblong[0].path}); crop "
+            "them to the subject, or use --aspect_ratio_buckets"
         )
 
 
@@ -2232,7 +2274,7 @@ def note_captions_without_rare_word(examples: list[Example], args: Args, problem
     """Note captions without any of the words that are to stand for the subject."""
     common = COMMON_WORDS | words_of(args.class_prompt or "")
     rare = words_of(args.instance_prompt) - common
-    without = [example.path for example in examples if example.prompt and not rare & words_of(example.prompt)]
+    without = paths_of([each for each in examples if each.prompt and not rare & words_of(each.prompt)])
     if rare and without:
         words = ", ".join(sorted(rare))
         problems.note(
@@ -2256,7 +2298,7 @@ def choose_seed(args: Args, checkpoint: dict[str, Any], drawn_seed: int) -> int:
 
 
 def samples_per_epoch(args: Args, examples: list[Example]) -> int:
-    """Return how many samples show every image of the subject once."""
+    """Return how many samples show every image of the subject once, at each resolution."""
     return len(examples) * 2 if args.with_prior_preservation else len(examples)
 
 
@@ -2283,14 +2325,19 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
     for each in fields(args):
         if each.metadata["on_resume"] != FREE and not each.metadata["secret"]:
             settings[each.name] = getattr(args, each.name)
+    if len(args.resolution) == 1:  # a number, as in earlier versions' checkpoints; trackers take no tuple
+        settings["resolution"] = args.resolution[0]
+    else:
+        settings["resolution"] = listed(args.resolution)
     about = plan.embeddings.about
     per_micro_batch = args.train_batch_size * accelerator.num_processes
+    one_shape_each = args.aspect_ratio_buckets or len(args.resolution) > 1  # of micro-batches
     return settings | {
         "seed": plan.seed,
         "max_train_steps": plan.max_train_steps,
         "mixed_precision": accelerator.mixed_precision,
         "samples per step": plan.samples_per_step,
-        "samples per micro-batch": per_micro_batch if args.aspect_ratio_buckets else None,  # they have one shape
+        "samples per micro-batch": per_micro_batch if one_shape_each else None,
         "images and captions": digest([(example.latents.name, example.prompt) for example in plan.examples]),
         "embeddings": f"T5 {about.get('t5')}, {about.get('max_sequence_length')} tokens",
         "base model": plan.base_model.identity,
@@ -2367,7 +2414,10 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     epochs = plan.max_train_steps * plan.samples_per_step / samples_per_epoch(args, plan.examples)
     steps = f"{count_of(plan.max_train_steps, 'step')} of {count_of(plan.samples_per_step, 'sample')}"
     digits = 1 if epochs < 10 else 0
-    problems.note(f"{count_of(len(plan.examples), 'image')}, {steps}: {epochs:.{digits}f} epochs, seed {plan.seed}")
+    images = count_of(len(paths_of(plan.examples)), "image")
+    if len(args.resolution) > 1:
+        images += f" at the resolutions {listed(args.resolution)}"
+    problems.note(f"{images}, {steps}: {epochs:.{digits}f} epochs, seed {plan.seed}")
     if args.validation_prompt or args.with_prior_preservation:
         guidance = guidance_of(args, plan.base_model.skeleton.config)
         problems.note(f"previews and class images: {args.num_inference_steps} steps, --guidance_scale {guidance:g}")
@@ -2472,8 +2522,8 @@ def usage_code(args: Args, plan: Plan, source: str) -> str:
         f"max_sequence_length={about.get('max_sequence_length')}",
         f"guidance_scale={guidance_of(args, plan.base_model.skeleton.config)}",
         f"num_inference_steps={args.num_inference_steps}",
-        f"height={args.resolution}",
-        f"width={args.resolution}",
+        f"height={max(args.resolution)}",
+        f"width={max(args.resolution)}",
     ]
     return f"""import torch
 from diffusers import StableDiffusion3Pipeline

@@ -207,6 +207,12 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "unknown flag": (nothing, "--zoom 3", 2, "--zoom"),
     "flag with nothing": (nothing, "--instance_prompt=--", 2, "--instance_prompt"),
     "resolution off the grid": (nothing, "--resolution 100", 2, "--resolution 100"),
+    "several resolutions with shapes of one": (
+        nothing,
+        "--resolution 48 64 --aspect_ratio_buckets 64,64",
+        2,
+        "--aspect_ratio_buckets .*--resolution",
+    ),
     "resolution of previews off the grid": (
         nothing,
         "--resolution 70 --aspect_ratio_buckets 64,64",

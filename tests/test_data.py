@@ -31,7 +31,7 @@ def make_args(*flags: str, model: Path = Path("m")) -> Namespace:
 
 
 def make_example(path: Path | str, shape: tuple[int, int] = ENTIRE) -> trainer.Example:
-    return trainer.Example(Path(path), "", Path(f"{path}.latents"), shape, shape, PROMPT)
+    return trainer.Example(Path(path), "", Path(f"{path}.latents"), shape, shape, False, PROMPT)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_the_shape_of_a_turned_image_is_that_of_the_upright_one(tmp_path: Path, 
     Image.new("RGB", (96, 48)).save(tmp_path / name, exif=exif)
     args = make_args("--aspect_ratio_buckets=96,48;48,96")
     accelerator = trainer.make_accelerator(args)
-    [example] = trainer.find_examples(tmp_path, args, None, accelerator, trainer.Problems(accelerator))
+    [example] = trainer.find_examples([tmp_path / name], args, None, accelerator, trainer.Problems(accelerator))
     assert example.shape == (96, 48)
 
 
@@ -255,7 +255,9 @@ def latents_names(folder: Path, *flags: str, vae: str = "vae") -> list[str]:
     args = make_args(*flags)
     accelerator = trainer.make_accelerator(args)
     base_model = trainer.BaseModel(skeleton=None, identity=vae, noise_scheduler=None)
-    found = trainer.find_examples(folder, args, base_model, accelerator, trainer.Problems(accelerator))
+    found = trainer.find_examples(
+        trainer.find_images(folder), args, base_model, accelerator, trainer.Problems(accelerator)
+    )
     return [example.latents.name for example in found]
 
 
@@ -461,11 +463,39 @@ def test_captions_are_dropped_as_often_as_asked(samples: Callable[..., trainer.S
 
 def test_phone_photos_are_not_cut() -> None:
     """3:4, 4:3, 9:16, 16:9 and 3:2 have buckets of nearly the square's area: less than 3 % of a side is cut off."""
-    shapes = trainer.training_shapes(make_args("--aspect_ratio_buckets", "--resolution=1024"))
+    shapes = trainer.training_shapes(make_args("--aspect_ratio_buckets", "--resolution=1024"))[1024]
     assert len(shapes) == 11 and all(abs(height * width / 1024**2 - 1) < 0.03 for height, width in shapes)
     for width, height in [(3024, 4032), (4032, 3024), (1080, 1920), (1920, 1080), (3000, 2000), (2000, 2000)]:
         ratios = [(width / height) / (shape[1] / shape[0]) for shape in shapes]
         assert any(0.97 < ratio < 1 / 0.97 for ratio in ratios), (width, height)
+
+
+def test_each_image_trains_at_every_resolution_that_it_is_large_enough_for(
+    samples: Callable[..., trainer.SampleDataset], photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The smallest takes all; what a larger one leaves out is noted; an epoch shows each image at each of its own."""
+    small = []
+    for path in trainer.find_images(photos):
+        if min(Image.open(path).size) < 80:
+            small.append(path.name)
+    assert 0 < len(small) < 5
+    dataset = samples(
+        "--resolution", "80", "48", "80", "--num_train_epochs=2", "--dataloader_num_workers=0", max_train_steps=None
+    )
+    shapes: dict[str, list[int]] = {}
+    for example in dataset.order:
+        shapes.setdefault(example.path.name, []).append(example.shape[0])
+    for path in trainer.find_images(photos):
+        assert sorted(shapes[path.name]) == ([48, 48] if path.name in small else [48, 48, 80, 80])
+    output = capsys.readouterr().out
+    assert f"lower resolutions alone: {len(small)} (first: {photos / small[0]})" in output
+    assert "5 images at the resolutions 48 80" in output
+
+
+def test_a_micro_batch_has_one_resolution(load: Load) -> None:
+    """Images of several resolutions cannot be stacked; subject and class take turns by the micro-batch."""
+    sides = {batch["latents"].shape[-1] for batch in load("--resolution", "48", "64", "--train_batch_size=2")}
+    assert sides == {6, 8}
 
 
 def test_images_train_in_the_nearest_of_their_own_shapes(samples: Callable[..., trainer.SampleDataset]) -> None:

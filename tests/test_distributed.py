@@ -123,9 +123,10 @@ def test_one_process_resumes_what_two_began(train: Train, two: Path) -> None:
 
 
 def test_shapes_class_images_accumulation_and_previews(train: Train, launch: Launch, tmp_path: Path) -> None:
-    """All at once, in two processes as in one; each makes its share of the class images."""
+    """All at once, and two resolutions, in two processes as in one; each makes its share of the class images."""
     flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=3"]
-    flags += ["--sample_batch_size=1", "--gradient_accumulation_steps=2", "--aspect_ratio_buckets=64,80;80,64;64,64"]
+    flags += ["--sample_batch_size=1", "--gradient_accumulation_steps=2", "--aspect_ratio_buckets"]
+    flags += ["--resolution", "48", "64"]
     flags += [f"--validation_prompt={PREVIEW_PROMPT}", "--validation_steps=2"]
     finish(launch(tmp_path / "two", *flags))
     one = train(*flags, train_batch_size=2, max_train_steps=STEPS, output="one")

@@ -55,6 +55,21 @@ def test_class_images_are_of_the_model_without_a_lora_to_start_from(train: Train
     assert len(files) == 3 and all(difference(path, tmp_path / "other" / path.name) <= 1 for path in files)
 
 
+def test_class_images_are_made_at_the_largest_resolution_and_trained_at_each(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--num_class_images counts images, not their resolutions; previews have the largest as well."""
+    orders = []
+    monkeypatch.setattr(trainer, "check_order", lambda order, *_: orders.append(order))
+    flags = [f"--validation_prompt={PREVIEW_PROMPT}", "--num_validation_images=1", "--validation_steps=2"]
+    output = train(*class_flags(tmp_path / "class", 2), *flags, "--resolution", "48", "64", "--max_train_steps=8")
+    made = sorted((tmp_path / "class").iterdir())
+    assert [Image.open(path).size for path in made] == [(64, 64)] * 2
+    assert Image.open(output / "samples" / "step-000002-prompt-0-0.png").size == (64, 64)
+    shown = [(each.path.name, each.shape[0]) for each in orders[0] if each.path in made]
+    assert sorted(shown) == sorted((path.name, side) for path in made for side in (48, 64))
+
+
 def test_shapes_and_prior_preservation_train_together(train: Train, tmp_path: Path) -> None:
     """Upright and wide images of the subject, square ones of its class, in batches of two of one shape."""
     flags = [*class_flags(tmp_path / "class"), "--aspect_ratio_buckets", "--train_batch_size=2"]
