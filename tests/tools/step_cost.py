@@ -57,6 +57,10 @@ T5_BLOCKS = 24
 FOUR = "to_k,to_q,to_v,to_out.0"  # the reference's
 EIGHT = trainer.Args.lora_layers  # the default, diffusers' own
 LAYERS = {"four": FOUR, "eight": EIGHT, "all": f"{EIGHT},net.0.proj,net.2"}
+LATER = {  # diffusers' eight in the later blocks of the 24 of a medium model
+    "eight, last 18 blocks": "transformer_blocks.[6-9].attn.*,transformer_blocks.[12]?.attn.*",
+    "eight, last 12 blocks": "transformer_blocks.1[2-9].attn.*,transformer_blocks.2?.attn.*",
+}
 TEXT_TOKENS = 154  # 77 of CLIP and 77 of T5
 PROMPTS_AT_ONCE = embed.CHUNK_TOKENS // 77
 NF4_BYTES = 0.5625  # a weight and its share of the scales
@@ -178,7 +182,8 @@ def prepare_trainer(
         return on_meta(partial(SD3Transformer2DModel, **MODELS[model]), dtype, counter)
 
     required = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--data_df_path=e"]
-    flags = ["--instance_prompt=p", "--seed=0", f"--resolution={resolution}", f"--lora_layers={LAYERS[layers]}"]
+    targets = (LAYERS | LATER)[layers]
+    flags = ["--instance_prompt=p", "--seed=0", f"--resolution={resolution}", f"--lora_layers={targets}"]
     args = trainer.parse_args([*required, *flags, "--rank=4", "--optimizer=adamw", "--train_batch_size=1"])
     with patch.object(SD3Transformer2DModel, "from_pretrained", from_pretrained):
         transformer = trainer.load_transformer(args, torch.float16).train()
@@ -213,29 +218,33 @@ def cost_of_step(
 
 
 def count_step(model: str, resolution: int, layers: str = "four", checkpointing: bool = False) -> StepCost:
-    """The trainer's step at batch 1, rank 4, in fp16; `layers` is one of LAYERS."""
+    """The trainer's step at batch 1, rank 4, in fp16; `layers` is one of LAYERS or LATER."""
     with counting() as counter:
         transformer, optimizer, loss = prepare_trainer(model, resolution, layers, checkpointing, counter)
         return cost_of_step(counter, transformer, optimizer, lambda: loss().backward())
 
 
-def count_reference_step(model: str, resolution: int) -> StepCost:
-    """The same by the reference's rules: PEFT's LoRA, autocast, checkpointing, and the VAE in fp32 in every step."""
+def count_peft_step(model: str, resolution: int, layers: str, checkpointing: bool, encode: bool) -> StepCost:
+    """The same as diffusers' scripts do it: PEFT's LoRA under autocast; encode: the VAE, in fp32, in each step."""
     with counting() as counter:
-        vae = on_meta(partial(AutoencoderKL, **VAE), torch.float32, counter)
+        vae = on_meta(partial(AutoencoderKL, **VAE), torch.float32, counter) if encode else None
         transformer = on_meta(partial(SD3Transformer2DModel, **MODELS[model]), torch.float16, counter).train()
-        transformer.enable_gradient_checkpointing()
-        transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=FOUR.split(",")))
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=LAYERS[layers].split(",")))
         cast_training_params(transformer, dtype=torch.float32)
         optimizer = plain_adamw([each for each in transformer.parameters() if each.requires_grad])
         config = transformer.config
         prompt_embeds = empty(1, TEXT_TOKENS, config.joint_attention_dim, dtype=torch.float16)
         pooled_prompt_embeds = empty(1, config.pooled_projection_dim, dtype=torch.float16)
         sigmas = empty(1, 1, 1, 1, dtype=torch.float16)
+        cached_latents = empty(1, 16, resolution // 8, resolution // 8)
 
         def micro_step() -> None:
-            latents = vae.encode(empty(1, 3, resolution, resolution)).latent_dist.sample()  # (1, 16, H/8, W/8)
-            latents = (latents * vae.config.scaling_factor).half()
+            latents = cached_latents
+            if vae is not None:
+                latents = vae.encode(empty(1, 3, resolution, resolution)).latent_dist.sample()  # (1, 16, H/8, W/8)
+            latents = (latents * VAE["scaling_factor"]).half()
             noisy_latents = sigmas * torch.randn_like(latents) + (1 - sigmas) * latents
             with emulated_autocast():
                 pred = transformer(noisy_latents, prompt_embeds, pooled_prompt_embeds, empty(1)).sample.float()
@@ -243,6 +252,16 @@ def count_reference_step(model: str, resolution: int) -> StepCost:
                 loss.backward()  # what it recomputes is under autocast too
 
         return cost_of_step(counter, transformer, optimizer, micro_step)
+
+
+def count_reference_step(model: str, resolution: int) -> StepCost:
+    """The same by the reference's rules: four layers, all blocks recomputed, and the VAE in every step."""
+    return count_peft_step(model, resolution, "four", checkpointing=True, encode=True)
+
+
+def count_diffusers_step(model: str, resolution: int, checkpointing: bool) -> StepCost:
+    """The same by train_dreambooth_lora_sd3.py of diffusers at c56add8081 (July 2026), with --cache_latents."""
+    return count_peft_step(model, resolution, "eight", checkpointing, encode=False)
 
 
 @torch.no_grad()
@@ -301,6 +320,20 @@ def print_steps() -> None:
             cost = count_step(model, resolution, layers, checkpointing)
             cells = cost.tflop, round(cost.gb_moved), cost.peak_gib, cost.peak_gib - cost.nf4_saves_gib
             print_row(model, f"{resolution}²", layers, "all blocks" if checkpointing else "none", *cells)
+    print_compared_steps("sd3-medium", 1024)
+
+
+def print_compared_steps(model: str, resolution: int) -> None:
+    """Diffusers' maintained script, and a LoRA in the later blocks alone."""
+    for checkpointing in (False, True):
+        recomputed = "all blocks" if checkpointing else "none"
+        for layers in LATER:
+            cost = count_step(model, resolution, layers, checkpointing)
+            cells = cost.tflop, round(cost.gb_moved), cost.peak_gib, cost.peak_gib - cost.nf4_saves_gib
+            print_row(model, f"{resolution}²", layers, recomputed, *cells)
+        cost = count_diffusers_step(model, resolution, checkpointing)
+        cells = cost.tflop, round(cost.gb_moved), cost.peak_gib, ""
+        print_row(model, f"{resolution}²", "the step of diffusers' maintained script", recomputed, *cells)
 
 
 def print_the_rest() -> None:
