@@ -1349,14 +1349,25 @@ def set_lora(transformer: nn.Module, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"the LoRA lacks {missing}, and the model has no {result.unexpected_keys}")
 
 
-def trainable_parameters(transformer: nn.Module) -> list[nn.Parameter]:
-    """Return the LoRA's parameters."""
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the LoRA's parameters in a module."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def blocks_in_backward(transformer: diffusers.SD3Transformer2DModel) -> list[nn.Module]:
+    """Return the blocks that the backward pass goes through, which keep activations: from the first with a LoRA on."""
+    blocks = list(transformer.transformer_blocks)
+    for embedder in (transformer.pos_embed, transformer.context_embedder, transformer.time_text_embed):
+        if trainable_parameters(embedder):
+            return blocks
+    while blocks and not trainable_parameters(blocks[0]):
+        blocks.pop(0)
+    return blocks
 
 
 def recompute_blocks(transformer: diffusers.SD3Transformer2DModel, count: int) -> None:
-    """Make the first `count` blocks recompute their activations in the backward pass instead of keeping them."""
-    recomputed = set(transformer.transformer_blocks[:count])
+    """Make the first `count` blocks_in_backward recompute their activations there instead of keeping them."""
+    recomputed = set(blocks_in_backward(transformer)[:count])
 
     def call(block: nn.Module, *inputs: object) -> object:
         if block in recomputed:
@@ -1450,8 +1461,8 @@ def choose_recomputation(
     batch = send_to_device(batch, accelerator.device)
     lora_params = trainable_parameters(state.transformer)
     optimizer_states = [torch.empty_like(parameter) for parameter in lora_params * ADAM_STATES]
-    blocks = len(state.transformer.transformer_blocks)
-    counts = [blocks] if args.gradient_checkpointing else [0, blocks // 2, blocks]
+    blocks = len(blocks_in_backward(state.transformer))
+    counts = [blocks] if args.gradient_checkpointing else sorted({0, blocks // 2, blocks})
     for count in counts:
         recompute_blocks(state.transformer, count)
         if count != counts[0] and torch.cuda.is_available():
@@ -1466,7 +1477,8 @@ def choose_recomputation(
             state.transformer.zero_grad()
             diffusers.training_utils.free_memory()
     del optimizer_states  # only their room was wanted
-    recomputed = {0: "off", blocks: f"all {blocks} blocks"}.get(count, f"{count} of {blocks} blocks")
+    total = len(state.transformer.transformer_blocks)
+    recomputed = {0: "off", total: f"all {total} blocks"}.get(count, f"{count} of {total} blocks")
     accelerator.print(f"gradient checkpointing: {recomputed}, {peak_memory()}")
     return seconds * float(np.mean(areas)) / max(areas)  # smaller shapes take less, roughly by their pixels
 
@@ -1479,7 +1491,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> float:
     """Return the seconds that a forward and a backward pass take."""
-    for _ in range(2):  # the first one loads kernels
+    for _ in range(2 if batch["latents"].is_cuda else 1):  # on a GPU, the first one loads kernels
         started = time.monotonic()
         loss = training_loss(model, batch, dtype, args)
         loss.backward()

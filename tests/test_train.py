@@ -161,6 +161,19 @@ def test_as_few_blocks_recompute_as_the_memory_demands(
     assert all(logged(outputs[0]) == logged(output) for output in outputs)
 
 
+def test_blocks_before_the_first_lora_are_not_recomputed(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """They keep nothing, since no gradient passes through them: of two blocks, one is all that there is to choose."""
+    flags = ["--lora_layers=transformer_blocks.1.attn.*", "--gradient_checkpointing"]
+    train(*flags)
+    assert "gradient checkpointing: 1 of 2 blocks" in capsys.readouterr().out
+    train("--lora_layers=transformer_blocks.0.attn.to_q", "--gradient_checkpointing")
+    assert "gradient checkpointing: all 2 blocks" in capsys.readouterr().out
+    train("--lora_layers=context_embedder", "--gradient_checkpointing")
+    assert "gradient checkpointing: all 2 blocks" in capsys.readouterr().out
+    train("--lora_layers=proj_out", "--gradient_checkpointing")
+    assert "gradient checkpointing: off" in capsys.readouterr().out
+
+
 def test_without_a_terminal_progress_is_a_line_now_and_then(
     train: Train, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
