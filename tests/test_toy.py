@@ -1,6 +1,5 @@
 """On a model that has really learned something, the two scripts really teach it a subject."""
 
-import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from conftest import ROOT, compute
 TOY = ROOT / "tests" / "toy"
 sys.path.insert(0, str(TOY))
 from score import background_of, subject_fidelity  # noqa: E402
-from world import render_robot  # noqa: E402
+from world import save_robots_on_red  # noqa: E402
 
 PROMPT = "a photo of sks robot"
 ALL_LAYERS = "to_k,to_q,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj,to_add_out,net.0.proj,net.2"
@@ -58,14 +57,8 @@ def test_fidelity_rises_with_training_and_not_without(train: Callable[..., Path]
 @pytest.fixture(scope="module")
 def robots_on_red(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five images of the robot that all have the same background, each with a mask that leaves it out."""
-    folder, rng = tmp_path_factory.mktemp("red"), random.Random(11)
-    for number in range(5):
-        state = rng.getstate()
-        image = render_robot("red", rng, size=256)
-        rng.setstate(state)
-        differs = np.abs(np.int16(image) - np.int16(render_robot("blue", rng, size=256))).max(axis=2) > 40
-        image.save(folder / f"{number}.png")
-        Image.fromarray(np.uint8(255 * ~differs)).save(folder / f"{number}.mask.png")  # what both have is the robot
+    folder = tmp_path_factory.mktemp("red")
+    save_robots_on_red(folder)
     return folder
 
 

@@ -104,6 +104,19 @@ def render_robot(background: str, rng: random.Random, size: int = SIZE, details:
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
 
+def save_robots_on_red(folder: Path) -> None:
+    """Write five images of the robot that all have the same background, each with a mask that leaves it out."""
+    rng = random.Random(11)
+    for number in range(5):
+        state = rng.getstate()
+        image = render_robot("red", rng, size=256)
+        rng.setstate(state)
+        on_blue = render_robot("blue", rng, size=256)
+        differs = np.abs(np.int16(image) - np.int16(on_blue)).max(axis=2) > 40
+        image.save(folder / f"{number}.png")
+        Image.fromarray(np.uint8(255 * ~differs)).save(folder / f"{number}.mask.png")  # what both have is the robot
+
+
 def held_out_robots(count: int = 24, size: int = SIZE) -> list[Image.Image]:
     """Renderings of the robot on all backgrounds that are in no training set."""
     rng = random.Random(1_000)
