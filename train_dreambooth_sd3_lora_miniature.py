@@ -293,8 +293,8 @@ class Args:
     # checkpoints and logs
     checkpointing_steps: int = flag(
         "checkpoints and logs", 100, "optimizer steps between checkpoints", on_resume=FREE)
-    checkpoints_total_limit: int | None = flag(
-        "checkpoints and logs", None, "number of checkpoints to keep; unset: all", on_resume=FREE)
+    checkpoints_total_limit: int = flag(
+        "checkpoints and logs", 3, "number of checkpoints to keep, the newest ones; 0: all", minimum=0, on_resume=FREE)
     resume_from_checkpoint: str | None = flag(
         "checkpoints and logs", None, "checkpoint to continue from: the newest, or a path", metavar="latest|PATH",
         on_resume=FREE)
@@ -2418,7 +2418,7 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
 
 
 def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
-    """Note the size of the run and, in a dry run, what becomes of each image."""
+    """Note the size of the run, old checkpoints that it will remove and, in a dry run, what becomes of each image."""
     if args.dry_run:
         for example in plan.examples:
             height, width = example.shape
@@ -2433,6 +2433,11 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     if args.validation_prompt or args.with_prior_preservation:
         guidance = guidance_of(args, plan.base_model.skeleton.config)
         problems.note(f"previews and class images: {args.num_inference_steps} steps, --guidance_scale {guidance:g}")
+    existing = len(list_checkpoints(args.output_dir))
+    limit = args.checkpoints_total_limit
+    if limit and existing > limit:  # earlier versions kept all of them
+        kept = f"the first save keeps the newest {limit}; --checkpoints_total_limit 0 keeps all"
+        problems.note(f"{args.output_dir} has {existing} checkpoints: {kept}")
 
 
 # ----------------------------------------------------------------------------------------------- model card and Hub

@@ -118,6 +118,15 @@ def test_words_that_mean_nothing_elsewhere_are_text(folder: Path) -> None:
     assert list(captions_of(folder).values()) == ["7", "0.7", "NA", PROMPT, PROMPT]
 
 
+@pytest.fixture
+def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if pillow-heif, which the tests of the notebook need, were not installed."""
+    formats = {suffix: name for suffix, name in Image.registered_extensions().items() if name != "HEIF"}
+    monkeypatch.setattr(Image, "registered_extensions", lambda: formats)
+    monkeypatch.setattr(embed, "FORMATS", [name for name in embed.FORMATS if name != "HEIF"])
+
+
+@pytest.mark.usefixtures("without_heif")
 @pytest.mark.parametrize(
     "name", ["a.jpg.txt", "a.jpg.caption", "a.json", "b.txt.bak", "z.txt", "notes.pdf", "d.heics"]
 )
@@ -130,6 +139,7 @@ def test_what_is_not_used_is_named(name: str, folder: Path, capsys: pytest.Captu
     assert "NAME.txt" in note and "NAME.caption" in note and "HEIC" not in note
 
 
+@pytest.mark.usefixtures("without_heif")
 @pytest.mark.parametrize(("name", "reason"), [
     ("d.heic", "HEIC needs: pip install pillow-heif"), ("d.HEIF", "pillow-heif"), ("d.gif", "GIF images are not read"),
     ("d.psd", "PSD images are not read"),

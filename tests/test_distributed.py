@@ -95,7 +95,7 @@ def assert_same_training(one: Path, two: Path, tolerance: float, samples_per_ste
 def two(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made, with a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("two")
-    finish(launch(folder, "--checkpointing_steps=1"))
+    finish(launch(folder, "--checkpointing_steps=1", "--checkpoints_total_limit=0"))
     return folder
 
 
@@ -195,7 +195,8 @@ def test_what_each_process_finds_is_one_message(launch: Launch, photos: Path, tm
 
 def test_a_killed_worker_ends_the_run_and_the_checkpoint_resumes(launch: Launch, two: Path, tmp_path: Path) -> None:
     """Nobody waits for it for ever, the exit code is not 0, and the run goes on to the uninterrupted result."""
-    process = launch(tmp_path, "--checkpointing_steps=1", max_train_steps=10**5)
+    flags = ["--checkpointing_steps=1", "--checkpoints_total_limit=0"]
+    process = launch(tmp_path, *flags, max_train_steps=10**5)
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoint-2").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -205,5 +206,5 @@ def test_a_killed_worker_ends_the_run_and_the_checkpoint_resumes(launch: Launch,
     for path in tmp_path.glob("checkpoint-*"):
         if int(path.name.split("-")[1]) > 3:
             shutil.rmtree(path)
-    finish(launch(tmp_path, "--resume_from_checkpoint=latest"))
+    finish(launch(tmp_path, *flags, "--resume_from_checkpoint=latest"))
     assert distance(two, tmp_path) == 0

@@ -5,20 +5,29 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import papermill
+import pillow_heif
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from PIL import ExifTags, Image
+from traitlets.config import Config
 
 import compute_embeddings as embed
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import ROOT
+from conftest import ROOT, names
 
 TRAINER = "train_dreambooth_sd3_lora_miniature.py"
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / name for name in ("README.md", "tests/README.md", "tests/toy/README.md")]
 NOTEBOOK = json.loads((ROOT / "notebook.ipynb").read_text())
+CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 COMMANDS = [
     shlex.split(command, comments=True)
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -27,8 +36,8 @@ COMMANDS = [
     if command.strip()
 ]
 OF_OTHERS = (
-    "quiet multi_gpu num_processes num_machines machine_rank main_process_ip check help extra-index-url".split()
-)
+    "quiet multi_gpu num_processes num_machines machine_rank main_process_ip dynamo_backend check help extra-index-url"
+).split()
 
 
 def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -86,55 +95,284 @@ def test_ci_runs_the_readmes_test_commands() -> None:
     assert len(tests) == 4 and [command for command in tests if command not in lines] == []
 
 
-def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, **parameters: object) -> list[dict]:
-    """Execute the notebook on the toy in a folder; its cells afterwards."""
-    toy = ROOT / "tests" / "toy"
+# What is said in one cell alone.
+INSTALL, LOG_IN, LOOK = "!pip install", "import get_token", "def show"
+EMBED, TRAIN, DRAW = '"embeddings.parquet"]\n', "!accelerate launch", "StableDiffusion3Pipeline"
+SETTINGS = {  # for the toy
+    "MODEL": str(ROOT / "tests" / "toy" / "model"),
+    "PHOTOS": "robot",
+    "INSTANCE_PROMPT": "a photo of sks robot",
+    "VALIDATION_PROMPTS": ["a photo of sks robot", "it's a toy"],
+    "NEW_PROMPT": "sks robot on a green background",
+    "MAX_SEQUENCE_LENGTH": 16,
+    "RESOLUTION": 64,
+    "MIXED_PRECISION": "no",
+    "INFERENCE_STEPS": 2,
+}
+
+
+def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, last_cell: str = "", **settings: object) -> list[dict]:
+    """Execute the notebook in a folder, in a kernel of its own, up to a cell; return its cells afterwards.
+
+    last_cell: a text in the last cell to run; "" runs all of them.
+    """
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    small = {
-        "MODEL": str(toy / "model"),
-        "PHOTOS": str(toy / "robot"),
-        "INSTANCE_PROMPT": "a photo of sks robot",
-        "VALIDATION_PROMPTS": ["a photo of sks robot", "it's a toy"],
-        "NEW_PROMPT": "sks robot on a green background",
-        "MAX_SEQUENCE_LENGTH": 16,
-        "RESOLUTION": 64,
-        "STEPS": 4,
-        "MIXED_PRECISION": "no",
-        "INFERENCE_STEPS": 2,
-    }
-    notebook = papermill.execute_notebook(
-        ROOT / "notebook.ipynb", folder / "out.ipynb", small | parameters, cwd=folder, progress_bar=False
-    )
-    return notebook.cells
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # what it installs is there: tests change no environment
+    cells = NOTEBOOK["cells"]
+    if last_cell:
+        [end] = [number for number, cell in enumerate(cells) if last_cell in "".join(cell["source"])]
+        cells = cells[: end + 1]
+    (folder / "notebook.ipynb").write_text(json.dumps(NOTEBOOK | {"cells": cells}))
+    return papermill.execute_notebook(
+        folder / "notebook.ipynb", folder / "out.ipynb", SETTINGS | settings, cwd=folder, progress_bar=False
+    ).cells
 
 
 @pytest.fixture
-def beside_scripts(tmp_path: Path) -> Path:
-    """A folder with the scripts only."""
+def repository(tmp_path: Path) -> Path:
+    """A Git repository with what a clone of this checkout would have, whether it is committed yet or not."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
     for name in ("compute_embeddings.py", TRAINER, "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    return tmp_path
+        shutil.copy(ROOT / name, folder)
+    git = ["git", "-C", folder, "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=m"]):
+        subprocess.run([*git, *command], check=True)
+    return folder
 
 
-def test_the_notebook_runs(beside_scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From top to bottom on the toy: it shows photos, previews and new images."""
-    cells = run_notebook(beside_scripts, monkeypatch)
-    shown = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-    assert len(shown) == 3
-    lora = beside_scripts / "sd3-dreambooth-lora"
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with five photos in a sub-folder, each of another format and one on its side, and nothing else."""
+    folder = tmp_path / "workplace"
+    (folder / "robot").mkdir(parents=True)
+    pillow_heif.register_heif_opener()
+    names = ["0.heic", "1.avif", "2.tiff", "3.bmp", "4.jpg"]
+    for name, source in zip(names, sorted((ROOT / "tests" / "toy" / "robot").glob("*.png")), strict=True):
+        image = Image.open(source).convert("RGB").resize((64, 48))
+        exif = Image.Exif()
+        if name == "4.jpg":
+            image = image.transpose(Image.Transpose.ROTATE_90)
+            exif[ExifTags.Base.Orientation] = 6  # to be turned back, clockwise
+        image.save(folder / "robot" / name, exif=exif)
+    return folder
+
+
+def test_the_notebook_runs_for_a_new_user(workplace: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom on the toy, over what a first try has left that got as far as training; training goes on."""
+    settings = {"REPOSITORY": str(repository)}
+    run_notebook(workplace, monkeypatch, last_cell=TRAIN, STEPS=2, **settings)
+    lora = workplace / "sd3-dreambooth-lora"
+    assert names(trainer.list_checkpoints(lora)) == ["checkpoint-2"]
+    cells = run_notebook(workplace, monkeypatch, STEPS=3, **settings)
+    assert names(trainer.list_checkpoints(lora)) == ["checkpoint-2", "checkpoint-3"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert "1 step to train, from step 2" in "".join(output.get("text", "") for output in outputs)
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 4
     assert (lora / trainer.LORA_NAME).exists() and len(list(lora.glob("new-*.png"))) == 2
 
 
-def test_the_notebook_alone_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside of Colab, without the scripts beside it."""
-    with pytest.raises(papermill.PapermillExecutionError, match=r"Put compute_embeddings.py, .* or set REPOSITORY"):
-        run_notebook(tmp_path, monkeypatch)
+def test_a_failing_command_ends_the_notebook(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell command's exit code is looked at, in a real kernel."""
+    with pytest.raises(papermill.PapermillExecutionError, match="SystemExit: The scripts were not cloned"):
+        run_notebook(workplace, monkeypatch, REPOSITORY=str(workplace / "missing"))
 
 
-def test_a_failing_script_fails_the_notebook(beside_scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell command's exit code is looked at."""
-    with pytest.raises(papermill.PapermillExecutionError, match="no embeddings: see the message above"):
-        run_notebook(beside_scripts, monkeypatch, T5_PRECISION="int3")
+class Notebook(InteractiveShell):
+    """Runs the notebook's cells in this process and records its shell commands, which end with exit_code."""
+
+    def __init__(self) -> None:
+        config = Config(HistoryManager={"enabled": False})
+        super().__init__(config=config, user_module=ModuleType("notebook"))
+        self.commands: list[str] = []
+        self.exit_code = 0
+
+    def system(self, command: str) -> None:
+        self.commands.append(self.var_expand(command, depth=1))
+        self.user_ns["_exit_code"] = self.exit_code
+
+    def run(self, *texts: str) -> None:
+        """Run the cells that contain these texts; raise what a cell raises."""
+        for text in texts:
+            [source] = [source for source in CELLS if text in source]
+            self.run_cell(source).raise_error()
+
+
+class ColabNotebook(Notebook):
+    """It looks as if it ran on Colab."""
+
+
+ColabNotebook.__module__ = "google.colab._shell"
+
+
+@pytest.fixture
+def start(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Notebook]:
+    """A notebook beside the scripts and the photos, after its first cell, with other settings."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setenv("HF_TOKEN", "")
+    for name in ("compute_embeddings.py", TRAINER, "requirements.txt"):
+        shutil.copy(ROOT / name, workplace)
+
+    def run(kind: type[Notebook] = Notebook, **settings: object) -> Notebook:
+        notebook = kind()
+        notebook.run("MODEL =")
+        notebook.user_ns |= SETTINGS | settings
+        return notebook
+
+    return run
+
+
+def output_dir_of(notebook: Notebook) -> str:
+    """Return the folder that the trainer was told to write to, last."""
+    command = shlex.split(notebook.commands[-1])
+    return command[command.index("--output_dir") + 1]
+
+
+def test_the_install_cell_can_be_run_twice(start: Callable[..., Notebook], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a Google Drive, the second run put a path into the path, and no checkpoint was found there."""
+    drive = SimpleNamespace(mount=lambda folder: None)
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=drive))
+    notebook = start(ColabNotebook, DRIVE=True)
+    notebook.run(INSTALL, INSTALL, LOOK, EMBED, TRAIN)
+    assert output_dir_of(notebook) == "/content/drive/MyDrive/sd3-dreambooth-lora"
+
+
+def test_a_drive_elsewhere_than_on_colab_is_one_message(start: Callable[..., Notebook]) -> None:
+    """Also where google.colab can be imported, as on Kaggle."""
+    with pytest.raises(SystemExit, match="Set DRIVE = False"):
+        start(DRIVE=True).run(INSTALL)
+
+
+def test_missing_scripts_are_one_message(start: Callable[..., Notebook], workplace: Path) -> None:
+    """With the names of the files and the folder."""
+    notebook = start()
+    (workplace / TRAINER).unlink()
+    with pytest.raises(SystemExit, match=f"Put {TRAINER} into {workplace}, or set REPOSITORY"):
+        notebook.run(INSTALL)
+
+
+def test_the_sheet_shows_what_the_scripts_read(
+    start: Callable[..., Notebook], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HEIC, AVIF, TIFF and BMP too, and upright; they alone were an empty sheet and a ValueError."""
+    shown: list[Image.Image] = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    start().run(INSTALL, LOOK)
+    [sheet] = shown
+    assert sheet.size == (4 * 256, 2 * 256)
+    for number, path in enumerate(sorted((ROOT / "tests" / "toy" / "robot").glob("*.png"))):
+        row, column = divmod(number, 4)
+        tile = sheet.crop((column * 256, row * 256 + 32, (column + 1) * 256, row * 256 + 224))  # without its border
+        difference = np.asarray(tile.resize((64, 48)), int) - np.asarray(Image.open(path).resize((64, 48)), int)
+        assert abs(difference).mean() < 20
+
+
+def test_missing_photos_are_one_message(
+    start: Callable[..., Notebook], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's dog was fetched in their place."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("photos were fetched"))
+    with pytest.raises(SystemExit, match=f"dog does not exist. Put photos into {workplace / 'dog'}, or set EXAMPLE"):
+        start(PHOTOS="dog").run(INSTALL, LOOK)
+    (workplace / "dog").mkdir()
+    with pytest.raises(SystemExit, match="dog has no images"):
+        start(PHOTOS="dog").run(INSTALL, LOOK)
+
+
+def test_a_broken_photo_is_one_message(start: Callable[..., Notebook], workplace: Path) -> None:
+    """The script's own."""
+    (workplace / "robot" / "5.png").write_text("no image")
+    with pytest.raises(SystemExit, match="5.png is not a readable image"):
+        start().run(INSTALL, LOOK)
+
+
+def test_example_photos_never_mix_with_yours(
+    start: Callable[..., Notebook], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have a folder of their own, which both scripts are told to read."""
+
+    def snapshot_download(name: str, local_dir: Path, **_: object) -> None:
+        shutil.copytree(workplace / "robot", local_dir, dirs_exist_ok=True)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    notebook = start(EXAMPLE_PHOTOS=True)
+    notebook.run(INSTALL, LOOK, LOOK, EMBED, TRAIN)
+    assert "--local_data_dir example-photos " in notebook.commands[-2]
+    assert "--instance_data_dir example-photos " in notebook.commands[-1]
+
+
+def test_example_photos_without_a_network_are_one_message(start: Callable[..., Notebook]) -> None:
+    """Instead of the traceback of a library."""
+    with pytest.raises(SystemExit, match="The example photos cannot be fetched"):
+        start(EXAMPLE_PHOTOS=True).run(INSTALL, LOOK)
+
+
+@pytest.mark.parametrize("text", [INSTALL, EMBED, TRAIN, DRAW])
+def test_a_failing_command_is_one_message(start: Callable[..., Notebook], text: str) -> None:
+    """Each cell looks at the exit code of its command."""
+    notebook = start()
+    cells = [INSTALL, LOOK, EMBED, TRAIN, DRAW]
+    notebook.run(*cells[: cells.index(text)])
+    notebook.exit_code = 1
+    with pytest.raises(SystemExit, match="see the message above"):
+        notebook.run(text)
+
+
+def test_secrets_of_colab_and_kaggle_reach_the_scripts(
+    start: Callable[..., Notebook], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As HF_TOKEN: a process that the notebook starts cannot read them. Nobody is asked to log in."""
+    monkeypatch.setattr("huggingface_hub.login", lambda: pytest.fail("asked to log in"))
+    colab = SimpleNamespace(userdata=SimpleNamespace(get={"HF_TOKEN": "hf_colab"}.get))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    start(ColabNotebook, MODEL="owner/name").run(INSTALL, LOG_IN)
+    assert os.environ["HF_TOKEN"] == "hf_colab"
+    kaggle = SimpleNamespace(UserSecretsClient=lambda: SimpleNamespace(get_secret={"HF_TOKEN": "hf_kaggle"}.get))
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", kaggle)
+    start(MODEL="owner/name").run(INSTALL, LOG_IN)
+    assert os.environ["HF_TOKEN"] == "hf_kaggle"
+
+
+def test_without_a_secret_the_notebook_asks(start: Callable[..., Notebook], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, where a login is needed: for a model of the Hub or to upload; and a failed one is one message."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.login", lambda: asked.append("login"))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    start().run(INSTALL, LOG_IN)
+    assert asked == []
+    for settings in ({"MODEL": "owner/name"}, {"PUSH_TO_HUB": True}):
+        with pytest.raises(SystemExit, match="You are not logged in"):
+            start(**settings).run(INSTALL, LOG_IN)
+    assert asked == ["login", "login"]
+
+
+@pytest.mark.parametrize(("gpus", "accumulation"), [(0, 4), (1, 4), (2, 2)])
+def test_gpus_share_the_images_of_a_step(
+    start: Callable[..., Notebook], monkeypatch: pytest.MonkeyPatch, gpus: int, accumulation: int
+) -> None:
+    """Kaggle's two train what Colab's one trains, so that either can continue what the other began."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    notebook = start()
+    notebook.run(INSTALL, LOOK, EMBED, TRAIN)
+    command = notebook.commands[-1]
+    assert f"--num_processes {max(1, gpus)} " in command and ("--multi_gpu" in command) == (gpus > 1)
+    assert f"--train_batch_size 1 --gradient_accumulation_steps {accumulation} " in command
+
+
+def test_the_notebooks_commands_parse(start: Callable[..., Notebook]) -> None:
+    """With the settings as they stand, but for the photos; also without previews, and with an upload."""
+    notebook = start()
+    notebook.run("MODEL =")
+    for settings in ({}, {"VALIDATION_PROMPTS": [], "PUSH_TO_HUB": True}):
+        notebook.user_ns |= {"PHOTOS": "robot"} | settings
+        notebook.run(INSTALL, LOOK, EMBED, TRAIN)
+        embedding, training = (shlex.split(command) for command in notebook.commands[-2:])
+        one = embed.parse_args(embedding[2:])
+        other = trainer.parse_args(training[training.index(f"./{TRAINER}") + 1 :])
+        assert (one.prompt, one.validation_prompt) == (other.instance_prompt, other.validation_prompt)
+        assert (one.local_data_dir, one.output_path) == (other.instance_data_dir, other.data_df_path)
+        assert other.push_to_hub == bool(settings) and other.max_train_steps == 400
 
 
 def test_the_notebook_is_clean(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,5 +386,5 @@ def test_the_notebook_is_clean(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_notebooks_embeddings_go_where_the_transformer_is() -> None:
     """On a GPU they were left on the CPU, and the second denoising step failed."""
-    [cell] = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if "load_lora_weights" in "".join(cell["source"])]
+    [cell] = [source for source in CELLS if "load_lora_weights" in source]
     assert re.search(r"to_numpy_ndarray\(\)\[rows\]\)\.to\(device, dtype\)", cell)

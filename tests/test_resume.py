@@ -129,8 +129,9 @@ def resume(train: Train, tiny: Path, photos: Path, tmp_path: Path) -> Train:
         shared = ["--gradient_accumulation_steps=2", f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-1'}"]
         return train(*shared, *flags, **(places | changes))
 
-    train("--gradient_accumulation_steps=2", "--checkpointing_steps=1", "--alpha_mask", **places, output="masked")
-    train("--gradient_accumulation_steps=2", "--checkpointing_steps=1", **places)
+    flags = ["--gradient_accumulation_steps=2", "--checkpointing_steps=1", "--checkpoints_total_limit=0"]
+    train(*flags, "--alpha_mask", **places, output="masked")
+    train(*flags, **places)
     return resume
 
 
@@ -332,6 +333,18 @@ def test_only_the_newest_checkpoints_are_kept(train: Train) -> None:
     assert [path.name for path in sorted(output.glob("checkpoint-*"))] == ["checkpoint-3", "checkpoint-4-good"]
 
 
+def test_three_checkpoints_are_kept_unless_all_are_asked_for(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last step's counts among the three; 0 keeps all, and what an earlier run kept is not removed unannounced."""
+    output = train("--checkpointing_steps=2", max_train_steps=9)
+    assert names(trainer.list_checkpoints(output)) == ["checkpoint-6", "checkpoint-8", "checkpoint-9"]
+    train("--checkpointing_steps=1", "--checkpoints_total_limit=0", LATEST, max_train_steps=11)
+    assert names(trainer.list_checkpoints(output)) == [f"checkpoint-{step}" for step in (6, 8, 9, 10, 11)]
+    assert "--checkpoints_total_limit 0 keeps all" not in capsys.readouterr().out
+    train(LATEST, max_train_steps=12)
+    assert names(trainer.list_checkpoints(output)) == ["checkpoint-10", "checkpoint-11", "checkpoint-12"]
+    assert f"{output} has 5 checkpoints" in capsys.readouterr().out
+
+
 def test_the_latest_checkpoint_is_the_one_that_was_saved_last(train: Train) -> None:
     """Not the highest, which an earlier run in the same folder has left."""
     expected = lora(train("--checkpointing_steps=1", output="alone"))
@@ -342,7 +355,7 @@ def test_the_latest_checkpoint_is_the_one_that_was_saved_last(train: Train) -> N
 
 def test_times_of_files_do_not_decide(train: Train) -> None:
     """cp, zip, a drive in the cloud and the Hub do not keep them: of equal or reversed ones the newest is resumed."""
-    output = train("--checkpointing_steps=1", max_train_steps=10)
+    output = train("--checkpointing_steps=1", "--checkpoints_total_limit=0", max_train_steps=10)
     for age, folder in enumerate(trainer.list_checkpoints(output)):
         os.utime(folder / trainer.STATE_NAME, (1e9 - age, 1e9 - age))
     assert trainer.list_checkpoints(output)[-1].name == "checkpoint-10"
@@ -352,8 +365,9 @@ def test_times_of_files_do_not_decide(train: Train) -> None:
 
 def test_what_a_run_saves_after_going_back_is_newer(train: Train) -> None:
     """Than the higher steps that it has left behind, whatever the clock says."""
-    output = train("--checkpointing_steps=1")
-    train("--checkpointing_steps=2", "--resume_from_checkpoint=checkpoint-1", learning_rate=1e-4, max_train_steps=2)
+    keep_all = "--checkpoints_total_limit=0"
+    output = train("--checkpointing_steps=1", keep_all)
+    train(keep_all, "--resume_from_checkpoint=checkpoint-1", learning_rate=1e-4, max_train_steps=2)
     assert names(trainer.list_checkpoints(output)) == [f"checkpoint-{step}" for step in (1, 3, 4, 2)]
 
 
