@@ -36,6 +36,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -228,7 +229,8 @@ class Args:
     gradient_accumulation_steps: int = flag("training", 1, "forward passes per optimizer step", on_resume=FREE)
     num_train_epochs: int = flag("training", 1, "epochs over the images, unless --max_train_steps is given")
     max_train_steps: int | None = flag("training", None, "optimizer steps; unset: from --num_train_epochs")
-    learning_rate: float = flag("training", 1e-4, "peak learning rate")
+    learning_rate: float | None = flag(
+        "training", None, "peak learning rate; unset: 1e-4, or 1 for prodigy, which multiplies it by what it finds")
     scale_lr: bool = flag("training", False, "multiply the learning rate by the number of images per optimizer step")
     lr_scheduler: str = flag(
         "training", "constant", "learning rate schedule",
@@ -250,8 +252,9 @@ class Args:
         minimum=0, const=1, choices=(0, 1))
     optimizer: str = flag(
         "training", "adamw", "the 8-bit ones need bitsandbytes; the paged one can move its state to RAM when the GPU "
-        "is full",
-        choices=("adamw", "adamw_8bit", "paged_adamw_8bit"), parse=str.lower, on_resume=REFUSED)
+        "is full, from rank 66 on; prodigy finds the learning rate itself, needs `pip install prodigyopt`, and goes "
+        "best with a constant schedule",
+        choices=("adamw", "adamw_8bit", "paged_adamw_8bit", "prodigy"), parse=str.lower, on_resume=REFUSED)
     use_8bit_adam: bool = flag("training", False, "the same as --optimizer adamw_8bit", on_resume=REFUSED)
     adam_beta1: float = flag("training", 0.9, "decay rate of the first moment", minimum=0, maximum=0.999999)
     adam_beta2: float = flag("training", 0.999, "decay rate of the second moment", minimum=0, maximum=0.999999)
@@ -532,8 +535,10 @@ def combination_problems(args: Args) -> list[str]:
         problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
         problems.append("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
-    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+    if args.lr_scheduler == "polynomial" and learning_rate_of(args) <= 1e-7:
         problems.append(f"--lr_scheduler polynomial ends at 1e-07; --learning_rate {args.learning_rate} must be above")
+    if args.use_8bit_adam and args.optimizer == "prodigy":
+        problems.append("--use_8bit_adam and --optimizer prodigy are two different optimizers: choose one")
     if args.with_prior_preservation and not args.class_prompt:
         problems.append("--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
     if args.with_prior_preservation and class_folder(args).resolve() == args.instance_data_dir.resolve():
@@ -1377,10 +1382,17 @@ def recompute_blocks(transformer: diffusers.SD3Transformer2DModel, count: int) -
     transformer.enable_gradient_checkpointing(call)
 
 
+def learning_rate_of(args: Args) -> float:
+    """Return --learning_rate, or else the default of its optimizer."""
+    if args.learning_rate is not None:
+        return args.learning_rate
+    return 1.0 if args.optimizer == "prodigy" else 1e-4
+
+
 def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step: int) -> torch.optim.Optimizer:
-    """Return AdamW, fused, or with its states in 8 bits."""
+    """Return AdamW, fused or with its states in 8 bits, or Prodigy. A new one goes here and into the choices."""
     kwargs: dict[str, Any] = {
-        "lr": args.learning_rate * samples_per_step if args.scale_lr else args.learning_rate,
+        "lr": learning_rate_of(args) * samples_per_step if args.scale_lr else learning_rate_of(args),
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
@@ -1394,6 +1406,11 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(lora_params, **kwargs)
+    if name == "prodigy":  # as in diffusers' scripts; arXiv 2306.06101
+        from prodigyopt import Prodigy
+
+        with redirect_stdout(None):  # it prints what kind of weight decay it has
+            return Prodigy(lora_params, use_bias_correction=True, safeguard_warmup=True, **kwargs)
     return torch.optim.AdamW(lora_params, fused=True, **kwargs)
 
 
@@ -1438,6 +1455,7 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
 # data loader holds exactly the samples that are left, in order.
 
 ADAM_STATES = 2  # room for two moments in fp32 per parameter; 8-bit optimizers need less
+PRODIGY_STATES = 4  # and the parameter's first value, and a sum of gradients
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high, which costs a few steps
 NOT_FINITE = (
     f"The gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite; none of these steps was applied. Usual "
@@ -1460,7 +1478,8 @@ def choose_recomputation(
     batch = default_collate([dataset[largest]] * args.train_batch_size)
     batch = send_to_device(batch, accelerator.device)
     lora_params = trainable_parameters(state.transformer)
-    optimizer_states = [torch.empty_like(parameter) for parameter in lora_params * ADAM_STATES]
+    states = PRODIGY_STATES if args.optimizer == "prodigy" else ADAM_STATES
+    optimizer_states = [torch.empty_like(parameter) for parameter in lora_params * states]
     blocks = len(blocks_in_backward(state.transformer))
     counts = [blocks] if args.gradient_checkpointing else sorted({0, blocks // 2, blocks})
     for count in counts:
@@ -1561,7 +1580,7 @@ def train(
 
         # An optimizer step is complete.
         state.global_step += 1
-        learning_rate = state.lr_scheduler.get_last_lr()[0]
+        learning_rate = state.lr_scheduler.get_last_lr()[0] * state.optimizer.param_groups[0].get("d", 1)  # Prodigy's
         accelerator.log({"loss": mean_loss, "lr": learning_rate}, step=state.global_step)
         state.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
         progress.set_postfix_str(f"loss {mean_loss:.4f}{vram_in_use()}", refresh=False)
@@ -1700,7 +1719,10 @@ def is_training_state(state: Any) -> bool:
             return False
     has_seed = isinstance(state["settings"].get("seed"), int)
     has_moments = isinstance(state["optimizer"].get("state"), dict)
-    return has_seed and has_moments and all(isinstance(weight, Tensor) for weight in state["lora"].values())
+    groups = state["optimizer"].get("param_groups")
+    has_group = isinstance(groups, list) and len(groups) == 1 and isinstance(groups[0], dict)
+    has_weights = all(isinstance(weight, Tensor) for weight in state["lora"].values())
+    return has_seed and has_moments and has_group and has_weights
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -1751,9 +1773,12 @@ def start_or_resume(
     if not saved:
         return TrainState(transformer, optimizer, lr_scheduler, global_step=0)
 
-    # The checkpoint has the moments; rate, betas and decay are this run's, so that a lower rate is followed.
-    param_groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(saved["optimizer"] | {"param_groups": param_groups})
+    # The checkpoint has the moments, and what Prodigy has found; rate, betas and decay are this run's.
+    [group] = optimizer.state_dict()["param_groups"]
+    [saved_group] = saved["optimizer"]["param_groups"]
+    for name in saved_group.keys() & {"d", "d_max", "d_numerator", "k"}:
+        group[name] = saved_group[name]
+    optimizer.load_state_dict(saved["optimizer"] | {"param_groups": [group]})
     # Every schedule is a function of the step alone: set it one step back, and let it make that step.
     lr_scheduler.last_epoch = saved["global_step"] - 1
     lr_scheduler.step()
@@ -2030,6 +2055,8 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         problems.add("--quantize_base needs a GPU.")
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         problems.add(f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}")
+    if args.optimizer == "prodigy" and importlib.util.find_spec("prodigyopt") is None:
+        problems.add("--optimizer prodigy is not installed. Run: pip install prodigyopt")
     for folder in (args.output_dir, args.class_data_dir):
         if folder is not None:
             nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -2337,6 +2364,7 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
     for each in fields(args):
         if each.metadata["on_resume"] != FREE and not each.metadata["secret"]:
             settings[each.name] = getattr(args, each.name)
+    settings["learning_rate"] = learning_rate_of(args)
     if len(args.resolution) == 1:  # a number, as in earlier versions' checkpoints; trackers take no tuple
         settings["resolution"] = args.resolution[0]
     else:

@@ -207,6 +207,7 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "unknown flag": (nothing, "--zoom 3", 2, "--zoom"),
     "flag with nothing": (nothing, "--instance_prompt=--", 2, "--instance_prompt"),
     "resolution off the grid": (nothing, "--resolution 100", 2, "--resolution 100"),
+    "two optimizers": (nothing, "--use_8bit_adam --optimizer prodigy", 2, "--use_8bit_adam .*prodigy"),
     "several resolutions with shapes of one": (
         nothing,
         "--resolution 48 64 --aspect_ratio_buckets 64,64",

@@ -161,6 +161,22 @@ def test_as_few_blocks_recompute_as_the_memory_demands(
     assert all(logged(outputs[0]) == logged(output) for output in outputs)
 
 
+def test_prodigy_finds_the_learning_rate_and_keeps_it_on_resume(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a factor of 1, and what is logged is the rate that it has found. Without its package, pip is named."""
+    flags = ["--optimizer=prodigy", "--checkpointing_steps=26"]
+    whole = train(*flags, max_train_steps=30, learning_rate=None, output="whole")
+    rates = logged(whole, "lr")
+    assert len(rates) == 30 and rates[0] == pytest.approx(1e-6) and rates[-1] > 1.3 * rates[0]
+    saved = trainer.read_state(whole / "checkpoint-26")
+    assert saved["settings"]["learning_rate"] == 1 and saved["optimizer"]["param_groups"][0]["d"] > 1.05e-6
+    flags.append(f"--resume_from_checkpoint={whole / 'checkpoint-26'}")
+    resumed = train(*flags, max_train_steps=30, learning_rate=None, output="resumed")
+    assert equal(lora(whole), lora(resumed)) and logged(resumed, "lr") == rates[26:]
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="pip install prodigyopt"):
+        train("--optimizer=prodigy", "--dry_run")
+
+
 def test_blocks_before_the_first_lora_are_not_recomputed(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     """They keep nothing, since no gradient passes through them: of two blocks, one is all that there is to choose."""
     flags = ["--lora_layers=transformer_blocks.1.attn.*", "--gradient_checkpointing"]
