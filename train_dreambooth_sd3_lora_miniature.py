@@ -1907,6 +1907,18 @@ def make_class_images(
     return examples
 
 
+def with_class_images(plan: Plan, class_examples: list[Example], accelerator: Accelerator) -> Plan:
+    """Return the plan with the class images among its settings; note if a resumed run finds others than it had.
+
+    They are not refused: images that were lost are made again, the same but for a GPU's rounding.
+    """
+    found = digest([example.latents.name for example in class_examples])
+    before = plan.checkpoint.get("settings", {}).get("class images", found)
+    if before != found:
+        accelerator.print("note: the class images are not those that the checkpoint was trained with")
+    return replace(plan, settings=plan.settings | {"class images": found})
+
+
 def make_previews(
     args: Args, plan: Plan, state: TrainState, accelerator: Accelerator, signals: list[int]
 ) -> list[tuple[str, Path]]:
@@ -2878,6 +2890,7 @@ def main(args: Args) -> None:
             kinds = [plan.examples]
             if args.with_prior_preservation:
                 class_examples = make_class_images(args, plan, transformer, accelerator)
+                plan = with_class_images(plan, class_examples, accelerator)
                 encode_latents(class_examples, args, accelerator)
                 kinds.append(class_examples)
 

@@ -38,6 +38,19 @@ def test_class_images_are_generated_once_and_resumably(train: Train, tmp_path: P
     assert sorted(folder.iterdir()) == files and files[2].stat().st_mtime_ns == kept
 
 
+def test_other_class_images_are_noted_on_resume(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on, but it is no longer the one that would not have stopped."""
+    flags = [*class_flags(tmp_path / "class"), "--checkpointing_steps=2", LATEST]
+    train(*flags, max_train_steps=2)
+    train(*flags)
+    assert "not those that the checkpoint" not in capsys.readouterr().out
+    Image.new("RGB", (64, 64)).save(tmp_path / "class" / "class-00001.png")
+    train(*flags, max_train_steps=6)
+    assert "class images are not those that the checkpoint was trained with" in capsys.readouterr().out
+
+
 def test_class_images_of_another_class_are_not_reused(train: Train) -> None:
     """Each class prompt has its own folder."""
     flags = ["--with_prior_preservation", "--num_class_images=1", "--max_train_steps=1"]
