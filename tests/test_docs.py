@@ -35,9 +35,8 @@ COMMANDS = [
     for command in line.split("&&")
     if command.strip()
 ]
-OF_OTHERS = (
-    "quiet multi_gpu num_processes num_machines machine_rank main_process_ip dynamo_backend check help extra-index-url"
-).split()
+OF_OTHERS = {"quiet", "multi_gpu", "num_processes", "num_machines", "machine_rank", "main_process_ip"}  # accelerate's
+OF_OTHERS |= {"check", "help", "extra-index-url", "logdir", "mixed_precision", "dynamo_backend"}
 
 
 def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -58,6 +57,19 @@ def known_flags(capsys: pytest.CaptureFixture[str]) -> set[str]:
 def test_every_flag_in_a_page_exists(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No page names a flag that is gone."""
     assert set(re.findall(r"--[\w-]+", page.read_text())) - known_flags(capsys) - {"---"} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    """Files exist, and contents name headings of the page."""
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("http")]
+    assert targets or page.name != "README.md"
+    for target in targets:
+        file, _, anchor = target.partition("#")
+        assert (page.parent / file).exists() and (not anchor or anchor in anchors), target
 
 
 def test_the_readmes_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +95,7 @@ def test_the_readmes_files_of_settings_parse(tmp_path: Path) -> None:
         (tmp_path / "settings.txt").write_text(text)
         args = trainer.parse_args([*required, f"@{tmp_path / 'settings.txt'}", "--rank=7"])
         models.append(args.pretrained_model_name_or_path.rsplit("/", 1)[1])
-        assert args.rank == 7 and args.resolution == 1024
+        assert args.rank == 7 and args.resolution == (1024,)
     assert models == ["stable-diffusion-3.5-medium", "stable-diffusion-3.5-large"]
 
 

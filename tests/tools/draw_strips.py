@@ -1,6 +1,6 @@
 """Draw README's pictures: what a setting does to the LoRA, a strip each, on the toy.
 
-    python tests/tools/draw_strips.py --output_dir /tmp/strips               # all of them, ten minutes on two cores
+    python tests/tools/draw_strips.py --output_dir /tmp/strips               # all of them, 20 minutes on one core
     python tests/tools/draw_strips.py --output_dir /tmp/strips --strip masks
 
 Each column of a strip is a training by the two real scripts, each row a prompt; the samples of a row have the same
