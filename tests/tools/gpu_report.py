@@ -411,8 +411,10 @@ def machine_and_tests(session: Session) -> None:
         return
     tests = ["-m", "pytest", HERE.parent / "test_gpu.py", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
     if done := session.run("tests/test_gpu.py", tests, limit_s=120):
-        counts = ", ".join(re.findall(r"\d+ (?:passed|failed|skipped|error)", last_words(done[1])))
-        session.add("tests/test_gpu.py", f"{session.result(*done)} {counts}", seconds=done[0]["seconds"])
+        said = done[1].read_text(errors="replace")
+        summaries = re.findall(r"(\d+ (?:passed|failed|skipped|error).*) in [\d.]+s", said)
+        result = " ".join([session.result(*done), *summaries[-1:]])
+        session.add("tests/test_gpu.py", result, seconds=done[0]["seconds"])
 
 
 def write_model(session: Session, model: str, only: tuple[str, ...] = ()) -> bool:
