@@ -87,7 +87,8 @@ def reference_step(
     transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=FOUR_LAYERS.split(",")))
     cast_training_params(transformer)
     optimizer = torch.optim.AdamW(trainable(transformer))
-    pixel_values = torch.randn(1, 3, args.resolution, args.resolution, device=device)
+    side = 8 * batch["latents"].shape[-1]
+    pixel_values = torch.randn(1, 3, side, side, device=device)
     prompt_embeds = batch["prompt_embeds"].to(dtype)
     pooled_prompt_embeds = batch["pooled_prompt_embeds"].to(dtype)
     sigmas = batch["sigma"].view(-1, 1, 1, 1).to(dtype)
