@@ -185,8 +185,11 @@ class Args:
 
     # prior preservation
     with_prior_preservation: bool = flag(
-        "prior preservation", False, "make every second sample an image of the class, so that the model keeps it",
+        "prior preservation", False, "make some samples images of the class, so that the model keeps it",
         on_resume=REFUSED)
+    class_every_n_samples: int = flag(
+        "prior preservation", 2, "one sample of so many shows the class; of 8, the subject is learned sooner",
+        minimum=2, on_resume=REFUSED)
     class_prompt: str | None = flag(
         "prior preservation", None, "prompt of the class, such as 'a photo of a dog'", metavar="PROMPT",
         embeddings_flag="class_prompt")
@@ -198,8 +201,7 @@ class Args:
     sample_batch_size: int = flag(
         "prior preservation", 4, "number of class images to generate at once", on_resume=FREE)
     prior_loss_weight: float = flag(
-        "prior preservation", 1.0, "weight of a class image in the loss; half of the samples show the class, whereas "
-        "diffusers' scripts add a second half to each batch", minimum=0)
+        "prior preservation", 1.0, "weight of a class image in the loss", minimum=0)
 
     # LoRA
     pretrained_lora_path: str | None = flag(
@@ -1192,12 +1194,16 @@ class Deck:
         return self.left.pop()
 
 
-def sample_order(kinds: list[list[Example]], seed: int, micro_batch: int, length: int) -> list[Example]:
+def sample_order(
+    kinds: list[list[Example]], class_every: int, seed: int, micro_batch: int, length: int
+) -> list[Example]:
     """Return which image each sample of the run shows: each image of a shape comes once before any comes again.
 
-    kinds: the images of the subject and perhaps those of its class. They take turns by the sample or, where shapes
-    differ, by the micro-batch, which then holds images of one shape. Shapes get turns in proportion to their images.
+    kinds: the images of the subject and perhaps those of its class, which have every class_every-th turn. A turn is a
+    sample or, where shapes differ, a micro-batch, which then holds images of one shape. Shapes get turns in proportion
+    to their images.
     """
+    turns = [0] * (class_every - 1) + [1] if len(kinds) > 1 else [0]  # of the kinds, over and over
     rng = random.Random(seed)
     shapes = {example.shape for kind in kinds for example in kind}
     samples_per_turn = micro_batch if len(shapes) > 1 else 1
@@ -1209,8 +1215,9 @@ def sample_order(kinds: list[list[Example]], seed: int, micro_batch: int, length
         image_decks.append({shape: Deck([each for each in kind if each.shape == shape], rng) for shape in shapes})
     order: list[Example] = []
     while len(order) < length:
-        for shape_deck, decks_of_shape in zip(shape_decks, image_decks, strict=True):
-            deck = decks_of_shape[shape_deck.deal()]
+        for kind_number in turns:
+            shape = shape_decks[kind_number].deal()
+            deck = image_decks[kind_number][shape]
             for _ in range(samples_per_turn):
                 order.append(deck.deal())
     return order[:length]
@@ -2350,7 +2357,10 @@ def choose_seed(args: Args, checkpoint: dict[str, Any], drawn_seed: int) -> int:
 
 def samples_per_epoch(args: Args, examples: list[Example]) -> int:
     """Return how many samples show every image of the subject once, at each resolution."""
-    return len(examples) * 2 if args.with_prior_preservation else len(examples)
+    if not args.with_prior_preservation:
+        return len(examples)
+    every = args.class_every_n_samples
+    return math.ceil(len(examples) * every / (every - 1))
 
 
 def count_steps(args: Args, examples: list[Example], samples_per_step: int) -> int:
@@ -2899,7 +2909,8 @@ def main(args: Args) -> None:
 
             # The whole run's samples, in order; a resumed run trains the rest of them.
             micro_batch = args.train_batch_size * accelerator.num_processes
-            order = sample_order(kinds, plan.seed, micro_batch, plan.max_train_steps * plan.samples_per_step)
+            length = plan.max_train_steps * plan.samples_per_step
+            order = sample_order(kinds, args.class_every_n_samples, plan.seed, micro_batch, length)
             check_order(order, args, plan, state, accelerator)
             dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
             model, dataloader = prepare_training(args, plan, state, dataset, accelerator)

@@ -335,24 +335,34 @@ def make_kinds(*counts: int, shapes: tuple[tuple[int, int], ...] = (ENTIRE,)) ->
 def test_every_epoch_has_every_image_once_in_another_order() -> None:
     """Also the last one, as far as it goes."""
     [images] = kinds = make_kinds(20)
-    order = trainer.sample_order(kinds, 0, 1, 50)
+    order = trainer.sample_order(kinds, 2, 0, 1, 50)
     assert set(order[:20]) == set(order[20:40]) == set(images) and len(set(order[40:])) == 10
-    assert order[:20] != order[20:40] and order != trainer.sample_order(kinds, 1, 1, 50)
+    assert order[:20] != order[20:40] and order != trainer.sample_order(kinds, 2, 1, 1, 50)
 
 
 def test_the_class_takes_turns_with_the_subject() -> None:
     """Each in epochs of its own, whatever their numbers."""
     subject, images = kinds = make_kinds(2, 3)
-    order = trainer.sample_order(kinds, 0, 4, 13)
+    order = trainer.sample_order(kinds, 2, 0, 4, 13)
     assert [set(order[::2][start : start + 2]) == set(subject) for start in (0, 2, 4)] == [True] * 3
     assert [set(order[1::2][start : start + 3]) == set(images) for start in (0, 3)] == [True] * 2
+
+
+def test_the_class_can_have_fewer_turns() -> None:
+    """Of every four samples the last; an epoch over six images of the subject is eight samples then."""
+    subject, images = kinds = make_kinds(6, 3)
+    order = trainer.sample_order(kinds, 4, 0, 1, 40)
+    assert {order.index(example) % 4 for example in images} == {3} and set(order[3::4]) == set(images)
+    assert Counter(order[:8][i] in subject for i in range(8)) == {True: 6, False: 2}
+    flags = ["--with_prior_preservation", "--class_prompt=c", "--class_every_n_samples=4"]
+    assert trainer.samples_per_epoch(make_args(*flags), subject) == 8
 
 
 @pytest.mark.parametrize("counts", [(6,), (5, 4)])
 def test_a_micro_batch_has_one_shape_and_one_kind(counts: tuple[int, ...]) -> None:
     """Where shapes differ; every image comes equally often nevertheless."""
     kinds = make_kinds(*counts, shapes=(ENTIRE, (80, 48), (48, 80), ENTIRE, ENTIRE))
-    order = trainer.sample_order(kinds, 0, 4, 4 * 60 * len(kinds))
+    order = trainer.sample_order(kinds, 2, 0, 4, 4 * 60 * len(kinds))
     for start in range(0, len(order), 4):
         micro_batch = order[start : start + 4]
         assert len({(example.shape, example.path.name[0]) for example in micro_batch}) == 1
@@ -363,7 +373,7 @@ def test_a_micro_batch_has_one_shape_and_one_kind(counts: tuple[int, ...]) -> No
 def test_alone_in_a_micro_batch_every_image_comes_once_an_epoch_whatever_its_shape() -> None:
     """Buckets change nothing for batches of one."""
     [images] = kinds = make_kinds(5, shapes=(ENTIRE, (80, 48)))
-    order = trainer.sample_order(kinds, 0, 1, 20)
+    order = trainer.sample_order(kinds, 2, 0, 1, 20)
     assert [set(order[start : start + 5]) == set(images) for start in range(0, 20, 5)] == [True] * 4
 
 
@@ -371,15 +381,15 @@ def test_alone_in_a_micro_batch_every_image_comes_once_an_epoch_whatever_its_sha
 def test_a_longer_run_begins_like_a_shorter_one(shapes: tuple) -> None:
     """So a run can be resumed with more steps."""
     kinds = make_kinds(5, 3, shapes=shapes)
-    longer = trainer.sample_order(kinds, 0, 2, 97)
+    longer = trainer.sample_order(kinds, 2, 0, 2, 97)
     for length in (0, 1, 33, 96):
-        assert trainer.sample_order(kinds, 0, 2, length) == longer[:length]
+        assert trainer.sample_order(kinds, 2, 0, 2, length) == longer[:length]
 
 
 def test_a_million_samples_are_as_fair_as_a_hundred() -> None:
     """The longest runs have one; it takes half a second."""
     kinds = make_kinds(100)
-    seen = Counter(example.path for example in trainer.sample_order(kinds, 0, 8, 10**6))
+    seen = Counter(example.path for example in trainer.sample_order(kinds, 2, 0, 8, 10**6))
     assert set(seen.values()) == {10**4}
 
 
