@@ -20,7 +20,9 @@ import argparse
 import csv
 import difflib
 import errno
+import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -53,7 +55,7 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 from huggingface_hub import HfApi
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 from tqdm import tqdm
 
@@ -183,12 +185,12 @@ class Parser(argparse.ArgumentParser):
         messages = []
         for argument in argv:
             given = argument.split("=")[0]
-            if given in known or not re.fullmatch(r"--?[A-Za-z][\w-]*", given):
-                continue
-            name = given.lstrip("-").replace("-", "_")
+            if given in known or not re.fullmatch(r"[-\u2013\u2014]{1,2}[A-Za-z][\w-]*", given):
+                continue  # a value; word processors make a dash of two hyphens
+            name = given.lstrip("-\u2013\u2014").replace("-", "_")
             nearest = difflib.get_close_matches(f"--{name}", known, n=1)
             message = f"there is no flag {given}"
-            if name in of_other_script:
+            if name in of_other_script and f"--{name}" not in known:
                 message += f" here; {OTHER_SCRIPT} has it"
             elif nearest:
                 message += f"; did you mean {nearest[0]}?"
@@ -248,11 +250,12 @@ def read_flag_file(path: Path) -> list[str]:
         raise ValueError(f"@{path} is not UTF-8: {error}") from error
     arguments = []
     for number, line in enumerate(text.splitlines(), start=1):
-        words = shlex.shlex(line, posix=True)
+        inside_words = "\ue000"  # in place of a # in a word, such as C#, which shlex would take for a comment
+        words = shlex.shlex(re.sub(r"(?<=\S)#", inside_words, line), posix=True)
         words.whitespace_split = True
         words.escape = ""
         try:
-            arguments += list(words)
+            arguments += [word.replace(inside_words, "#") for word in words]
         except ValueError as error:  # an open quote
             raise ValueError(f"@{path}, line {number}: {error}") from error
     return arguments
@@ -334,9 +337,10 @@ with suppress(ImportError):  # the photos of many phones
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
+Image.MAX_IMAGE_PIXELS = 300_000_000  # phones make 200 million; twice as many as this are refused
 # Pillow raises any of these for a file that is no image, or a broken one.
 UNREADABLE = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, struct.error,
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError, RuntimeError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
@@ -353,8 +357,11 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as da
 FORMATS_NEED = {  # by suffix, what reading these images takes
     ".avif": "AVIF needs: pip install -U pillow",
     ".heic": "HEIC needs: pip install pillow-heif",
+    ".heics": "HEIC needs: pip install pillow-heif",
     ".heif": "HEIF needs: pip install pillow-heif",
+    ".hif": "HEIF needs: pip install pillow-heif",
 }
+NOISE = {"thumbs.db", "desktop.ini"}  # what Windows leaves in a folder of images
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -364,15 +371,24 @@ def find_images(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("[!.]*")):
         if format_of.get(path.suffix.lower()) in FORMATS and not path.is_dir():
             images.append(path)
-    stems = {image.stem for image in images}
+    stems = {comparable(image.stem) for image in images}
     return [image for image in images if not is_mask(image, stems)]
 
 
+def comparable(name: object) -> str:
+    """Return a file's name as names are compared: in small letters, as on Windows, and in one Unicode form.
+
+    A Mac may have written accents apart from their letters (NFD), where other systems have one character (NFC).
+    """
+    return unicodedata.normalize("NFC", str(name)).casefold()
+
+
 def is_mask(path: Path, stems: set[str]) -> bool:
-    """Whether an image file is named as the mask of another one, given the stems of all of them."""
-    if path.stem.endswith(".mask"):
+    """Whether an image file is named as the mask of another one, given the comparable stems of all of them."""
+    name = comparable(path.name)
+    if comparable(path.stem).endswith(".mask"):
         return True
-    return any(path.name.endswith(ending) and path.name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
+    return any(name.endswith(ending) and name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
 
 
 def why_no_images(folder: Path) -> str:
@@ -423,8 +439,20 @@ def reading_image(path: Path) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        message = f"{path} is not a readable image ({error}). Repair it or remove it from the folder."
-        raise UnreadableImageError(message) from error
+        advice = "Repair it or remove it from the folder."
+        if "HEIF" not in FORMATS and is_heif(path):
+            advice = "It is a HEIC, whatever its name is; to read it, run: pip install pillow-heif"
+        raise UnreadableImageError(f"{path} is not a readable image ({error}). {advice}") from error
+
+
+def is_heif(path: Path) -> bool:
+    """Whether a file begins as the HEIC photos of phones do."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -443,12 +471,27 @@ def load_upright_image(path: Path, mode: str) -> Image.Image:
     """
     image = open_image(path)
     image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
+    profile = foreign_profile(image)
     orientation = exif_orientation(image)
     if orientation != 1:
         image = image.transpose(TURNS[orientation])
     if image.mode.startswith("I;16"):  # convert() would clip the values
         image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-    return image.convert(mode)
+    image = image.convert(mode)
+    if profile and mode == "RGBA":
+        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB")) or image
+    return image
+
+
+def foreign_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """Return an image's color profile if it is another than sRGB, such as the Display P3 of phones, or else None."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        is_srgb = "sRGB" in ImageCms.getProfileDescription(profile)
+        is_rgb = profile.profile.xcolor_space.strip() == "RGB"
+    except (*UNREADABLE, ImageCms.PyCMSError):  # there is none, or it is broken
+        return None
+    return profile if is_rgb and not is_srgb else None
 
 
 def mask_path_of(image: Path) -> Path | None:
@@ -457,7 +500,27 @@ def mask_path_of(image: Path) -> Path | None:
         path = image.with_name(f"{image.stem}{ending}")
         if path.exists():
             return path
-    return None
+    return masks_in(image.parent, image.parent.stat().st_mtime_ns).get(comparable(image.stem))
+
+
+@functools.lru_cache(maxsize=4)
+def masks_in(folder: Path, changed: int) -> dict[str, Path]:
+    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was."""
+    masks = {}
+    for path in folder.glob("[!.]*"):
+        name = comparable(path.name)
+        for ending in MASK_ENDINGS:
+            if name.endswith(ending):
+                masks[name.removesuffix(ending)] = path
+    return masks
+
+
+def load_mask(path: Path) -> Image.Image:
+    """Load a mask: its alpha channel if that has a shape, as in a photo that is cut out, or else its brightness."""
+    alpha = load_upright_image(path, "RGBA").getchannel("A")
+    if alpha.getextrema() != (255, 255):
+        return alpha
+    return load_upright_image(path, "L")
 
 
 def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
@@ -468,7 +531,7 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
     mask_path = mask_path_of(path)
     if mask_path:
         with reading_image(mask_path):
-            mask = load_upright_image(mask_path, "L")
+            mask = load_mask(mask_path)
         if mask.size != image.size:
             raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -549,10 +612,11 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
 
 def note_likely_masks(images: list[Path]) -> None:
     """Note images that look like masks of others: NAME-something beside NAME, of the same size and with few colors."""
-    image_of = {image.stem: image for image in images}
+    image_of = {comparable(image.stem): image for image in images}
     likely = []
     for path in images:
-        starts = [path.stem[: match.start()] for match in re.finditer(r"[-_. (]", path.stem)]
+        stem = comparable(path.stem)
+        starts = [stem[: match.start()] for match in re.finditer(r"[-_. (]", stem)]
         originals = [image_of[start] for start in starts if start in image_of]
         if originals and open_image(path).size == open_image(originals[-1]).size and has_few_colors(path):
             likely.append(path)
@@ -592,20 +656,24 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
     """
     images_of: dict[str, list[Path]] = {}  # by stem: a.txt is the caption of a.jpg and of a.png
     for image in images:
-        images_of.setdefault(composed(image.stem), []).append(image)
+        images_of.setdefault(comparable(image.stem), []).append(image)
     known = {*images, *map(mask_path_of, images)}
 
     captions: dict[Path, str] = {}
     sidecars = []
+    skipped: dict[str, list[Path]] = {}  # by the reason, of which there is one note each
     for path in sorted(folder.glob("[!.]*")):
-        if path.name in METADATA_NAMES:
+        if path.name.lower() in METADATA_NAMES:
             captions |= read_metadata_file(path, images, problems)
-        elif path.suffix.lower() in (".txt", ".caption") and composed(path.stem) in images_of:
+        elif path.suffix.lower() in (".txt", ".caption") and comparable(path.stem) in images_of:
             sidecars.append(path)
-        elif path not in known and not path.is_dir():
-            print(f"note: skipped {path}: {why_not_used(path)}")
+        elif path not in known and not path.is_dir() and path.name.lower() not in NOISE:
+            skipped.setdefault(why_not_used(path), []).append(path)
         elif path.is_dir() and images and find_images(path):
             print(f"note: skipped the images in {path}: only those directly in {folder} are read")
+    for reason, paths in skipped.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        print(f"note: skipped {paths[0]}{more}: {reason}")
     for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
         if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
             print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")
@@ -616,7 +684,10 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
         except (OSError, ValueError) as error:
             problems.append(f"{path} cannot be read: {error}. Captions are UTF-8.")
             continue
-        captioned = images_of[composed(path.stem)]
+        same_letters = [
+            image for image in images_of[comparable(path.stem)] if composed(image.stem) == composed(path.stem)
+        ]
+        captioned = same_letters or images_of[comparable(path.stem)]
         caption = check_caption(path, captioned[0].name, text, problems)
         if caption:
             captions |= dict.fromkeys(captioned, caption)
@@ -671,9 +742,9 @@ def read_csv_rows(path: Path) -> list[dict[str, str]]:
 def read_metadata_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metadata file; raises OSError or ValueError if it is not readable."""
     check_regular_file(path)
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         return read_csv_rows(path)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return pq.read_table(path).to_pylist()
     lines = path.read_text("utf-8-sig").split("\n")
     return [json.loads(line) for line in lines if line.strip()]
@@ -686,14 +757,15 @@ def read_metadata_file(path: Path, images: list[Path], problems: list[str]) -> d
     except (OSError, ValueError, pa.ArrowException) as error:
         problems.append(f"{path} cannot be read: {error}. Tables are UTF-8 and have columns file_name and text.")
         return {}
-    image_of = {composed(image): image for image in images}
+    image_of = {comparable(image): image for image in images} | {composed(image): image for image in images}
     captions: dict[Path, str] = {}
     for row in rows:
         if not isinstance(row, dict) or "file_name" not in row or "text" not in row:
             problems.append(f"{path} has a row without file_name or text: {row!r}.")
             return {}
         name = str(row["file_name"])
-        image = image_of.get(composed(path.parent / name))
+        file = path.parent / name.replace("\\", "/")  # as Windows writes it
+        image = image_of.get(composed(file)) or image_of.get(comparable(file))
         if image is None:
             exists = os.path.exists(path.parent / name)
             reason = "is not an image directly in" if exists else "does not exist in"

@@ -37,6 +37,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -52,6 +53,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +85,7 @@ from accelerate.utils import (
 )
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -381,12 +383,12 @@ class Parser(argparse.ArgumentParser):
         messages = []
         for argument in argv:
             given = argument.split("=")[0]
-            if given in known or not re.fullmatch(r"--?[A-Za-z][\w-]*", given):
-                continue
-            name = given.lstrip("-").replace("-", "_")
+            if given in known or not re.fullmatch(r"[-\u2013\u2014]{1,2}[A-Za-z][\w-]*", given):
+                continue  # a value; word processors make a dash of two hyphens
+            name = given.lstrip("-\u2013\u2014").replace("-", "_")
             nearest = difflib.get_close_matches(f"--{name}", known, n=1)
             message = f"there is no flag {given}"
-            if name in of_other_script:
+            if name in of_other_script and f"--{name}" not in known:
                 message += f" here; {OTHER_SCRIPT} has it"
             elif nearest:
                 message += f"; did you mean {nearest[0]}?"
@@ -446,11 +448,12 @@ def read_flag_file(path: Path) -> list[str]:
         raise ValueError(f"@{path} is not UTF-8: {error}") from error
     arguments = []
     for number, line in enumerate(text.splitlines(), start=1):
-        words = shlex.shlex(line, posix=True)
+        inside_words = "\ue000"  # in place of a # in a word, such as C#, which shlex would take for a comment
+        words = shlex.shlex(re.sub(r"(?<=\S)#", inside_words, line), posix=True)
         words.whitespace_split = True
         words.escape = ""
         try:
-            arguments += list(words)
+            arguments += [word.replace(inside_words, "#") for word in words]
         except ValueError as error:  # an open quote
             raise ValueError(f"@{path}, line {number}: {error}") from error
     return arguments
@@ -871,9 +874,10 @@ with suppress(ImportError):  # the photos of many phones
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
+Image.MAX_IMAGE_PIXELS = 300_000_000  # phones make 200 million; twice as many as this are refused
 # Pillow raises any of these for a file that is no image, or a broken one.
 UNREADABLE = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, struct.error,
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError, RuntimeError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
@@ -897,15 +901,24 @@ def find_images(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("[!.]*")):
         if format_of.get(path.suffix.lower()) in FORMATS and not path.is_dir():
             images.append(path)
-    stems = {image.stem for image in images}
+    stems = {comparable(image.stem) for image in images}
     return [image for image in images if not is_mask(image, stems)]
 
 
+def comparable(name: object) -> str:
+    """Return a file's name as names are compared: in small letters, as on Windows, and in one Unicode form.
+
+    A Mac may have written accents apart from their letters (NFD), where other systems have one character (NFC).
+    """
+    return unicodedata.normalize("NFC", str(name)).casefold()
+
+
 def is_mask(path: Path, stems: set[str]) -> bool:
-    """Whether an image file is named as the mask of another one, given the stems of all of them."""
-    if path.stem.endswith(".mask"):
+    """Whether an image file is named as the mask of another one, given the comparable stems of all of them."""
+    name = comparable(path.name)
+    if comparable(path.stem).endswith(".mask"):
         return True
-    return any(path.name.endswith(ending) and path.name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
+    return any(name.endswith(ending) and name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -928,8 +941,20 @@ def reading_image(path: Path) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        message = f"{path} is not a readable image ({error}). Repair it or remove it from the folder."
-        raise UnreadableImageError(message) from error
+        advice = "Repair it or remove it from the folder."
+        if "HEIF" not in FORMATS and is_heif(path):
+            advice = "It is a HEIC, whatever its name is; to read it, run: pip install pillow-heif"
+        raise UnreadableImageError(f"{path} is not a readable image ({error}). {advice}") from error
+
+
+def is_heif(path: Path) -> bool:
+    """Whether a file begins as the HEIC photos of phones do."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -948,12 +973,27 @@ def load_upright_image(path: Path, mode: str) -> Image.Image:
     """
     image = open_image(path)
     image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
+    profile = foreign_profile(image)
     orientation = exif_orientation(image)
     if orientation != 1:
         image = image.transpose(TURNS[orientation])
     if image.mode.startswith("I;16"):  # convert() would clip the values
         image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-    return image.convert(mode)
+    image = image.convert(mode)
+    if profile and mode == "RGBA":
+        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB")) or image
+    return image
+
+
+def foreign_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """Return an image's color profile if it is another than sRGB, such as the Display P3 of phones, or else None."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        is_srgb = "sRGB" in ImageCms.getProfileDescription(profile)
+        is_rgb = profile.profile.xcolor_space.strip() == "RGB"
+    except (*UNREADABLE, ImageCms.PyCMSError):  # there is none, or it is broken
+        return None
+    return profile if is_rgb and not is_srgb else None
 
 
 def mask_path_of(image: Path) -> Path | None:
@@ -962,7 +1002,27 @@ def mask_path_of(image: Path) -> Path | None:
         path = image.with_name(f"{image.stem}{ending}")
         if path.exists():
             return path
-    return None
+    return masks_in(image.parent, image.parent.stat().st_mtime_ns).get(comparable(image.stem))
+
+
+@functools.lru_cache(maxsize=4)
+def masks_in(folder: Path, changed: int) -> dict[str, Path]:
+    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was."""
+    masks = {}
+    for path in folder.glob("[!.]*"):
+        name = comparable(path.name)
+        for ending in MASK_ENDINGS:
+            if name.endswith(ending):
+                masks[name.removesuffix(ending)] = path
+    return masks
+
+
+def load_mask(path: Path) -> Image.Image:
+    """Load a mask: its alpha channel if that has a shape, as in a photo that is cut out, or else its brightness."""
+    alpha = load_upright_image(path, "RGBA").getchannel("A")
+    if alpha.getextrema() != (255, 255):
+        return alpha
+    return load_upright_image(path, "L")
 
 
 def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
@@ -973,7 +1033,7 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
     mask_path = mask_path_of(path)
     if mask_path:
         with reading_image(mask_path):
-            mask = load_upright_image(mask_path, "L")
+            mask = load_mask(mask_path)
         if mask.size != image.size:
             raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1000,6 +1060,7 @@ def find_examples(
                 if exif_orientation(image) >= 5 and image.format != "TIFF":  # whose size Pillow has turned already
                     size = (image.width, image.height)
                 has_alpha = image.has_transparency_data
+                profile = "profile" if foreign_profile(image) else None
                 sha256 = sha256_of(path)
             mask: str | bool = args.alpha_mask
             if args.alpha_mask and mask_path:
@@ -1012,7 +1073,10 @@ def find_examples(
             shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
             if resolution > min(shapes_of) and enlargement(size, shape) > 1:
                 continue
-            name = digest([sha256, mask, identity, shape, crops, args.random_flip])
+            described = [sha256, mask, identity, shape, crops, args.random_flip]
+            if profile:  # versions that took such colors for sRGB wrote other latents
+                described.append(profile)
+            name = digest(described)
             latents = args.output_dir / "latents" / f"{name}.safetensors"
             examples.append(Example(path, sha256, latents, size, shape, has_alpha))
     return sorted(gather_object(examples), key=lambda example: example.path)
@@ -2450,7 +2514,12 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
         before = saved[name]
         if before == value:
             continue
-        if on_resume.get(name, REFUSED) == REFUSED:  # what is not a flag was found out about the data
+        if name == "images and captions":
+            refused.append(
+                "The checkpoint was trained with other images and captions: photos, masks or captions were added, "
+                "removed, renamed or changed. Restore them, or train into another --output_dir."
+            )
+        elif on_resume.get(name, REFUSED) == REFUSED:  # what is not a flag was found out about the data
             refused.append(f"The checkpoint was trained with {name} {before}, this run has {value}.")
         else:
             changed.append(f"{name} {before} -> {value}")

@@ -127,9 +127,7 @@ def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_heif")
-@pytest.mark.parametrize(
-    "name", ["a.jpg.txt", "a.jpg.caption", "a.json", "b.txt.bak", "z.txt", "notes.pdf", "d.heics"]
-)
+@pytest.mark.parametrize("name", ["a.jpg.txt", "a.jpg.caption", "a.json", "b.txt.bak", "z.txt", "notes.pdf"])
 def test_what_is_not_used_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file that looks like a caption or an image, with what is read instead."""
     (folder / name).write_text("sks dog")
@@ -223,3 +221,22 @@ def test_many_captions_take_no_time(tmp_path: Path) -> None:
     captions = embed.read_captions(tmp_path, embed.find_images(tmp_path), problems)
     assert time.process_time() - started < 10
     assert len(captions) == 4000 and set(captions.values()) == {"dog"} and not problems
+
+
+def test_names_match_without_regard_to_case(folder: Path) -> None:
+    """As on the systems that made them: A.TXT for a.jpg, METADATA.CSV, and a row with a Windows path."""
+    first, second, *_ = embed.find_images(folder)
+    (folder / f"{first.stem.upper()}.TXT").write_text("one")
+    (folder / "METADATA.CSV").write_text(f"file_name,text\n.\\{second.name.upper()},two\n")
+    problems: list[str] = []
+    captions = embed.read_captions(folder, embed.find_images(folder), problems)
+    assert captions == {first: "one", second: "two"} and problems == []
+
+
+def test_skipped_files_get_a_note_per_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of a phone's export has a file beside each photo; what Windows leaves is not worth a word."""
+    for name in ("a.mov", "b.mov", "c.mov", "Thumbs.db", "desktop.ini"):
+        (folder / name).write_text("x")
+    embed.read_captions(folder, embed.find_images(folder), [])
+    notes = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert len(notes) == 1 and "a.mov and 2 more" in notes[0]

@@ -211,6 +211,22 @@ def test_a_token_on_the_command_line_is_refused_with_wandb(capsys: pytest.Captur
     assert "hf auth login" in message and "SECRET" not in message
 
 
+def test_a_dash_of_a_word_processor_is_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """After a flag with several values it became two prompts, in silence."""
+    with pytest.raises(SystemExit):
+        trainer.parse_args([*REQUIRED, "--validation_prompt", "a dog", "\u2013max_sequence_length", "128"])
+    assert "did you mean --max_sequence_length?" in capsys.readouterr().err
+
+
+def test_a_hash_inside_a_word_of_a_file_is_no_comment(tmp_path: Path) -> None:
+    """C:\\C#\\photos was cut to C:\\C."""
+    (tmp_path / "flags.txt").write_text(
+        '--output_dir C:\\C#\\run#3 # a comment\n# another\n--instance_prompt "a # b"\n'
+    )
+    args = trainer.parse_args([*REQUIRED, f"@{tmp_path / 'flags.txt'}"])
+    assert str(args.output_dir) == "C:\\C#\\run#3" and args.instance_prompt == "a # b"
+
+
 @pytest.mark.parametrize("token", [" hf_x", "hf_x\r\n", "\thf_x "])
 def test_a_token_is_stripped(token: str) -> None:
     """With a carriage return, as copied from Windows, it was in a traceback of the HTTP library."""
@@ -218,10 +234,11 @@ def test_a_token_is_stripped(token: str) -> None:
 
 
 SHARED = ["flag", "ForgivingStream", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file",
-          "argparse_options", "flag_problems", "first_line", "find_images", "is_mask", "why_no_images",
-          "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image", "exif_orientation",
-          "load_upright_image", "mask_path_of", "read_image", "ProgressBar", "load_part", "advice_on_model",
-          "list_model_files", "missing_weights", "peak_memory", "flush_to_disk"]  # fmt: skip
+          "argparse_options", "flag_problems", "first_line", "find_images", "comparable", "is_mask", "why_no_images",
+          "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image",
+          "exif_orientation", "load_upright_image", "is_heif", "foreign_profile", "mask_path_of", "masks_in",
+          "load_mask", "read_image", "ProgressBar", "load_part", "advice_on_model", "list_model_files",
+          "missing_weights", "peak_memory", "flush_to_disk"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)

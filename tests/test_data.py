@@ -3,6 +3,7 @@
 import itertools
 import shutil
 import struct
+import unicodedata
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageCms, ImageOps, features
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -207,6 +208,83 @@ def test_the_shape_of_a_turned_image_is_that_of_the_upright_one(tmp_path: Path, 
     accelerator = trainer.make_accelerator(args)
     [example] = trainer.find_examples([tmp_path / name], args, None, accelerator, trainer.Problems(accelerator))
     assert example.shape == (96, 48)
+
+
+def adobe_rgb() -> bytes:
+    """A profile of Adobe RGB's kind: sRGB's, whose red has another place, under another name."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    start = profile.index(b"rXYZ") + 4
+    place = int.from_bytes(profile[start : start + 4], "big")
+    profile[place + 8 : place + 12] = int(0.6097 * 65536).to_bytes(4, "big")  # the X of red
+    return (
+        bytes(profile)
+        .replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))
+        .replace(b"sRGB built", b"wide built")
+    )
+
+
+def test_colors_of_another_profile_become_srgb(tmp_path: Path) -> None:
+    """A phone's photos have Display P3: taken for sRGB, they are pale. Alpha stays, and sRGB changes nothing."""
+    image = Image.new("RGBA", (8, 8), (200, 40, 40, 99))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, profile in {"none": None, "srgb": srgb, "wide": adobe_rgb(), "broken": b"x" * 200}.items():
+        image.save(tmp_path / f"{name}.png", icc_profile=profile)
+    loaded = {path.stem: trainer.load_upright_image(path, "RGBA").getpixel((0, 0)) for path in tmp_path.iterdir()}
+    assert loaded["none"] == loaded["srgb"] == loaded["broken"] == (200, 40, 40, 99)
+    assert loaded["wide"][0] > 210 and loaded["wide"][3] == 99
+    names = latents_names(tmp_path)
+    for path in tmp_path.iterdir():  # the latents of photos with other colors have names of their own
+        digest = trainer.digest([trainer.sha256_of(path), False, "vae", ENTIRE, trainer.CROPS_PER_IMAGE, False])
+        assert (f"{digest}.safetensors" in names) == (path.stem != "wide")
+
+
+@pytest.mark.parametrize("name", ["a_mask.PNG", "a_MASK.png", "A.mask.png", "a-masklabel.PNG"])
+def test_masks_are_found_whatever_the_case_of_their_names(tmp_path: Path, name: str) -> None:
+    """Windows and cameras do not care; such a mask was trained as a photo."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    Image.new("L", (8, 8)).save(tmp_path / name)
+    assert trainer.find_images(tmp_path) == [tmp_path / "a.jpg"]
+    assert trainer.mask_path_of(tmp_path / "a.jpg") == tmp_path / name
+
+
+def test_a_mask_of_another_unicode_form_is_found(tmp_path: Path) -> None:
+    """A photo from a Mac's archive, a mask from elsewhere."""
+    photo = tmp_path / unicodedata.normalize("NFD", "café.png")
+    mask = tmp_path / unicodedata.normalize("NFC", "café_mask.png")
+    for path in (photo, mask):
+        Image.new("L", (8, 8)).save(path)
+    assert trainer.find_images(tmp_path) == [photo] and trainer.mask_path_of(photo) == mask
+
+
+@pytest.mark.parametrize("color", ["white", "black"])
+def test_a_mask_may_have_its_shape_in_the_alpha_channel(tmp_path: Path, color: str) -> None:
+    """As programs write that cut out the subject; without transparency, a mask's brightness counts."""
+    mask = Image.new("RGBA", (2, 1), color)
+    mask.putalpha(Image.frombytes("L", (2, 1), bytes([255, 0])))
+    Image.new("RGB", (2, 1)).save(tmp_path / "a.png")
+    mask.save(tmp_path / "a.mask.png")
+    assert trainer.read_image(tmp_path / "a.png")[1].tobytes() == bytes([255, 0])
+    Image.new("RGBA", (2, 1), color).save(tmp_path / "a.mask.png")
+    assert set(trainer.read_image(tmp_path / "a.png")[1].tobytes()) == {255 if color == "white" else 0}
+
+
+def test_a_damaged_heic_is_named(tmp_path: Path) -> None:
+    """Its decoder raises EOFError, and AVIF's RuntimeError, which ended the program without the file's name."""
+    pytest.importorskip("pillow_heif")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.heic")
+    data = (tmp_path / "a.heic").read_bytes()
+    start = data.index(b"mdat") + 4
+    (tmp_path / "a.heic").write_bytes(data[:start] + bytes(len(data) - start))
+    with pytest.raises(trainer.UnreadableImageError, match=r"a\.heic is not a readable image"):
+        trainer.read_image(tmp_path / "a.heic")
+
+
+def test_a_heic_under_another_name_is_named_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messengers rename them; without pillow-heif the file is not broken."""
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    monkeypatch.setattr(trainer, "FORMATS", ["JPEG"])
+    with pytest.raises(trainer.UnreadableImageError, match=r"a\.jpg .* HEIC.* pip install pillow-heif"):
+        trainer.read_image(tmp_path / "a.jpg")
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot write AVIF")
