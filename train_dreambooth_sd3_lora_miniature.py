@@ -625,6 +625,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     global_step: int  # optimizer steps that are done
+    saved_step: int = 0  # the last step of which this run has saved a checkpoint
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
@@ -697,24 +698,39 @@ def atomic_path(final: Path) -> Iterator[Path]:
             if path.is_file():
                 with open(path, "rb+") as file:
                     flush_to_disk(file)
-        if final.is_dir():
-            remove_folder(final)
-        move_into_place(partial, final)
+        if partial.is_dir():
+            move_folder(partial, final)
+        else:
+            move_file(partial, final)
 
 
-def move_into_place(partial: Path, final: Path) -> None:
-    """Rename a file or folder; where folders cannot be renamed, as on some network drives, rename its files.
+def move_file(source: Path, target: Path) -> None:
+    """Rename a file over another one, after up to 2 s if that is open elsewhere.
 
-    By name, so that training_state.pt comes last: a checkpoint without it counts as incomplete.
+    Windows refuses it for as long as a virus scanner, a program that synchronizes or a viewer has the file open.
     """
+    for _ in range(20):
+        with suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(0.1)
+    os.replace(source, target)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder; where there is one already, or a network drive renames no folders, rename its files.
+
+    By name, so that training_state.pt comes last: a checkpoint without it counts as incomplete. Nothing is removed, so
+    an earlier checkpoint of which a file is in use can still be resumed.
+    """
+    if target.is_symlink():
+        target.unlink()  # what it leads to stays
     try:
-        os.replace(partial, final)
+        os.replace(source, target)
     except OSError:
-        if not partial.is_dir():
-            raise
-        final.mkdir(exist_ok=True)
-        for path in sorted(partial.iterdir()):
-            os.replace(path, final / path.name)
+        target.mkdir(exist_ok=True)
+        for path in sorted(source.iterdir()):
+            move_file(path, target / path.name)
 
 
 def count_of(number: int, noun: str) -> str:
@@ -1470,6 +1486,7 @@ NOT_FINITE = (
     "checkpoints are unaffected. Start again with a lower --learning_rate or another --mixed_precision."
 )
 STOPPED = "Stopped after step {}; a checkpoint is saved. To continue, add --resume_from_checkpoint latest."
+NOT_SAVED = "Stopped after step {}; its checkpoint could not be saved: see the note above."
 
 
 def choose_recomputation(
@@ -1599,7 +1616,8 @@ def train(
             save_checkpoint(args, plan, state, accelerator)
         if signaled:
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
-            raise SystemExit(STOPPED.format(state.global_step) if is_main else 1)
+            message = STOPPED if state.saved_step == state.global_step else NOT_SAVED
+            raise SystemExit(message.format(state.global_step) if is_main else 1)
         if is_main and state.global_step in plan.preview_steps:
             make_previews(args, plan, state, accelerator, signals)
     progress.close()
@@ -1682,7 +1700,10 @@ def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: s
 
 
 def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
-    """Write checkpoint-N, and remove the oldest ones beyond --checkpoints_total_limit."""
+    """Write checkpoint-N and its step into the state; remove the oldest ones beyond --checkpoints_total_limit.
+
+    If an earlier checkpoint-N is in use, it stays, with a note: that must not cost the training that it interrupts.
+    """
     from peft import get_peft_model_state_dict
 
     scaler = accelerator.scaler
@@ -1695,10 +1716,15 @@ def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Acce
         "scaler": scaler.state_dict() if scaler else None,
     }
     folder = args.output_dir / f"checkpoint-{state.global_step}"
-    with atomic_path(folder) as partial:
-        partial.mkdir()
-        write_lora(partial / LORA_NAME, state.transformer, plan.name, args)
-        torch.save(saved, partial / STATE_NAME)
+    try:
+        with atomic_path(folder) as partial:
+            partial.mkdir()
+            write_lora(partial / LORA_NAME, state.transformer, plan.name, args)
+            torch.save(saved, partial / STATE_NAME)
+    except PermissionError as error:
+        print(f"note: {folder} is not saved: {error}")
+        return
+    state.saved_step = state.global_step
     if args.checkpoints_total_limit:
         for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
             remove_folder(old)

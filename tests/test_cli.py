@@ -221,7 +221,7 @@ SHARED = ["flag", "ForgivingStream", "Parser", "flags_of_other_script", "with_fl
           "argparse_options", "flag_problems", "first_line", "find_images", "is_mask", "why_no_images",
           "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image", "exif_orientation",
           "load_upright_image", "mask_path_of", "read_image", "ProgressBar", "load_part", "advice_on_model",
-          "list_model_files", "missing_weights", "peak_memory", "flush_to_disk"]  # fmt: skip
+          "list_model_files", "missing_weights", "peak_memory", "flush_to_disk", "move_file"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)

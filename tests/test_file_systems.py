@@ -66,6 +66,75 @@ def test_without_fsync_the_embeddings_are_written(
     assert embed.pq.read_table(compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")).num_rows == 2
 
 
+@pytest.fixture
+def in_use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Let nothing get a name that `when` says yes to, for so many tries; waiting takes no time. What was tried."""
+    waited: list[float] = []
+    monkeypatch.setattr(trainer.time, "sleep", waited.append)
+    real = os.replace
+
+    def refuse_moves(when: Callable[[Path], bool], times: int = 1000) -> list[str]:
+        tried: list[str] = []
+
+        def guarded(source: Path, target: Path) -> None:
+            if when(Path(target)) and len(tried) < times:
+                tried.append(str(target))
+                raise PermissionError(errno.EACCES, "it is in use", str(source), None, str(target))
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", guarded)
+        return tried
+
+    return refuse_moves
+
+
+def test_a_file_that_is_in_use_for_a_moment_is_replaced_after_it(train: Train, in_use: Callable[..., list]) -> None:
+    """By a virus scanner, say: each move is tried for 2 s."""
+    tried = in_use(lambda target: target.suffix in (".safetensors", ".png", ".md"), times=15)
+    train(PREVIEWS, "--validation_steps=1", max_train_steps=2)
+    assert len(tried) == 15
+
+
+def test_a_checkpoint_in_use_stays_whole_and_training_goes_on(
+    train: Train, in_use: Callable[..., list], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its LoRA is shown in ComfyUI while another run with the same folder reaches its step."""
+    flags = ["--checkpointing_steps=2"]
+    before = (train(*flags) / "checkpoint-2" / trainer.STATE_NAME).read_bytes()
+    in_use(lambda target: "checkpoint-2" in target.parts)
+    output = train(*flags, "--seed=1")
+    assert f"note: {output / 'checkpoint-2'} is not saved" in capsys.readouterr().out
+    assert (output / "checkpoint-2" / trainer.STATE_NAME).read_bytes() == before
+    assert names(trainer.list_checkpoints(output)) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_signal_at_a_checkpoint_in_use_does_not_say_that_it_is_saved(
+    train: Train, in_use: Callable[..., list], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier one of that name is there."""
+    output = train()
+    in_use(lambda target: "checkpoint-1" in target.parts)
+    monkeypatch.setattr(trainer, "finish_gradients", lambda *_: (True, 0.0, True))
+    with pytest.raises(SystemExit, match="after step 1; its checkpoint could not be saved"):
+        train()
+    assert names(trainer.list_checkpoints(output)) == ["checkpoint-4"]
+
+
+def test_embeddings_are_kept_when_their_file_is_in_use(
+    tiny: Path, photos: Path, tmp_path: Path, in_use: Callable[..., list]
+) -> None:
+    """Under another name, since T5 takes long; the older file stays, and so does a third one."""
+    path = compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")
+    (tmp_path / "e-2.parquet").touch()
+    before = path.read_bytes()
+    in_use(lambda target: target == path)
+    with pytest.raises(SystemExit, match=f"{path} is in use. .*e-3.parquet"):
+        compute(tiny, photos, path, "--no_t5", "--prompt=another")
+    assert path.read_bytes() == before
+    assert "another" in embed.pq.read_table(tmp_path / "e-3.parquet")["prompt"].to_pylist()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def mapped(path: object, *_: object, **__: object) -> bool:
     """Whether this process maps a file that is, or lies in, this path."""
     lines = Path("/proc/self/maps").read_text().splitlines()
