@@ -733,6 +733,17 @@ def move_folder(source: Path, target: Path) -> None:
             move_file(path, target / path.name)
 
 
+@contextmanager
+def only_noted(failure: str) -> Iterator[None]:
+    """Turn an error of the file system into a note, for files that a run can do without. A full disk ends it."""
+    try:
+        yield
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        print(f"note: {failure}: {error}")
+
+
 def count_of(number: int, noun: str) -> str:
     """Return a number with its noun, such as "1 step" or "2 steps"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
@@ -1486,6 +1497,7 @@ NOT_FINITE = (
     "checkpoints are unaffected. Start again with a lower --learning_rate or another --mixed_precision."
 )
 STOPPED = "Stopped after step {}; a checkpoint is saved. To continue, add --resume_from_checkpoint latest."
+AGAIN = "the same command again, with --resume_from_checkpoint latest"
 NOT_SAVED = "Stopped after step {}; its checkpoint could not be saved: see the note above."
 
 
@@ -1969,13 +1981,16 @@ def make_previews(
             if signals:
                 return []
             path = folder / f"step-{state.global_step:06d}-prompt-{row}-{number}.png"
-            save_image(images[0], path)
             shown[prompt].append(images[0])
-            written.append((prompt, path))
-    sheet = draw_progress(folder, rows=len(args.validation_prompt), last_step=state.global_step)
-    save_image(sheet, folder / "progress.png")
-    if state.global_step >= plan.max_train_steps:
-        shown["progress"].append(sheet)
+            with only_noted(f"{path} is not written"):
+                save_image(images[0], path)
+                written.append((prompt, path))
+    if len(written) == count * len(args.validation_prompt):  # the sheet is drawn from the files
+        sheet = draw_progress(folder, rows=len(args.validation_prompt), last_step=state.global_step)
+        with only_noted(f"{folder / 'progress.png'} is not written"):
+            save_image(sheet, folder / "progress.png")
+        if state.global_step >= plan.max_train_steps:
+            shown["progress"].append(sheet)
     log_images(shown, state.global_step, accelerator)
     return written
 
@@ -1984,7 +1999,8 @@ def preview_untrained(args: Args, plan: Plan, state: TrainState, accelerator: Ac
     """Draw what the model makes of the prompts before it is trained, in place of an earlier run's previews."""
     if accelerator.is_main_process and args.validation_prompt and state.global_step == 0:
         for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):
-            earlier.unlink()
+            with only_noted(f"{earlier} of an earlier run stays"):
+                earlier.unlink()
         make_previews(args, plan, state, accelerator, signals=[])
 
 
@@ -2699,14 +2715,20 @@ def push_to_hub(args: Args, plan: Plan, previews: list[tuple[str, Path]]) -> Non
 def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator, signals: list[int]) -> None:
     """Write the LoRA, its last previews and its card, report them, and upload them with --push_to_hub."""
     path = args.output_dir / LORA_NAME
-    with atomic_path(path) as partial:
-        write_lora(partial, state.transformer, plan.name, args)
+    try:
+        with atomic_path(path) as partial:
+            write_lora(partial, state.transformer, plan.name, args)
+    except PermissionError as error:
+        checkpoint = args.output_dir / f"checkpoint-{state.global_step}"
+        where = f" The same LoRA is in {checkpoint / LORA_NAME}." if state.saved_step == state.global_step else ""
+        raise SystemExit(f"{error}.{where} To write it here, run {AGAIN}.") from error
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
     previews = make_previews(args, plan, state, accelerator, signals) if args.validation_prompt else []
     if signals:
         raise SystemExit(f"Interrupted. The LoRA is written: {path}")
     end_on_signals()  # nothing is left that a signal should save
-    write_model_card(args, plan, state, previews)
+    with only_noted("README.md is not written"):
+        write_model_card(args, plan, state, previews)
     print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
     if args.push_to_hub:
         push_to_hub(args, plan, previews)
@@ -2886,7 +2908,7 @@ def explained_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:  # before or after training; during training, a signal saves a checkpoint
-        raise SystemExit(f"Interrupted. {nothing_lost}: run the same command again.") from None
+        raise SystemExit(f"Interrupted. {nothing_lost}: run {AGAIN} if training had begun.") from None
     except Exception as error:
         if is_out_of_memory(error):
             fixes = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
@@ -2894,7 +2916,7 @@ def explained_errors() -> Iterator[None]:
         if is_full_disk(error):
             raise SystemExit(f"The disk is full ({error}). {nothing_lost}: make room and resume.") from error
         if isinstance(error, OSError) and error.filename is not None:  # a user's file or folder
-            raise SystemExit(f"{error}. {nothing_lost}: fix that and run the same command again.") from error
+            raise SystemExit(f"{error}. {nothing_lost}: fix that and run {AGAIN} if training had begun.") from error
         if "DataLoader worker (pid" in str(error):  # it was killed; an error inside a worker speaks for itself
             raise SystemExit(f"{error} Usually RAM is short: use --dataloader_num_workers 0.") from error
         print(f"{nothing_lost}. This error is not one that the program expects:", file=sys.stderr)

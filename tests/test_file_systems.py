@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -118,6 +119,48 @@ def test_a_signal_at_a_checkpoint_in_use_does_not_say_that_it_is_saved(
     with pytest.raises(SystemExit, match="after step 1; its checkpoint could not be saved"):
         train()
     assert names(trainer.list_checkpoints(output)) == ["checkpoint-4"]
+
+
+def test_previews_and_card_in_use_end_no_run(
+    train: Train, in_use: Callable[..., list], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an image viewer, neither replaced nor removed; each is a note. The LoRA is the same."""
+    expected = lora(train(PREVIEWS))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse(errno.EACCES, lambda path, *_: Path(path).suffix == ".png")(os.unlink))
+        patch.setattr(Path, "unlink", lambda path: os.unlink(path))
+        in_use(lambda target: target.suffix in (".png", ".md"))
+        output = train(PREVIEWS)
+    said = capsys.readouterr().out
+    for name in ("step-000000-prompt-0-0.png", "step-000004-prompt-0-0.png", "README.md"):
+        assert re.search(f"note: .*{name}", said), name
+    in_use(lambda target: target.name == "progress.png")
+    assert equal(lora(train(PREVIEWS)), expected) and equal(lora(output), expected)
+    assert "progress.png is not written" in capsys.readouterr().out
+
+
+def test_a_samples_folder_that_is_gone_ends_no_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has tidied up."""
+    choose = trainer.choose_recomputation
+
+    def tidy(args: trainer.Args, *rest: object) -> float:
+        shutil.rmtree(args.output_dir / "samples")
+        return choose(args, *rest)
+
+    monkeypatch.setattr(trainer, "choose_recomputation", tidy)
+    assert lora(train(PREVIEWS))
+
+
+def test_a_lora_in_use_can_be_found_and_is_written_by_a_resumed_run(train: Train, in_use: Callable[..., list]) -> None:
+    """The checkpoint of the last step has it; the same command alone would train anew."""
+    output = train()
+    tried = in_use(lambda target: target == output / trainer.LORA_NAME, times=21)
+    copy = output / "checkpoint-4" / trainer.LORA_NAME
+    with pytest.raises(SystemExit, match=f"{copy}. .*--resume_from_checkpoint latest"):
+        train("--seed=1")
+    assert len(tried) == 21 and not equal(lora(output), lora(copy.parent))
+    train("--seed=1", LATEST)
+    assert equal(lora(output), lora(copy.parent))
 
 
 def test_embeddings_are_kept_when_their_file_is_in_use(
