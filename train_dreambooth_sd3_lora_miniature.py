@@ -1738,17 +1738,26 @@ def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Acce
         return
     state.saved_step = state.global_step
     if args.checkpoints_total_limit:
-        for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-            remove_folder(old)
+        with only_noted("no old checkpoint is removed"):
+            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                remove_folder(old)
 
 
 def read_state(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Return a checkpoint's training state, or {} if it is missing, incomplete or not ours. It cannot run code.
 
-    With mmap, tensors stay on disk, and the file stays open as long as they live.
+    With mmap, tensors stay on disk, and the file stays open as long as they live. OSError if the file is there but
+    cannot be read now: a lock, a drive in the cloud. A run that took it for incomplete would overwrite it.
     """
+    path = folder / STATE_NAME
     try:
-        state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True, mmap=mmap)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        if error.errno == errno.EINVAL and error.filename is None:  # a broken file makes torch seek outside of it
+            return {}
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except Exception:  # a file that is cut short, or is no pickle of tensors, fails in many ways inside torch
         return {}
     return state if is_training_state(state) else {}
@@ -2048,7 +2057,13 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     # What does not depend on anything else: the machine, the Hub, the checkpoint.
     check_machine(args, accelerator, problems)
     check_hub_login(args, accelerator, problems)
-    checkpoint = find_checkpoint(args, problems)
+    checkpoint: dict[str, Any] = {}
+    start = 1
+    try:
+        checkpoint = find_checkpoint(args, problems)
+        start = next_start(args.output_dir)
+    except OSError as error:
+        problems.add(f"A checkpoint exists but cannot be read now: {error}. Try again, or move it elsewhere.")
 
     # The base model without its weights, and what must fit it: the LoRA to start from, the images, the embeddings.
     base_model = inspect_base_model(args, problems)
@@ -2078,7 +2093,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
             examples=examples,
             start_lora=start_lora,
             checkpoint=checkpoint,
-            start=next_start(args.output_dir),
+            start=start,
             samples_per_step=samples_per_step,
             max_train_steps=max_train_steps,
             preview_steps=find_preview_steps(args, examples, samples_per_step, max_train_steps),
@@ -2525,7 +2540,7 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     if args.validation_prompt or args.with_prior_preservation:
         guidance = guidance_of(args, plan.base_model.skeleton.config)
         problems.note(f"previews and class images: {args.num_inference_steps} steps, --guidance_scale {guidance:g}")
-    existing = len(list_checkpoints(args.output_dir))
+    existing = len(checkpoint_folders(args.output_dir))
     limit = args.checkpoints_total_limit
     if limit and existing > limit:  # earlier versions kept all of them
         kept = f"the first save keeps the newest {limit}; --checkpoints_total_limit 0 keeps all"

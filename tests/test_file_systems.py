@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import compute_embeddings as embed
 import train_dreambooth_sd3_lora_miniature as trainer
@@ -161,6 +162,30 @@ def test_a_lora_in_use_can_be_found_and_is_written_by_a_resumed_run(train: Train
     assert len(tried) == 21 and not equal(lora(output), lora(copy.parent))
     train("--seed=1", LATEST)
     assert equal(lora(output), lora(copy.parent))
+
+
+@pytest.mark.parametrize("flags", [[LATEST], ["--resume_from_checkpoint=checkpoint-4"], []])
+def test_a_checkpoint_that_cannot_be_read_now_stops_the_start(
+    train: Train, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """Taken for incomplete, it would be trained anew and overwritten."""
+    states = list(train("--checkpointing_steps=2").rglob(trainer.STATE_NAME))
+    before = [path.read_bytes() for path in states]
+    offline = refuse(errno.EACCES, lambda path, *_: Path(path).parent.name == "checkpoint-4")
+    monkeypatch.setattr(torch, "load", offline(torch.load))
+    with pytest.raises(SystemExit, match=f"Cannot start:\n- .*checkpoint-4/{trainer.STATE_NAME}"):
+        train("--checkpointing_steps=2", *flags)
+    assert [path.read_bytes() for path in states] == before
+
+
+def test_an_old_checkpoint_that_cannot_be_read_during_training_is_a_note(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next checkpoint looks again which ones are too many."""
+    monkeypatch.setattr(torch, "load", refuse(errno.EACCES)(torch.load))
+    output = train("--checkpointing_steps=1", "--checkpoints_total_limit=1", max_train_steps=2)
+    assert capsys.readouterr().out.count("no old checkpoint is removed") == 2
+    assert lora(output)
 
 
 def test_embeddings_are_kept_when_their_file_is_in_use(

@@ -67,8 +67,8 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [
-    b"", pickle.dumps([]), "a list", {"global_step": 2}, "code", "a step of text", "settings in a list",
-], ids=["empty", "pickle", "list", "other keys", "code", "step", "settings"])  # fmt: skip
+    b"", "half a file", pickle.dumps([]), "a list", {"global_step": 2}, "code", "a step of text", "settings in a list",
+], ids=["empty", "half", "pickle", "list", "other keys", "code", "step", "settings"])  # fmt: skip
 def test_a_state_of_another_kind_is_not_a_complete_checkpoint(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object
 ) -> None:
@@ -77,6 +77,8 @@ def test_a_state_of_another_kind_is_not_a_complete_checkpoint(
     values = {"a list": [1, 2], "code": Evil(tmp_path / "ran")}
     whole = torch.load(state, weights_only=True)
     values |= {"a step of text": whole | {"global_step": "4"}, "settings in a list": whole | {"settings": [1]}}
+    if content == "half a file":
+        content = state.read_bytes()[: state.stat().st_size // 2]
     if isinstance(content, bytes):
         state.write_bytes(content)
     else:
