@@ -2871,7 +2871,10 @@ def lock_output_dir(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         if accelerator.is_main_process:
             lock.acquire()
     except Timeout:
-        problems.add(f"Another training is writing to {folder}: wait for it, or use another --output_dir.")
+        problems.add(
+            f"Another training is writing to {folder}: wait for it, or use another --output_dir. If none is running, "
+            f"another machine has left its lock: delete {lock.lock_file}."
+        )
     except (OSError, NotImplementedError) as error:
         problems.note(f"{folder} cannot be locked ({error}): keep other trainings out of it")
     problems.stop_if_any()
