@@ -1041,7 +1041,8 @@ def compute(args: Args) -> None:
 def main(args: Args) -> None:
     """Compute the embeddings, and end with one message on what can go wrong in between."""
     sighup = 1  # which Windows does not have
-    for number in signal.valid_signals() & {sighup, signal.SIGTERM}:
+    sigbreak = getattr(signal, "SIGBREAK", signal.SIGTERM)  # Ctrl-Break, which only Windows has
+    for number in signal.valid_signals() & {sighup, sigbreak, signal.SIGTERM}:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, signal.default_int_handler)
     try:

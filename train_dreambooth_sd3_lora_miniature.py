@@ -2753,7 +2753,8 @@ def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator,
 # What surrounds a run: accelerate, the lock on the output folder, signals, errors and output. Then main().
 
 SIGHUP = 1  # which Windows does not have
-END_SIGNALS = signal.valid_signals() & {SIGHUP, signal.SIGINT, signal.SIGTERM}
+SIGBREAK = getattr(signal, "SIGBREAK", signal.SIGINT)  # Ctrl-Break, which only Windows has
+END_SIGNALS = signal.valid_signals() & {SIGHUP, SIGBREAK, signal.SIGINT, signal.SIGTERM}
 
 
 def silence_libraries() -> None:
