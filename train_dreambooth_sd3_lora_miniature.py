@@ -1635,6 +1635,15 @@ def train(
     progress.close()
 
 
+def ignore_end_signals(_: int) -> None:
+    """Let a data worker live when Ctrl-C reaches it too: the step that a signal waits for needs its samples.
+
+    A worker that Python spawns, as on Windows, does not inherit what note_signals has set. SIGTERM ends it as before.
+    """
+    for number in END_SIGNALS - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def prepare_training(
     args: Args, plan: Plan, state: TrainState, dataset: SampleDataset, accelerator: Accelerator
 ) -> tuple[nn.Module, DataLoader]:
@@ -1650,6 +1659,7 @@ def prepare_training(
         Subset(dataset, samples_left),  # a resumed run starts after the samples that it has seen
         args.train_batch_size,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_end_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
     model, state.optimizer, dataloader = accelerator.prepare(state.transformer, state.optimizer, dataloader)
