@@ -744,6 +744,15 @@ def only_noted(failure: str) -> Iterator[None]:
         print(f"note: {failure}: {error}")
 
 
+@contextmanager
+def noted_logging(accelerator: Accelerator) -> Iterator[None]:
+    """Log no more, with one note, if a tracker's file cannot be written. A full disk ends the run."""
+    with only_noted("nothing more is logged"):
+        yield
+        return
+    accelerator.trackers.clear()  # TensorBoard would raise the same error at each step
+
+
 def count_of(number: int, noun: str) -> str:
     """Return a number with its noun, such as "1 step" or "2 steps"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
@@ -1617,7 +1626,8 @@ def train(
         # An optimizer step is complete.
         state.global_step += 1
         learning_rate = state.lr_scheduler.get_last_lr()[0] * state.optimizer.param_groups[0].get("d", 1)  # Prodigy's
-        accelerator.log({"loss": mean_loss, "lr": learning_rate}, step=state.global_step)
+        with noted_logging(accelerator):
+            accelerator.log({"loss": mean_loss, "lr": learning_rate}, step=state.global_step)
         state.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
         progress.set_postfix_str(f"loss {mean_loss:.4f}{vram_in_use()}", refresh=False)
         progress.update()
@@ -2010,7 +2020,8 @@ def make_previews(
             save_image(sheet, folder / "progress.png")
         if state.global_step >= plan.max_train_steps:
             shown["progress"].append(sheet)
-    log_images(shown, state.global_step, accelerator)
+    with noted_logging(accelerator):
+        log_images(shown, state.global_step, accelerator)
     return written
 
 
@@ -2781,8 +2792,8 @@ def silence_libraries() -> None:
 
 
 def report_thread_error(failure: threading.ExceptHookArgs) -> None:
-    """Report an error of a thread, but not a full disk: TensorBoard raises that again, in the main thread."""
-    if not is_full_disk(failure.exc_value):
+    """Report an error of a thread, but not of the file system: TensorBoard raises that again, in the main thread."""
+    if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
 
@@ -2991,7 +3002,8 @@ def main(args: Args) -> None:
             check_order(order, args, plan, state, accelerator)
             dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
             model, dataloader = prepare_training(args, plan, state, dataset, accelerator)
-            accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)
+            with noted_logging(accelerator):
+                accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)
             preview_untrained(args, plan, state, accelerator)
 
             # From here on there is something to save: a signal ends the training after its step, with a checkpoint.
@@ -3001,7 +3013,8 @@ def main(args: Args) -> None:
             if accelerator.is_main_process:
                 publish(args, plan, state, accelerator, signals)
             accelerator.wait_for_everyone()  # a process that left would end the others' process group
-        accelerator.end_training()
+        with noted_logging(accelerator):
+            accelerator.end_training()
 
 
 if __name__ == "__main__":

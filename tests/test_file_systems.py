@@ -1,15 +1,18 @@
 """Folders that are not a Linux disk: Windows drives, network shares, drives in the cloud. Each is pretended here."""
 
 import errno
+import itertools
 import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.compat.tensorflow_stub.io import gfile
 
 import compute_embeddings as embed
 import train_dreambooth_sd3_lora_miniature as trainer
@@ -186,6 +189,21 @@ def test_an_old_checkpoint_that_cannot_be_read_during_training_is_a_note(
     output = train("--checkpointing_steps=1", "--checkpoints_total_limit=1", max_train_steps=2)
     assert capsys.readouterr().out.count("no old checkpoint is removed") == 2
     assert lora(output)
+
+
+@pytest.mark.parametrize(("first", "last"), [(2, 3), (4, 5), (4, 99)], ids=["at the start", "once", "from then on"])
+def test_a_log_that_cannot_be_written_ends_no_run(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: int, last: int
+) -> None:
+    """TensorBoard's thread ends with the first refusal: one note, no traceback, and the same LoRA."""
+    expected = lora(train("--report_to=none", output="whole"))
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has its own
+    calls = itertools.count()
+    append = refuse(errno.EACCES, lambda *_: first <= next(calls) < last)(gfile.LocalFileSystem.append)
+    monkeypatch.setattr(gfile.LocalFileSystem, "append", append)
+    assert equal(lora(train(PREVIEWS)), expected)
+    said = capsys.readouterr()
+    assert said.out.count("note: nothing more is logged: [Errno 13]") == 1 and "Traceback" not in said.err
 
 
 def test_embeddings_are_kept_when_their_file_is_in_use(
