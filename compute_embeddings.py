@@ -942,11 +942,12 @@ def peak_memory() -> str:
 
 def flush_to_disk(file: Any) -> None:
     """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
+    cannot = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # the disk is full, or broken
-            raise
+        if error.errno not in cannot:  # the disk is full, or broken
+            raise OSError(error.errno, error.strerror, str(file.name)) from error
 
 
 def move_file(source: Path, target: Path) -> None:

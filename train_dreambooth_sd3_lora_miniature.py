@@ -681,11 +681,16 @@ def sha256_of(path: Path) -> str:
 
 def flush_to_disk(file: Any) -> None:
     """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
+    cannot = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # the disk is full, or broken
-            raise
+        if error.errno not in cannot:  # the disk is full, or broken
+            raise OSError(error.errno, error.strerror, str(file.name)) from error
+
+
+# What save_file and torch.save raise in place of an OSError.
+REFUSED_WRITE = r"I/O error: .*os error|^File .* cannot be opened|^Parent directory .* does not exist"
 
 
 @contextmanager
@@ -693,7 +698,12 @@ def atomic_path(final: Path) -> Iterator[Path]:
     """Yield a path to write a file or folder to; if the block succeeds, it appears as `final`, whole and on disk."""
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent, ignore_cleanup_errors=True) as folder:
         partial = Path(folder, final.name)
-        yield partial
+        try:
+            yield partial
+        except (SafetensorError, RuntimeError) as error:
+            if not re.search(REFUSED_WRITE, str(error)):
+                raise
+            raise OSError(errno.EIO, first_line(error), str(final)) from error
         for path in [partial, *partial.rglob("*")]:
             if path.is_file():
                 with open(path, "rb+") as file:
@@ -2955,8 +2965,10 @@ def explained_errors() -> Iterator[None]:
             raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {fixes}.") from error
         if is_full_disk(error):
             raise SystemExit(f"The disk is full ({error}). {nothing_lost}: make room and resume.") from error
-        if isinstance(error, OSError) and error.filename is not None:  # a user's file or folder
-            raise SystemExit(f"{error}. {nothing_lost}: fix that and run {AGAIN} if training had begun.") from error
+        names_file = isinstance(error, OSError) and error.filename is not None
+        if names_file or isinstance(error, FileNotFoundError | PermissionError):  # a user's file or folder
+            reason = str(error).rstrip().rpartition("\n")[2]  # a data worker's has its traceback above it
+            raise SystemExit(f"{reason}. {nothing_lost}: fix that and run {AGAIN} if training had begun.") from error
         if "DataLoader worker (pid" in str(error):  # it was killed; an error inside a worker speaks for itself
             raise SystemExit(f"{error} Usually RAM is short: use --dataloader_num_workers 0.") from error
         print(f"{nothing_lost}. This error is not one that the program expects:", file=sys.stderr)

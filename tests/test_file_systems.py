@@ -40,9 +40,10 @@ def is_folder(source: Path, *_: object) -> bool:
 @pytest.mark.parametrize(("module", "name", "failing"), [
     (Path, "chmod", refuse(errno.EPERM)),
     (os, "fsync", refuse(errno.EINVAL)),
+    (os, "fsync", refuse(errno.EACCES)),
     (os, "replace", refuse(errno.EACCES, is_folder)),
     (trainer.FileLock, "acquire", refuse(errno.ENOLCK)),
-], ids=["chmod", "fsync", "rename of folders", "lock"])  # fmt: skip
+], ids=["chmod", "fsync", "fsync of Windows", "rename of folders", "lock"])  # fmt: skip
 def test_what_a_file_system_cannot_do_ends_no_run(
     train: Train, monkeypatch: pytest.MonkeyPatch, module: object, name: str, failing: Callable
 ) -> None:
@@ -204,6 +205,47 @@ def test_a_log_that_cannot_be_written_ends_no_run(
     assert equal(lora(train(PREVIEWS)), expected)
     said = capsys.readouterr()
     assert said.out.count("note: nothing more is logged: [Errno 13]") == 1 and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(("module", "name", "error"), [
+    (trainer, "save_file", trainer.SafetensorError("Error while serializing: I/O error: Access denied (os error 5)")),
+    (torch, "save", RuntimeError("File checkpoint-4/training_state.pt cannot be opened.")),
+    (torch, "save", RuntimeError("Parent directory checkpoint-4 does not exist.")),
+    (os, "fsync", OSError(errno.EIO, "Input/output error")),
+], ids=["safetensors", "torch.save", "folder", "fsync"])  # fmt: skip
+def test_a_refused_write_is_one_message(
+    train: Train, monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: Exception
+) -> None:
+    """It names the file, also where the library does not; any other error of these keeps its traceback."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    output = train("--report_to=none")
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(SystemExit, match=f"{output}.*checkpoint-4.*What was saved before is complete"):
+        train("--report_to=none")
+    monkeypatch.setattr(module, name, lambda *_: {}["of an extender"])
+    with pytest.raises(KeyError):
+        train("--report_to=none")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_latents_that_are_gone_are_one_message(train: Train, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """Somebody has tidied up; the next run encodes them again."""
+    choose = trainer.choose_recomputation
+
+    def tidy(args: trainer.Args, *rest: object) -> float:
+        seconds = choose(args, *rest)
+        shutil.rmtree(args.output_dir / "latents")
+        return seconds
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "choose_recomputation", tidy)
+        with pytest.raises(SystemExit) as ended:
+            train(f"--dataloader_num_workers={workers}")
+    assert re.fullmatch(".*latents/.*safetensors.* What was saved before is complete.*", str(ended.value))  # one line
+    assert lora(train())
 
 
 def test_embeddings_are_kept_when_their_file_is_in_use(
