@@ -1014,11 +1014,25 @@ def peak_memory() -> str:
 
 def flush_to_disk(file: Any) -> None:
     """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
+    cannot = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # the disk is full, or broken
-            raise
+        if error.errno not in cannot:  # the disk is full, or broken
+            raise OSError(error.errno, error.strerror, str(file.name)) from error
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Rename a file over another one, after up to 2 s if that is open elsewhere.
+
+    Windows refuses it for as long as a virus scanner, a program that synchronizes or a viewer has the file open.
+    """
+    for _ in range(20):
+        with suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(0.1)
+    os.replace(source, target)
 
 
 def write_embeddings(
@@ -1042,6 +1056,16 @@ def write_embeddings(
     with open(path, "wb") as file:
         pq.write_table(table, file, row_group_size=1)
         flush_to_disk(file)
+
+
+def kept_beside(path: Path, table: Path) -> Path:
+    """Give a file that cannot get its name the first free one of NAME-2, NAME-3, ..., and return it."""
+    number = 2
+    while path.with_stem(f"{path.stem}-{number}").exists():
+        number += 1
+    free = path.with_stem(f"{path.stem}-{number}")
+    os.replace(table, free)
+    return free
 
 
 def is_parquet(path: Path) -> bool:
@@ -1079,14 +1103,19 @@ def compute(args: Args) -> None:
         table = Path(scratch, "table.parquet")
         write_embeddings(table, captions, prompt_embeds, pooled_prompt_embeds, about)
         del prompt_embeds  # it maps a file in the scratch folder, which Windows could not remove
-        os.replace(table, path)
+        try:
+            move_file(table, path)
+        except PermissionError as error:
+            kept = kept_beside(path, table)
+            raise SystemExit(f"{path} is in use, the embeddings are in {kept}. Use it as --data_df_path.") from error
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {peak_memory()}, {time.monotonic() - started:.0f} s")
 
 
 def main(args: Args) -> None:
     """Compute the embeddings, and end with one message on what can go wrong in between."""
     sighup = 1  # which Windows does not have
-    for number in signal.valid_signals() & {sighup, signal.SIGTERM}:
+    sigbreak = getattr(signal, "SIGBREAK", signal.SIGTERM)  # Ctrl-Break, which only Windows has
+    for number in signal.valid_signals() & {sighup, sigbreak, signal.SIGTERM}:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, signal.default_int_handler)
     try:

@@ -628,6 +628,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     global_step: int  # optimizer steps that are done
+    saved_step: int = 0  # the last step of which this run has saved a checkpoint
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
@@ -683,11 +684,16 @@ def sha256_of(path: Path) -> str:
 
 def flush_to_disk(file: Any) -> None:
     """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
+    cannot = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # the disk is full, or broken
-            raise
+        if error.errno not in cannot:  # the disk is full, or broken
+            raise OSError(error.errno, error.strerror, str(file.name)) from error
+
+
+# What save_file and torch.save raise in place of an OSError.
+REFUSED_WRITE = r"I/O error: .*os error|^File .* cannot be opened|^Parent directory .* does not exist"
 
 
 @contextmanager
@@ -695,29 +701,69 @@ def atomic_path(final: Path) -> Iterator[Path]:
     """Yield a path to write a file or folder to; if the block succeeds, it appears as `final`, whole and on disk."""
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent, ignore_cleanup_errors=True) as folder:
         partial = Path(folder, final.name)
-        yield partial
+        try:
+            yield partial
+        except (SafetensorError, RuntimeError) as error:
+            if not re.search(REFUSED_WRITE, str(error)):
+                raise
+            raise OSError(errno.EIO, first_line(error), str(final)) from error
         for path in [partial, *partial.rglob("*")]:
             if path.is_file():
                 with open(path, "rb+") as file:
                     flush_to_disk(file)
-        if final.is_dir():
-            remove_folder(final)
-        move_into_place(partial, final)
+        if partial.is_dir():
+            move_folder(partial, final)
+        else:
+            move_file(partial, final)
 
 
-def move_into_place(partial: Path, final: Path) -> None:
-    """Rename a file or folder; where folders cannot be renamed, as on some network drives, rename its files.
+def move_file(source: Path, target: Path) -> None:
+    """Rename a file over another one, after up to 2 s if that is open elsewhere.
 
-    By name, so that training_state.pt comes last: a checkpoint without it counts as incomplete.
+    Windows refuses it for as long as a virus scanner, a program that synchronizes or a viewer has the file open.
     """
+    for _ in range(20):
+        with suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(0.1)
+    os.replace(source, target)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder; where there is one already, or a network drive renames no folders, rename its files.
+
+    By name, so that training_state.pt comes last: a checkpoint without it counts as incomplete. Nothing is removed, so
+    an earlier checkpoint of which a file is in use can still be resumed.
+    """
+    if target.is_symlink():
+        target.unlink()  # what it leads to stays
     try:
-        os.replace(partial, final)
+        os.replace(source, target)
     except OSError:
-        if not partial.is_dir():
+        target.mkdir(exist_ok=True)
+        for path in sorted(source.iterdir()):
+            move_file(path, target / path.name)
+
+
+@contextmanager
+def only_noted(failure: str) -> Iterator[None]:
+    """Turn an error of the file system into a note, for files that a run can do without. A full disk ends it."""
+    try:
+        yield
+    except OSError as error:
+        if is_full_disk(error):
             raise
-        final.mkdir(exist_ok=True)
-        for path in sorted(partial.iterdir()):
-            os.replace(path, final / path.name)
+        print(f"note: {failure}: {error}")
+
+
+@contextmanager
+def noted_logging(accelerator: Accelerator) -> Iterator[None]:
+    """Log no more, with one note, if a tracker's file cannot be written. A full disk ends the run."""
+    with only_noted("nothing more is logged"):
+        yield
+        return
+    accelerator.trackers.clear()  # TensorBoard would raise the same error at each step
 
 
 def count_of(number: int, noun: str) -> str:
@@ -1534,6 +1580,8 @@ NOT_FINITE = (
     "checkpoints are unaffected. Start again with a lower --learning_rate or another --mixed_precision."
 )
 STOPPED = "Stopped after step {}; a checkpoint is saved. To continue, add --resume_from_checkpoint latest."
+AGAIN = "the same command again, with --resume_from_checkpoint latest"
+NOT_SAVED = "Stopped after step {}; its checkpoint could not be saved: see the note above."
 
 
 def choose_recomputation(
@@ -1652,7 +1700,8 @@ def train(
         # An optimizer step is complete.
         state.global_step += 1
         learning_rate = state.lr_scheduler.get_last_lr()[0] * state.optimizer.param_groups[0].get("d", 1)  # Prodigy's
-        accelerator.log({"loss": mean_loss, "lr": learning_rate}, step=state.global_step)
+        with noted_logging(accelerator):
+            accelerator.log({"loss": mean_loss, "lr": learning_rate}, step=state.global_step)
         state.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
         progress.set_postfix_str(f"loss {mean_loss:.4f}{vram_in_use()}", refresh=False)
         progress.update()
@@ -1663,10 +1712,20 @@ def train(
             save_checkpoint(args, plan, state, accelerator)
         if signaled:
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
-            raise SystemExit(STOPPED.format(state.global_step) if is_main else 1)
+            message = STOPPED if state.saved_step == state.global_step else NOT_SAVED
+            raise SystemExit(message.format(state.global_step) if is_main else 1)
         if is_main and state.global_step in plan.preview_steps:
             make_previews(args, plan, state, accelerator, signals)
     progress.close()
+
+
+def ignore_end_signals(_: int) -> None:
+    """Let a data worker live when Ctrl-C reaches it too: the step that a signal waits for needs its samples.
+
+    A worker that Python spawns, as on Windows, does not inherit what note_signals has set. SIGTERM ends it as before.
+    """
+    for number in END_SIGNALS - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def prepare_training(
@@ -1684,6 +1743,7 @@ def prepare_training(
         Subset(dataset, samples_left),  # a resumed run starts after the samples that it has seen
         args.train_batch_size,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_end_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
     model, state.optimizer, dataloader = accelerator.prepare(state.transformer, state.optimizer, dataloader)
@@ -1746,7 +1806,10 @@ def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: s
 
 
 def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
-    """Write checkpoint-N, and remove the oldest ones beyond --checkpoints_total_limit."""
+    """Write checkpoint-N and its step into the state; remove the oldest ones beyond --checkpoints_total_limit.
+
+    If an earlier checkpoint-N is in use, it stays, with a note: that must not cost the training that it interrupts.
+    """
     from peft import get_peft_model_state_dict
 
     scaler = accelerator.scaler
@@ -1759,22 +1822,36 @@ def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Acce
         "scaler": scaler.state_dict() if scaler else None,
     }
     folder = args.output_dir / f"checkpoint-{state.global_step}"
-    with atomic_path(folder) as partial:
-        partial.mkdir()
-        write_lora(partial / LORA_NAME, state.transformer, plan.name, args)
-        torch.save(saved, partial / STATE_NAME)
+    try:
+        with atomic_path(folder) as partial:
+            partial.mkdir()
+            write_lora(partial / LORA_NAME, state.transformer, plan.name, args)
+            torch.save(saved, partial / STATE_NAME)
+    except PermissionError as error:
+        print(f"note: {folder} is not saved: {error}")
+        return
+    state.saved_step = state.global_step
     if args.checkpoints_total_limit:
-        for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-            remove_folder(old)
+        with only_noted("no old checkpoint is removed"):
+            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                remove_folder(old)
 
 
 def read_state(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Return a checkpoint's training state, or {} if it is missing, incomplete or not ours. It cannot run code.
 
-    With mmap, tensors stay on disk, and the file stays open as long as they live.
+    With mmap, tensors stay on disk, and the file stays open as long as they live. OSError if the file is there but
+    cannot be read now: a lock, a drive in the cloud. A run that took it for incomplete would overwrite it.
     """
+    path = folder / STATE_NAME
     try:
-        state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True, mmap=mmap)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        if error.errno == errno.EINVAL and error.filename is None:  # a broken file makes torch seek outside of it
+            return {}
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except Exception:  # a file that is cut short, or is no pickle of tensors, fails in many ways inside torch
         return {}
     return state if is_training_state(state) else {}
@@ -2007,14 +2084,18 @@ def make_previews(
             if signals:
                 return []
             path = folder / f"step-{state.global_step:06d}-prompt-{row}-{number}.png"
-            save_image(images[0], path)
             shown[prompt].append(images[0])
-            written.append((prompt, path))
-    sheet = draw_progress(folder, rows=len(args.validation_prompt), last_step=state.global_step)
-    save_image(sheet, folder / "progress.png")
-    if state.global_step >= plan.max_train_steps:
-        shown["progress"].append(sheet)
-    log_images(shown, state.global_step, accelerator)
+            with only_noted(f"{path} is not written"):
+                save_image(images[0], path)
+                written.append((prompt, path))
+    if len(written) == count * len(args.validation_prompt):  # the sheet is drawn from the files
+        sheet = draw_progress(folder, rows=len(args.validation_prompt), last_step=state.global_step)
+        with only_noted(f"{folder / 'progress.png'} is not written"):
+            save_image(sheet, folder / "progress.png")
+        if state.global_step >= plan.max_train_steps:
+            shown["progress"].append(sheet)
+    with noted_logging(accelerator):
+        log_images(shown, state.global_step, accelerator)
     return written
 
 
@@ -2022,7 +2103,8 @@ def preview_untrained(args: Args, plan: Plan, state: TrainState, accelerator: Ac
     """Draw what the model makes of the prompts before it is trained, in place of an earlier run's previews."""
     if accelerator.is_main_process and args.validation_prompt and state.global_step == 0:
         for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):
-            earlier.unlink()
+            with only_noted(f"{earlier} of an earlier run stays"):
+                earlier.unlink()
         make_previews(args, plan, state, accelerator, signals=[])
 
 
@@ -2070,7 +2152,13 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     # What does not depend on anything else: the machine, the Hub, the checkpoint.
     check_machine(args, accelerator, problems)
     check_hub_login(args, accelerator, problems)
-    checkpoint = find_checkpoint(args, problems)
+    checkpoint: dict[str, Any] = {}
+    start = 1
+    try:
+        checkpoint = find_checkpoint(args, problems)
+        start = next_start(args.output_dir)
+    except OSError as error:
+        problems.add(f"A checkpoint exists but cannot be read now: {error}. Try again, or move it elsewhere.")
 
     # The base model without its weights, and what must fit it: the LoRA to start from, the images, the embeddings.
     base_model = inspect_base_model(args, problems)
@@ -2100,7 +2188,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
             examples=examples,
             start_lora=start_lora,
             checkpoint=checkpoint,
-            start=next_start(args.output_dir),
+            start=start,
             samples_per_step=samples_per_step,
             max_train_steps=max_train_steps,
             preview_steps=find_preview_steps(args, examples, samples_per_step, max_train_steps),
@@ -2552,7 +2640,7 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     if args.validation_prompt or args.with_prior_preservation:
         guidance = guidance_of(args, plan.base_model.skeleton.config)
         problems.note(f"previews and class images: {args.num_inference_steps} steps, --guidance_scale {guidance:g}")
-    existing = len(list_checkpoints(args.output_dir))
+    existing = len(checkpoint_folders(args.output_dir))
     limit = args.checkpoints_total_limit
     if limit and existing > limit:  # earlier versions kept all of them
         kept = f"the first save keeps the newest {limit}; --checkpoints_total_limit 0 keeps all"
@@ -2742,14 +2830,20 @@ def push_to_hub(args: Args, plan: Plan, previews: list[tuple[str, Path]]) -> Non
 def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator, signals: list[int]) -> None:
     """Write the LoRA, its last previews and its card, report them, and upload them with --push_to_hub."""
     path = args.output_dir / LORA_NAME
-    with atomic_path(path) as partial:
-        write_lora(partial, state.transformer, plan.name, args)
+    try:
+        with atomic_path(path) as partial:
+            write_lora(partial, state.transformer, plan.name, args)
+    except PermissionError as error:
+        checkpoint = args.output_dir / f"checkpoint-{state.global_step}"
+        where = f" The same LoRA is in {checkpoint / LORA_NAME}." if state.saved_step == state.global_step else ""
+        raise SystemExit(f"{error}.{where} To write it here, run {AGAIN}.") from error
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
     previews = make_previews(args, plan, state, accelerator, signals) if args.validation_prompt else []
     if signals:
         raise SystemExit(f"Interrupted. The LoRA is written: {path}")
     end_on_signals()  # nothing is left that a signal should save
-    write_model_card(args, plan, state, previews)
+    with only_noted("README.md is not written"):
+        write_model_card(args, plan, state, previews)
     print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
     if args.push_to_hub:
         push_to_hub(args, plan, previews)
@@ -2759,7 +2853,8 @@ def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator,
 # What surrounds a run: accelerate, the lock on the output folder, signals, errors and output. Then main().
 
 SIGHUP = 1  # which Windows does not have
-END_SIGNALS = signal.valid_signals() & {SIGHUP, signal.SIGINT, signal.SIGTERM}
+SIGBREAK = getattr(signal, "SIGBREAK", signal.SIGINT)  # Ctrl-Break, which only Windows has
+END_SIGNALS = signal.valid_signals() & {SIGHUP, SIGBREAK, signal.SIGINT, signal.SIGTERM}
 
 
 def silence_libraries() -> None:
@@ -2776,8 +2871,8 @@ def silence_libraries() -> None:
 
 
 def report_thread_error(failure: threading.ExceptHookArgs) -> None:
-    """Report an error of a thread, but not a full disk: TensorBoard raises that again, in the main thread."""
-    if not is_full_disk(failure.exc_value):
+    """Report an error of a thread, but not of the file system: TensorBoard raises that again, in the main thread."""
+    if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
 
@@ -2877,7 +2972,10 @@ def lock_output_dir(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         if accelerator.is_main_process:
             lock.acquire()
     except Timeout:
-        problems.add(f"Another training is writing to {folder}: wait for it, or use another --output_dir.")
+        problems.add(
+            f"Another training is writing to {folder}: wait for it, or use another --output_dir. If none is running, "
+            f"another machine has left its lock: delete {lock.lock_file}."
+        )
     except (OSError, NotImplementedError) as error:
         problems.note(f"{folder} cannot be locked ({error}): keep other trainings out of it")
     problems.stop_if_any()
@@ -2929,15 +3027,17 @@ def explained_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:  # before or after training; during training, a signal saves a checkpoint
-        raise SystemExit(f"Interrupted. {nothing_lost}: run the same command again.") from None
+        raise SystemExit(f"Interrupted. {nothing_lost}: run {AGAIN} if training had begun.") from None
     except Exception as error:
         if is_out_of_memory(error):
             fixes = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
             raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {fixes}.") from error
         if is_full_disk(error):
             raise SystemExit(f"The disk is full ({error}). {nothing_lost}: make room and resume.") from error
-        if isinstance(error, OSError) and error.filename is not None:  # a user's file or folder
-            raise SystemExit(f"{error}. {nothing_lost}: fix that and run the same command again.") from error
+        names_file = isinstance(error, OSError) and error.filename is not None
+        if names_file or isinstance(error, FileNotFoundError | PermissionError):  # a user's file or folder
+            reason = str(error).rstrip().rpartition("\n")[2]  # a data worker's has its traceback above it
+            raise SystemExit(f"{reason}. {nothing_lost}: fix that and run {AGAIN} if training had begun.") from error
         if "DataLoader worker (pid" in str(error):  # it was killed; an error inside a worker speaks for itself
             raise SystemExit(f"{error} Usually RAM is short: use --dataloader_num_workers 0.") from error
         print(f"{nothing_lost}. This error is not one that the program expects:", file=sys.stderr)
@@ -2983,7 +3083,8 @@ def main(args: Args) -> None:
             check_order(order, args, plan, state, accelerator)
             dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
             model, dataloader = prepare_training(args, plan, state, dataset, accelerator)
-            accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)
+            with noted_logging(accelerator):
+                accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)
             preview_untrained(args, plan, state, accelerator)
 
             # From here on there is something to save: a signal ends the training after its step, with a checkpoint.
@@ -2993,7 +3094,8 @@ def main(args: Args) -> None:
             if accelerator.is_main_process:
                 publish(args, plan, state, accelerator, signals)
             accelerator.wait_for_everyone()  # a process that left would end the others' process group
-        accelerator.end_training()
+        with noted_logging(accelerator):
+            accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Folders that are not a Linux disk: Windows drives, network shares, drives in the cloud. Each is pretended here."""
 
 import errno
+import itertools
 import os
+import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from tensorboard.compat.tensorflow_stub.io import gfile
 
 import compute_embeddings as embed
 import train_dreambooth_sd3_lora_miniature as trainer
@@ -35,9 +40,10 @@ def is_folder(source: Path, *_: object) -> bool:
 @pytest.mark.parametrize(("module", "name", "failing"), [
     (Path, "chmod", refuse(errno.EPERM)),
     (os, "fsync", refuse(errno.EINVAL)),
+    (os, "fsync", refuse(errno.EACCES)),
     (os, "replace", refuse(errno.EACCES, is_folder)),
     (trainer.FileLock, "acquire", refuse(errno.ENOLCK)),
-], ids=["chmod", "fsync", "rename of folders", "lock"])  # fmt: skip
+], ids=["chmod", "fsync", "fsync of Windows", "rename of folders", "lock"])  # fmt: skip
 def test_what_a_file_system_cannot_do_ends_no_run(
     train: Train, monkeypatch: pytest.MonkeyPatch, module: object, name: str, failing: Callable
 ) -> None:
@@ -64,6 +70,197 @@ def test_without_fsync_the_embeddings_are_written(
     """By the first script too."""
     monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL)(os.fsync))
     assert embed.pq.read_table(compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")).num_rows == 2
+
+
+@pytest.fixture
+def in_use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Let nothing get a name that `when` says yes to, for so many tries; waiting takes no time. What was tried."""
+    waited: list[float] = []
+    monkeypatch.setattr(trainer.time, "sleep", waited.append)
+    real = os.replace
+
+    def refuse_moves(when: Callable[[Path], bool], times: int = 1000) -> list[str]:
+        tried: list[str] = []
+
+        def guarded(source: Path, target: Path) -> None:
+            if when(Path(target)) and len(tried) < times:
+                tried.append(str(target))
+                raise PermissionError(errno.EACCES, "it is in use", str(source), None, str(target))
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", guarded)
+        return tried
+
+    return refuse_moves
+
+
+def test_a_file_that_is_in_use_for_a_moment_is_replaced_after_it(train: Train, in_use: Callable[..., list]) -> None:
+    """By a virus scanner, say: each move is tried for 2 s."""
+    tried = in_use(lambda target: target.suffix in (".safetensors", ".png", ".md"), times=15)
+    train(PREVIEWS, "--validation_steps=1", max_train_steps=2)
+    assert len(tried) == 15
+
+
+def test_a_checkpoint_in_use_stays_whole_and_training_goes_on(
+    train: Train, in_use: Callable[..., list], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its LoRA is shown in ComfyUI while another run with the same folder reaches its step."""
+    flags = ["--checkpointing_steps=2"]
+    before = (train(*flags) / "checkpoint-2" / trainer.STATE_NAME).read_bytes()
+    in_use(lambda target: "checkpoint-2" in target.parts)
+    output = train(*flags, "--seed=1")
+    assert f"note: {output / 'checkpoint-2'} is not saved" in capsys.readouterr().out
+    assert (output / "checkpoint-2" / trainer.STATE_NAME).read_bytes() == before
+    assert names(trainer.list_checkpoints(output)) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_signal_at_a_checkpoint_in_use_does_not_say_that_it_is_saved(
+    train: Train, in_use: Callable[..., list], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier one of that name is there."""
+    output = train()
+    in_use(lambda target: "checkpoint-1" in target.parts)
+    monkeypatch.setattr(trainer, "finish_gradients", lambda *_: (True, 0.0, True))
+    with pytest.raises(SystemExit, match="after step 1; its checkpoint could not be saved"):
+        train()
+    assert names(trainer.list_checkpoints(output)) == ["checkpoint-4"]
+
+
+def test_previews_and_card_in_use_end_no_run(
+    train: Train, in_use: Callable[..., list], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an image viewer, neither replaced nor removed; each is a note. The LoRA is the same."""
+    expected = lora(train(PREVIEWS))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse(errno.EACCES, lambda path, *_: Path(path).suffix == ".png")(os.unlink))
+        patch.setattr(Path, "unlink", lambda path: os.unlink(path))
+        in_use(lambda target: target.suffix in (".png", ".md"))
+        output = train(PREVIEWS)
+    said = capsys.readouterr().out
+    for name in ("step-000000-prompt-0-0.png", "step-000004-prompt-0-0.png", "README.md"):
+        assert re.search(f"note: .*{name}", said), name
+    in_use(lambda target: target.name == "progress.png")
+    assert equal(lora(train(PREVIEWS)), expected) and equal(lora(output), expected)
+    assert "progress.png is not written" in capsys.readouterr().out
+
+
+def test_a_samples_folder_that_is_gone_ends_no_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has tidied up."""
+    choose = trainer.choose_recomputation
+
+    def tidy(args: trainer.Args, *rest: object) -> float:
+        shutil.rmtree(args.output_dir / "samples")
+        return choose(args, *rest)
+
+    monkeypatch.setattr(trainer, "choose_recomputation", tidy)
+    assert lora(train(PREVIEWS))
+
+
+def test_a_lora_in_use_can_be_found_and_is_written_by_a_resumed_run(train: Train, in_use: Callable[..., list]) -> None:
+    """The checkpoint of the last step has it; the same command alone would train anew."""
+    output = train()
+    tried = in_use(lambda target: target == output / trainer.LORA_NAME, times=21)
+    copy = output / "checkpoint-4" / trainer.LORA_NAME
+    with pytest.raises(SystemExit, match=f"{copy}. .*--resume_from_checkpoint latest"):
+        train("--seed=1")
+    assert len(tried) == 21 and not equal(lora(output), lora(copy.parent))
+    train("--seed=1", LATEST)
+    assert equal(lora(output), lora(copy.parent))
+
+
+@pytest.mark.parametrize("flags", [[LATEST], ["--resume_from_checkpoint=checkpoint-4"], []])
+def test_a_checkpoint_that_cannot_be_read_now_stops_the_start(
+    train: Train, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """Taken for incomplete, it would be trained anew and overwritten."""
+    states = list(train("--checkpointing_steps=2").rglob(trainer.STATE_NAME))
+    before = [path.read_bytes() for path in states]
+    offline = refuse(errno.EACCES, lambda path, *_: Path(path).parent.name == "checkpoint-4")
+    monkeypatch.setattr(torch, "load", offline(torch.load))
+    with pytest.raises(SystemExit, match=f"Cannot start:\n- .*checkpoint-4/{trainer.STATE_NAME}"):
+        train("--checkpointing_steps=2", *flags)
+    assert [path.read_bytes() for path in states] == before
+
+
+def test_an_old_checkpoint_that_cannot_be_read_during_training_is_a_note(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next checkpoint looks again which ones are too many."""
+    monkeypatch.setattr(torch, "load", refuse(errno.EACCES)(torch.load))
+    output = train("--checkpointing_steps=1", "--checkpoints_total_limit=1", max_train_steps=2)
+    assert capsys.readouterr().out.count("no old checkpoint is removed") == 2
+    assert lora(output)
+
+
+@pytest.mark.parametrize(("first", "last"), [(2, 3), (4, 5), (4, 99)], ids=["at the start", "once", "from then on"])
+def test_a_log_that_cannot_be_written_ends_no_run(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: int, last: int
+) -> None:
+    """TensorBoard's thread ends with the first refusal: one note, no traceback, and the same LoRA."""
+    expected = lora(train("--report_to=none", output="whole"))
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has its own
+    calls = itertools.count()
+    append = refuse(errno.EACCES, lambda *_: first <= next(calls) < last)(gfile.LocalFileSystem.append)
+    monkeypatch.setattr(gfile.LocalFileSystem, "append", append)
+    assert equal(lora(train(PREVIEWS)), expected)
+    said = capsys.readouterr()
+    assert said.out.count("note: nothing more is logged: [Errno 13]") == 1 and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(("module", "name", "error"), [
+    (trainer, "save_file", trainer.SafetensorError("Error while serializing: I/O error: Access denied (os error 5)")),
+    (torch, "save", RuntimeError("File checkpoint-4/training_state.pt cannot be opened.")),
+    (torch, "save", RuntimeError("Parent directory checkpoint-4 does not exist.")),
+    (os, "fsync", OSError(errno.EIO, "Input/output error")),
+], ids=["safetensors", "torch.save", "folder", "fsync"])  # fmt: skip
+def test_a_refused_write_is_one_message(
+    train: Train, monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: Exception
+) -> None:
+    """It names the file, also where the library does not; any other error of these keeps its traceback."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    output = train("--report_to=none")
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(SystemExit, match=f"{output}.*checkpoint-4.*What was saved before is complete"):
+        train("--report_to=none")
+    monkeypatch.setattr(module, name, lambda *_: {}["of an extender"])
+    with pytest.raises(KeyError):
+        train("--report_to=none")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_latents_that_are_gone_are_one_message(train: Train, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """Somebody has tidied up; the next run encodes them again."""
+    choose = trainer.choose_recomputation
+
+    def tidy(args: trainer.Args, *rest: object) -> float:
+        seconds = choose(args, *rest)
+        shutil.rmtree(args.output_dir / "latents")
+        return seconds
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "choose_recomputation", tidy)
+        with pytest.raises(SystemExit) as ended:
+            train(f"--dataloader_num_workers={workers}")
+    assert re.fullmatch(".*latents/.*safetensors.* What was saved before is complete.*", str(ended.value))  # one line
+    assert lora(train())
+
+
+def test_embeddings_are_kept_when_their_file_is_in_use(
+    tiny: Path, photos: Path, tmp_path: Path, in_use: Callable[..., list]
+) -> None:
+    """Under another name, since T5 takes long; the older file stays, and so does a third one."""
+    path = compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")
+    (tmp_path / "e-2.parquet").touch()
+    before = path.read_bytes()
+    in_use(lambda target: target == path)
+    with pytest.raises(SystemExit, match=f"{path} is in use. .*e-3.parquet"):
+        compute(tiny, photos, path, "--no_t5", "--prompt=another")
+    assert path.read_bytes() == before
+    assert "another" in embed.pq.read_table(tmp_path / "e-3.parquet")["prompt"].to_pylist()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def mapped(path: object, *_: object, **__: object) -> bool:

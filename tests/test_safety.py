@@ -1,5 +1,6 @@
 """Nothing is lost: interruptions, torn files, full disks, vanished readers, numbers that are not finite."""
 
+import importlib.util
 import io
 import os
 import pickle
@@ -67,8 +68,8 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [
-    b"", pickle.dumps([]), "a list", {"global_step": 2}, "code", "a step of text", "settings in a list",
-], ids=["empty", "pickle", "list", "other keys", "code", "step", "settings"])  # fmt: skip
+    b"", "half a file", pickle.dumps([]), "a list", {"global_step": 2}, "code", "a step of text", "settings in a list",
+], ids=["empty", "half", "pickle", "list", "other keys", "code", "step", "settings"])  # fmt: skip
 def test_a_state_of_another_kind_is_not_a_complete_checkpoint(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object
 ) -> None:
@@ -77,6 +78,8 @@ def test_a_state_of_another_kind_is_not_a_complete_checkpoint(
     values = {"a list": [1, 2], "code": Evil(tmp_path / "ran")}
     whole = torch.load(state, weights_only=True)
     values |= {"a step of text": whole | {"global_step": "4"}, "settings in a list": whole | {"settings": [1]}}
+    if content == "half a file":
+        content = state.read_bytes()[: state.stat().st_size // 2]
     if isinstance(content, bytes):
         state.write_bytes(content)
     else:
@@ -120,6 +123,34 @@ def test_a_signal_ends_the_run_after_its_step(train: Train, monkeypatch: pytest.
         with pytest.raises(SystemExit, match="after step 2; .*--resume_from_checkpoint latest"):
             train()
     assert equal(lora(train(LATEST)), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_data_worker_survives_what_reaches_the_whole_terminal(
+    train: Train, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The step that a signal waits for needs its samples. A spawned worker would die of the first one."""
+    get = trainer.SampleDataset.__getitem__
+
+    def get_after_signals(dataset: trainer.SampleDataset, index: int) -> dict:
+        if torch.utils.data.get_worker_info() and index == 3:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # a forked one has inherited the handler that notes the first
+        return get(dataset, index)
+
+    monkeypatch.setattr(trainer.SampleDataset, "__getitem__", get_after_signals)
+    assert len(logged(train("--dataloader_num_workers=1"))) == 4
+    assert pickle.loads(pickle.dumps(trainer.ignore_end_signals)) is trainer.ignore_end_signals  # as spawning does
+
+
+def test_ctrl_break_of_windows_ends_a_run_like_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it exists; its number means something else on Linux."""
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    spec = importlib.util.spec_from_file_location("on_windows", trainer.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "on_windows", module)
+    spec.loader.exec_module(module)
+    assert signal.SIGUSR1 in module.END_SIGNALS
 
 
 def test_sighup_is_ignored_where_nohup_says_so(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +376,7 @@ def test_a_second_training_in_the_same_folder_is_one_message(train: Train) -> No
     with subprocess.Popen([sys.executable, "-c", code, output / ".lock"], stdout=subprocess.PIPE) as owner:
         owner.stdout.readline()
         before = contents(output)
-        with pytest.raises(SystemExit, match=f"Another training is writing to {output}"):
+        with pytest.raises(SystemExit, match=f"Another training is writing to {output}.* {output / '.lock'}"):
             train("--checkpointing_steps=1", "--resolution=128")
         assert contents(output).items() >= before.items()
         assert {path.parent.name for path in contents(output).keys() - before.keys()} <= {"logs"}
