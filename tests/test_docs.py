@@ -36,7 +36,7 @@ COMMANDS = [
     if command.strip()
 ]
 OF_OTHERS = {"quiet", "multi_gpu", "num_processes", "num_machines", "machine_rank", "main_process_ip"}  # accelerate's
-OF_OTHERS |= {"check", "help", "extra-index-url", "logdir", "mixed_precision", "dynamo_backend"}
+OF_OTHERS |= {"check", "help", "extra-index-url", "cache_latents", "logdir", "mixed_precision", "dynamo_backend"}
 
 
 def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -72,13 +72,18 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
         assert (page.parent / file).exists() and (not anchor or anchor in anchors), target
 
 
-def test_the_readmes_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy's two, whose flags stand in files, and SD3's two; each pair agrees about model, prompts and files."""
+def test_the_readmes_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy's two, whose flags stand in files, and SD3's and SD3.5's; each pair agrees about what both must know."""
     monkeypatch.chdir(ROOT)
+    file = tmp_path / "sd35.txt"
+    file.write_text(re.findall(r"```text\n(--.*?)```", README, re.S)[0])
     embedding = [embed.parse_args(command[2:]) for command in COMMANDS if command[1:2] == ["compute_embeddings.py"]]
-    commands = [command[command.index(TRAINER) + 1 :] for command in COMMANDS if TRAINER in command]
-    training = [trainer.parse_args(command) for command in commands]
-    assert len(training) == len(embedding) == 2
+    training = []
+    for command in COMMANDS:
+        if TRAINER in command:
+            flags = command[command.index(TRAINER) + 1 :]
+            training.append(trainer.parse_args([flag.replace("@sd35.txt", f"@{file}") for flag in flags]))
+    assert len(training) == len(embedding) == 3
     for one, other in zip(embedding, training, strict=True):
         assert (one.prompt, one.validation_prompt) == (other.instance_prompt, other.validation_prompt)
         assert (one.local_data_dir, one.output_path) == (other.instance_data_dir, other.data_df_path)
