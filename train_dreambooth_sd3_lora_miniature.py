@@ -6,8 +6,8 @@
         --mixed_precision fp16 --resolution 1024 --train_batch_size 1 --gradient_accumulation_steps 4 \
         --use_8bit_adam --max_train_steps 500 --seed 0
 
-Memory for SD3-medium at 1024 x 1024, as counted by tests/tools/step_cost.py: 7.2 GiB of VRAM, and 4.4 GiB with
---gradient_checkpointing. No text encoder is ever loaded. Everything random about a training sample is a function of
+Memory for SD3-medium at 1024 x 1024 and rank 4, as counted by tests/tools/step_cost.py: 7.2 GiB of VRAM, and 4.4 GiB
+with --gradient_checkpointing. No text encoder is ever loaded. Everything random about a training sample is a function of
 the seed and the sample's number, so a resumed run continues exactly, and any number of processes sees the same
 samples. "The reference" is diffusers' examples/research_projects/sd3_lora_colab, whose command line still runs.
 
@@ -190,8 +190,8 @@ class Args:
         "prior preservation", False, "make some samples images of the class, so that the model keeps it",
         on_resume=REFUSED)
     class_every_n_samples: int = flag(
-        "prior preservation", 2, "one sample of so many shows the class; of 8, the subject is learned sooner",
-        minimum=2, on_resume=REFUSED)
+        "prior preservation", 2, "every Nth sample shows the class; a higher N teaches the subject sooner and keeps "
+        "the class less", minimum=2, on_resume=REFUSED)
     class_prompt: str | None = flag(
         "prior preservation", None, "prompt of the class, such as 'a photo of a dog'", metavar="PROMPT",
         embeddings_flag="class_prompt")
@@ -542,8 +542,10 @@ def combination_problems(args: Args) -> list[str]:
         problems.append("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
     if args.lr_scheduler == "polynomial" and learning_rate_of(args) <= 1e-7:
         problems.append(f"--lr_scheduler polynomial ends at 1e-07; --learning_rate {args.learning_rate} must be above")
-    if args.use_8bit_adam and args.optimizer == "prodigy":
-        problems.append("--use_8bit_adam and --optimizer prodigy are two different optimizers: choose one")
+    if args.use_8bit_adam and not args.optimizer.startswith(("adamw", "paged_adamw")):
+        problems.append(f"--use_8bit_adam and --optimizer {args.optimizer} are two different optimizers: choose one")
+    if args.scale_lr and args.optimizer == "prodigy":
+        problems.append("--scale_lr scales a learning rate, but --optimizer prodigy finds it: leave one of them out")
     if args.with_prior_preservation and not args.class_prompt:
         problems.append("--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
     if args.with_prior_preservation and class_folder(args).resolve() == args.instance_data_dir.resolve():
@@ -1261,7 +1263,7 @@ def are_latents(path: Path) -> bool:
 
 
 def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
-    """Write the latents that do not exist yet, one safetensors file per image; each process encodes its share.
+    """Write the latents that do not exist yet, one safetensors file per Example; each process encodes its share.
 
     A file that was cut short is written again. In fp32, as `force_upcast` in the VAE's config demands, and untiled:
     tiles change latents by 11 to 34 % of their standard deviation.
@@ -1309,9 +1311,9 @@ def sample_order(
 ) -> list[Example]:
     """Return which image each sample of the run shows: each image of a shape comes once before any comes again.
 
-    kinds: the images of the subject and perhaps those of its class, which have every class_every-th turn. A turn is a
-    sample or, where shapes differ, a micro-batch, which then holds images of one shape. Shapes get turns in proportion
-    to their images.
+    kinds: the images of the subject and perhaps those of its class. The subject takes class_every - 1 turns, then the
+    class takes one. A turn is a sample or, where shapes differ, a micro-batch, which holds images of one shape. Shapes
+    get turns in proportion to their images.
     """
     turns = [0] * (class_every - 1) + [1] if len(kinds) > 1 else [0]  # of the kinds, over and over
     rng = random.Random(seed)
@@ -1477,7 +1479,7 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def blocks_in_backward(transformer: diffusers.SD3Transformer2DModel) -> list[nn.Module]:
-    """Return the blocks that the backward pass goes through, which keep activations: from the first with a LoRA on."""
+    """Return the blocks that the backward pass goes through, which keep activations: from the first LoRA on."""
     blocks = list(transformer.transformer_blocks)
     for embedder in (transformer.pos_embed, transformer.context_embedder, transformer.time_text_embed):
         if trainable_parameters(embedder):
@@ -1488,7 +1490,10 @@ def blocks_in_backward(transformer: diffusers.SD3Transformer2DModel) -> list[nn.
 
 
 def recompute_blocks(transformer: diffusers.SD3Transformer2DModel, count: int) -> None:
-    """Make the first `count` blocks_in_backward recompute their activations there instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them, in the first `count` of its blocks.
+
+    enable_gradient_checkpointing hands every block to `call`, which decides.
+    """
     recomputed = set(blocks_in_backward(transformer)[:count])
 
     def call(block: nn.Module, *inputs: object) -> object:
@@ -1500,7 +1505,7 @@ def recompute_blocks(transformer: diffusers.SD3Transformer2DModel, count: int) -
 
 
 def learning_rate_of(args: Args) -> float:
-    """Return --learning_rate, or else the default of its optimizer."""
+    """Return --learning_rate, or else the default of its optimizer; --scale_lr comes on top."""
     if args.learning_rate is not None:
         return args.learning_rate
     return 1.0 if args.optimizer == "prodigy" else 1e-4
@@ -1514,7 +1519,7 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
     }
-    name = meant_values(vars(args))["optimizer"]
+    name = "adamw_8bit" if args.use_8bit_adam and args.optimizer == "adamw" else args.optimizer
     if name == "paged_adamw_8bit":
         from bitsandbytes.optim import PagedAdamW8bit
 
@@ -1572,7 +1577,7 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
 # data loader holds exactly the samples that are left, in order.
 
 ADAM_STATES = 2  # room for two moments in fp32 per parameter; 8-bit optimizers need less
-PRODIGY_STATES = 4  # and the parameter's first value, and a sum of gradients
+PRODIGY_STATES = 4  # Adam's two, the parameter's first value, and a sum of gradients
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high, which costs a few steps
 NOT_FINITE = (
     f"The gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite; none of these steps was applied. Usual "
@@ -1642,7 +1647,8 @@ def finish_gradients(
 ) -> tuple[bool, float, bool]:
     """Clip the gradients; return what all processes agree on: all are finite, the mean loss, whether to stop.
 
-    One reduce for all three, the step's only wait for the GPU (but bitsandbytes' optimizers wait for each parameter).
+    One reduce for all three, the step's only wait for the GPU (but bitsandbytes' optimizers and Prodigy wait for each
+    parameter).
     """
     norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
     values = torch.stack([norm.isfinite().float(), loss, loss.new_tensor(len(signals))])
@@ -1699,7 +1705,8 @@ def train(
 
         # An optimizer step is complete.
         state.global_step += 1
-        learning_rate = state.lr_scheduler.get_last_lr()[0] * state.optimizer.param_groups[0].get("d", 1)  # Prodigy's
+        prodigy_factor = state.optimizer.param_groups[0].get("d", 1)
+        learning_rate = state.lr_scheduler.get_last_lr()[0] * prodigy_factor
         with noted_logging(accelerator):
             accelerator.log({"loss": mean_loss, "lr": learning_rate}, step=state.global_step)
         state.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
@@ -1921,11 +1928,11 @@ def start_or_resume(
     if not saved:
         return TrainState(transformer, optimizer, lr_scheduler, global_step=0)
 
-    # The checkpoint has the moments, and what Prodigy has found; rate, betas and decay are this run's.
+    # The optimizer's state is the checkpoint's, with what Prodigy has found; what the flags set is this run's.
     [group] = optimizer.state_dict()["param_groups"]
     [saved_group] = saved["optimizer"]["param_groups"]
-    for name in saved_group.keys() & {"d", "d_max", "d_numerator", "k"}:
-        group[name] = saved_group[name]
+    from_flags = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
+    group |= {name: value for name, value in saved_group.items() if name not in from_flags}
     optimizer.load_state_dict(saved["optimizer"] | {"param_groups": [group]})
     # Every schedule is a function of the step alone: set it one step back, and let it make that step.
     lr_scheduler.last_epoch = saved["global_step"] - 1
@@ -2567,8 +2574,11 @@ def meant_values(settings: dict[str, Any]) -> dict[str, Any]:
     return meant
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "momentum_buffer")  # in the words of torch and bitsandbytes
+
+
 def has_moments_of(optimizer: dict[str, Any], shapes: list[torch.Size]) -> bool:
-    """Whether an optimizer's saved state has both moments of each parameter.
+    """Whether an optimizer's saved state has the moments of each parameter, in its shape.
 
     It is empty as long as every step was skipped, since Adam makes its states in the first one.
     """
@@ -2577,10 +2587,11 @@ def has_moments_of(optimizer: dict[str, Any], shapes: list[torch.Size]) -> bool:
         return False
     for number, state in states.items():
         tensors = state.get("__bnb_optimizer_quant_state__", state)  # where bitsandbytes has them
-        names = ("exp_avg", "exp_avg_sq") if "exp_avg" in tensors else ("state1", "state2")
-        if any(name not in tensors or tensors[name].shape != shapes[number] for name in names):
+        moments = [tensors[name] for name in MOMENTS if name in tensors]
+        if not moments or any(moment.shape != shapes[number] for moment in moments):
             return False
-    return True
+    kinds = {tuple(sorted(state)) for state in states.values()}
+    return len(kinds) <= 1  # or some parameter lacks what the others have
 
 
 def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
