@@ -471,27 +471,33 @@ def load_upright_image(path: Path, mode: str) -> Image.Image:
     """
     image = open_image(path)
     image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
-    profile = foreign_profile(image)
+    transform = srgb_transform(image)  # a phone's Display P3, taken for sRGB, is pale
     orientation = exif_orientation(image)
     if orientation != 1:
         image = image.transpose(TURNS[orientation])
     if image.mode.startswith("I;16"):  # convert() would clip the values
         image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
     image = image.convert(mode)
-    if profile and mode == "RGBA":
-        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB")) or image
+    if transform and mode == "RGBA":  # gray values are those of a mask, which are no colors
+        ImageCms.applyTransform(image, transform, inPlace=True)
     return image
 
 
-def foreign_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
-    """Return an image's color profile if it is another than sRGB, such as the Display P3 of phones, or else None."""
+def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """Return what converts an image's RGBA pixels to sRGB; None without a profile, or if it is broken or sRGB itself.
+
+    sRGB goes by many names, so it is known by what it does to 729 colors: nothing but rounding.
+    """
+    levels = np.linspace(0, 255, 9).astype(np.uint8)
+    colors = np.stack(np.meshgrid(levels, levels, levels, [255]), axis=-1).reshape(27, 27, 4).astype(np.uint8)
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        is_srgb = "sRGB" in ImageCms.getProfileDescription(profile)
-        is_rgb = profile.profile.xcolor_space.strip() == "RGB"
-    except (*UNREADABLE, ImageCms.PyCMSError):  # there is none, or it is broken
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGBA", "RGBA")
+        converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
+    except (*UNREADABLE, ImageCms.PyCMSError):  # there is none, it is broken, or of grays or inks
         return None
-    return profile if is_rgb and not is_srgb else None
+    is_srgb = np.abs(converted.astype(int) - colors).max() <= 3
+    return None if is_srgb else transform
 
 
 def mask_path_of(image: Path) -> Path | None:

@@ -236,7 +236,7 @@ def test_a_token_is_stripped(token: str) -> None:
 SHARED = ["flag", "ForgivingStream", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file",
           "argparse_options", "flag_problems", "first_line", "find_images", "comparable", "is_mask", "why_no_images",
           "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image",
-          "exif_orientation", "load_upright_image", "is_heif", "foreign_profile", "mask_path_of", "masks_in",
+          "exif_orientation", "load_upright_image", "is_heif", "srgb_transform", "mask_path_of", "masks_in",
           "load_mask", "read_image", "ProgressBar", "load_part", "advice_on_model", "list_model_files",
           "missing_weights", "peak_memory", "flush_to_disk", "move_file"]  # fmt: skip
 
