@@ -112,7 +112,7 @@ class Args:
         "prompts", "a photo of sks dog", "instance prompt, for every image without a caption of its own",
         metavar="PROMPT", aliases=("instance_prompt",))
     class_prompt: str | None = flag(
-        "prompts", None, "prompt of prior preservation, such as 'a photo of a dog'", metavar="PROMPT")
+        "prompts", None, 'prompt of prior preservation, such as "a photo of a dog"', metavar="PROMPT")
     validation_prompt: tuple[str, ...] = flag("prompts", (), "prompts of previews", metavar="PROMPT")
     negative_prompt: str | None = flag(
         "prompts", None, "negative prompt of the previews; the empty prompt is always included", metavar="PROMPT")
@@ -176,6 +176,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the program with one message, where argparse would print its usage of all flags first."""
         message = re.sub(r"hf_\w+", "hf_...", message)
+        if message.startswith("unrecognized arguments") and re.search("['\u201c\u201d]", message):
+            message += '\nOnly "these quotes" hold words together everywhere; Windows takes others for letters.'
         self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
 
     def unknown_flags(self, argv: list[str]) -> list[str]:
@@ -319,7 +321,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = Args(**parser.parse_values(argv))
     problems = flag_problems(args)
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
-        problems.append("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
+        problems.append('--validation_prompt: prompts of several words need quotes, such as "a photo of sks dog"')
     if problems:
         parser.error("\n  ".join(problems))
     return args

@@ -49,6 +49,7 @@ import shlex
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -163,7 +164,7 @@ class Args:
         "data", MISSING, "Parquet file that compute_embeddings.py wrote", metavar="FILE",
         aliases=("output_path",), on_resume=FREE, embeddings_flag="output_path")
     instance_prompt: str = flag(
-        "data", MISSING, "prompt of the images, such as 'a photo of sks dog'", metavar="PROMPT",
+        "data", MISSING, 'prompt of the images, such as "a photo of sks dog"', metavar="PROMPT",
         aliases=("prompt",), embeddings_flag="prompt")
     resolution: tuple[int, ...] = flag(
         "data", (512,), "training resolution: the side of a square in pixels, a multiple of 16; of several, such as "
@@ -193,7 +194,7 @@ class Args:
         "prior preservation", 2, "one sample of so many shows the class; of 8, the subject is learned sooner",
         minimum=2, on_resume=REFUSED)
     class_prompt: str | None = flag(
-        "prior preservation", None, "prompt of the class, such as 'a photo of a dog'", metavar="PROMPT",
+        "prior preservation", None, 'prompt of the class, such as "a photo of a dog"', metavar="PROMPT",
         embeddings_flag="class_prompt")
     class_data_dir: Path | None = flag(
         "prior preservation", None, "folder of class images; unset: a folder in --output_dir", metavar="DIR",
@@ -374,6 +375,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the program with one message, where argparse would print its usage of all flags first."""
         message = re.sub(r"hf_\w+", "hf_...", message)
+        if message.startswith("unrecognized arguments") and re.search("['\u201c\u201d]", message):
+            message += '\nOnly "these quotes" hold words together everywhere; Windows takes others for letters.'
         self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
 
     def unknown_flags(self, argv: list[str]) -> list[str]:
@@ -539,13 +542,13 @@ def combination_problems(args: Args) -> list[str]:
     if args.hub_token and args.report_to in ("wandb", "all"):
         problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
-        problems.append("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
+        problems.append('--validation_prompt: prompts of several words need quotes, such as "a photo of sks dog"')
     if args.lr_scheduler == "polynomial" and learning_rate_of(args) <= 1e-7:
         problems.append(f"--lr_scheduler polynomial ends at 1e-07; --learning_rate {args.learning_rate} must be above")
     if args.use_8bit_adam and args.optimizer == "prodigy":
         problems.append("--use_8bit_adam and --optimizer prodigy are two different optimizers: choose one")
     if args.with_prior_preservation and not args.class_prompt:
-        problems.append("--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
+        problems.append('--with_prior_preservation needs --class_prompt, such as "a photo of a dog"')
     if args.with_prior_preservation and class_folder(args).resolve() == args.instance_data_dir.resolve():
         problems.append(f"--class_data_dir {args.class_data_dir} is the folder of the subject")
     return problems
@@ -769,6 +772,13 @@ def noted_logging(accelerator: Accelerator) -> Iterator[None]:
 def count_of(number: int, noun: str) -> str:
     """Return a number with its noun, such as "1 step" or "2 steps"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def shell_line(command: list[str]) -> str:
+    """Return a command as it is typed; Windows' cmd.exe knows double quotes alone."""
+    if os.name == "nt":
+        return subprocess.list2cmdline(command)
+    return shlex.join(command)
 
 
 def remove_folder(folder: Path) -> None:
@@ -2388,7 +2398,7 @@ def embeddings_command(args: Args, about: dict[str, Any]) -> str:
             command += [f"--{name}", *[str(each_value) for each_value in values]]
     if about.get("t5"):
         command += ["--t5_precision", about["t5"]]
-    return shlex.join(command)
+    return shell_line(command)
 
 
 def wanted_prompts(args: Args) -> set[str]:
@@ -2826,7 +2836,7 @@ def push_to_hub(args: Args, plan: Plan, previews: list[tuple[str, Path]]) -> Non
         )
     except Exception as error:  # whatever it was, the LoRA is on disk
         includes = [f"--include={file}" for file in files]
-        command = shlex.join(["hf", "upload", plan.name, str(args.output_dir), ".", *includes])
+        command = shell_line(["hf", "upload", plan.name, str(args.output_dir), ".", *includes])
         raise SystemExit(
             f"The upload failed: {first_line(error)}\nNothing is lost. To upload it, run: {command}"
         ) from error

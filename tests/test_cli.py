@@ -218,6 +218,27 @@ def test_a_dash_of_a_word_processor_is_no_value(capsys: pytest.CaptureFixture[st
     assert "did you mean --max_sequence_length?" in capsys.readouterr().err
 
 
+@both
+@pytest.mark.parametrize("quotes", ["''", "\u201c\u201d"])
+def test_quotes_that_hold_no_words_together_are_named(
+    script: ModuleType, required: list[str], quotes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """cmd.exe knows double quotes alone, and a word processor makes them typographic."""
+    with pytest.raises(SystemExit):
+        script.parse_args([*required, "--prompt", *f"{quotes[0]}a photo of sks dog{quotes[1]}".split()])
+    assert '"these quotes"' in capsys.readouterr().err
+
+
+def test_commands_to_copy_are_quoted_as_their_system_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cmd.exe passes on single quotes as letters."""
+    command = ["python", "x.py", "--prompt", "a dog"]
+    assert trainer.shell_line(command) == "python x.py --prompt 'a dog'"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.os, "name", "nt")
+        line = trainer.shell_line(command)
+    assert line == 'python x.py --prompt "a dog"'
+
+
 def test_a_hash_inside_a_word_of_a_file_is_no_comment(tmp_path: Path) -> None:
     """C:\\C#\\photos was cut to C:\\C."""
     (tmp_path / "flags.txt").write_text(
