@@ -20,6 +20,7 @@ import argparse
 import csv
 import difflib
 import errno
+import fnmatch
 import functools
 import hashlib
 import io
@@ -339,11 +340,11 @@ with suppress(ImportError):  # the photos of many phones
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
-Image.MAX_IMAGE_PIXELS = 300_000_000  # phones make 200 million; twice as many as this are refused
+MAX_PIXELS = 300_000_000  # phones make 200 million; to read those takes 2.5 GiB of RAM
+Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's own limit, which calls them an attack
 # Pillow raises any of these for a file that is no image, or a broken one.
 UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError, RuntimeError, struct.error,
-    Image.DecompressionBombError,
 )  # fmt: skip
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
 TURNS = {  # what makes an image of each EXIF orientation upright
@@ -356,14 +357,15 @@ TURNS = {  # what makes an image of each EXIF orientation upright
     8: Image.Transpose.ROTATE_90,
 }
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
-FORMATS_NEED = {  # by suffix, what reading these images takes
-    ".avif": "AVIF needs: pip install -U pillow",
-    ".heic": "HEIC needs: pip install pillow-heif",
-    ".heics": "HEIC needs: pip install pillow-heif",
-    ".heif": "HEIF needs: pip install pillow-heif",
-    ".hif": "HEIF needs: pip install pillow-heif",
+READ_BY = {  # by suffix, what reads images that not every Pillow reads
+    ".avif": "pillow",
+    ".heic": "pillow-heif",
+    ".heics": "pillow-heif",
+    ".heif": "pillow-heif",
+    ".heifs": "pillow-heif",
+    ".hif": "pillow-heif",
 }
-NOISE = {"thumbs.db", "desktop.ini"}  # what Windows leaves in a folder of images
+NO_NOTE = ("thumbs.db", "desktop.ini", "~$*")  # what Windows and its Office leave in a folder
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -402,9 +404,25 @@ def why_no_images(folder: Path) -> str:
     except OSError as error:  # it is a file, or may not be read
         return f"{folder} cannot be read: {error.strerror}."
     reason = f"{folder} has no images ({', '.join(FORMATS)})."
+    reason = " ".join([reason, *packages_lacking(folder)])
     if subfolders:
         reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
     return reason
+
+
+def packages_lacking(folder: Path) -> list[str]:
+    """Return a sentence for each package without which images directly in a folder cannot be read."""
+    format_of = Image.registered_extensions()
+    files_of: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("[!.]*")):
+        suffix = path.suffix.lower()
+        if suffix in READ_BY and format_of.get(suffix) not in FORMATS and not path.is_dir():
+            files_of.setdefault(READ_BY[suffix], []).append(path.name)
+    sentences = []
+    for package, names in files_of.items():
+        count = f"{len(names)} (first: {names[0]})"
+        sentences.append(f"Images in {folder} that need another package: {count}. Run: pip install -U {package}")
+    return sentences
 
 
 def check_regular_file(path: Path) -> None:
@@ -426,6 +444,9 @@ def open_image(path: Path) -> Image.Image:
     path.name.encode()  # a ValueError if it is not UTF-8
     check_regular_file(path)
     image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        megapixels = image.width * image.height / 1e6
+        raise ValueError(f"it has {megapixels:,.0f} megapixels; make it smaller, at most {MAX_PIXELS / 1e6:.0f}")
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per channel; save it with 8 or 16")
     return image
@@ -556,6 +577,8 @@ def caption_images(args: Args) -> dict[str, list[str]]:
     images = find_images(folder)
     if not images:
         problems.append(f"--local_data_dir {why_no_images(folder)}")
+    else:
+        problems += packages_lacking(folder)
     own_captions = read_captions(folder, images, problems)
     caption_of = {}
     for image in images:
@@ -641,12 +664,15 @@ def has_few_colors(path: Path) -> bool:
     return sum(counts[:16]) >= 0.95 * sum(counts)
 
 
+def is_worth_a_note(path: Path) -> bool:
+    """Whether a user may wonder why a file is not used; what packages_lacking names is a problem already."""
+    is_left_over = any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in NO_NOTE)
+    return not is_left_over and path.suffix.lower() not in READ_BY
+
+
 def why_not_used(path: Path) -> str:
     """Say why a file in the folder of the images is neither an image nor a caption."""
-    suffix = path.suffix.lower()
-    if suffix in FORMATS_NEED:
-        return FORMATS_NEED[suffix]
-    image_format = Image.registered_extensions().get(suffix)
+    image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format in Image.OPEN and image_format not in FORMATS:
         return f"{image_format} images are not read; save it as PNG"
     masks = f"NAME{', NAME'.join(MASK_ENDINGS)}"
@@ -675,7 +701,7 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
             captions |= read_metadata_file(path, images, problems)
         elif path.suffix.lower() in (".txt", ".caption") and comparable(path.stem) in images_of:
             sidecars.append(path)
-        elif path not in known and not path.is_dir() and path.name.lower() not in NOISE:
+        elif path not in known and not path.is_dir() and is_worth_a_note(path):
             skipped.setdefault(why_not_used(path), []).append(path)
         elif path.is_dir() and images and find_images(path):
             print(f"note: skipped the images in {path}: only those directly in {folder} are read")

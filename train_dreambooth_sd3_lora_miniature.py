@@ -666,9 +666,25 @@ def why_no_images(folder: Path) -> str:
     except OSError as error:  # it is a file, or may not be read
         return f"{folder} cannot be read: {error.strerror}."
     reason = f"{folder} has no images ({', '.join(FORMATS)})."
+    reason = " ".join([reason, *packages_lacking(folder)])
     if subfolders:
         reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
     return reason
+
+
+def packages_lacking(folder: Path) -> list[str]:
+    """Return a sentence for each package without which images directly in a folder cannot be read."""
+    format_of = Image.registered_extensions()
+    files_of: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("[!.]*")):
+        suffix = path.suffix.lower()
+        if suffix in READ_BY and format_of.get(suffix) not in FORMATS and not path.is_dir():
+            files_of.setdefault(READ_BY[suffix], []).append(path.name)
+    sentences = []
+    for package, names in files_of.items():
+        count = f"{len(names)} (first: {names[0]})"
+        sentences.append(f"Images in {folder} that need another package: {count}. Run: pip install -U {package}")
+    return sentences
 
 
 def check_regular_file(path: Path) -> None:
@@ -930,13 +946,21 @@ with suppress(ImportError):  # the photos of many phones
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
-Image.MAX_IMAGE_PIXELS = 300_000_000  # phones make 200 million; twice as many as this are refused
+MAX_PIXELS = 300_000_000  # phones make 200 million; to read those takes 2.5 GiB of RAM
+Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's own limit, which calls them an attack
 # Pillow raises any of these for a file that is no image, or a broken one.
 UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError, RuntimeError, struct.error,
-    Image.DecompressionBombError,
 )  # fmt: skip
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
+READ_BY = {  # by suffix, what reads images that not every Pillow reads
+    ".avif": "pillow",
+    ".heic": "pillow-heif",
+    ".heics": "pillow-heif",
+    ".heif": "pillow-heif",
+    ".heifs": "pillow-heif",
+    ".hif": "pillow-heif",
+}
 TURNS = {  # what makes an image of each EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -982,6 +1006,9 @@ def open_image(path: Path) -> Image.Image:
     path.name.encode()  # a ValueError if it is not UTF-8
     check_regular_file(path)
     image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        megapixels = image.width * image.height / 1e6
+        raise ValueError(f"it has {megapixels:,.0f} megapixels; make it smaller, at most {MAX_PIXELS / 1e6:.0f}")
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per channel; save it with 8 or 16")
     return image
@@ -2180,6 +2207,8 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     base_model = inspect_base_model(args, problems)
     start_lora = read_start_lora(args, base_model, problems)
     images = find_images(args.instance_data_dir)
+    if images:
+        problems.problems += packages_lacking(args.instance_data_dir)
     examples = find_examples(images, args, base_model, accelerator, problems)
     check_masks(images, examples, args, problems)
     embeddings = open_embeddings(args, base_model, problems)

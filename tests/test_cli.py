@@ -256,6 +256,7 @@ def test_a_token_is_stripped(token: str) -> None:
 
 SHARED = ["flag", "ForgivingStream", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file",
           "argparse_options", "flag_problems", "first_line", "find_images", "comparable", "is_mask", "why_no_images",
+          "packages_lacking",
           "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image",
           "exif_orientation", "load_upright_image", "is_heif", "srgb_transform", "mask_path_of", "masks_in",
           "load_mask", "read_image", "ProgressBar", "load_part", "advice_on_model", "list_model_files",
@@ -270,7 +271,7 @@ def test_what_both_scripts_need_stands_in_both_word_for_word(name: str) -> None:
 
 def test_both_scripts_take_the_same_images() -> None:
     """By their suffixes, and by their contents."""
-    for name in ("FORMATS", "UNREADABLE", "MASK_ENDINGS", "TURNS"):
+    for name in ("FORMATS", "UNREADABLE", "MASK_ENDINGS", "TURNS", "MAX_PIXELS", "READ_BY"):
         assert getattr(embed, name) == getattr(trainer, name)
 
 

@@ -272,6 +272,17 @@ def test_a_mask_may_have_its_shape_in_the_alpha_channel(tmp_path: Path, color: s
     assert set(trainer.read_image(tmp_path / "a.png")[1].tobytes()) == {255 if color == "white" else 0}
 
 
+def test_photos_of_200_megapixels_are_read_and_larger_ones_are_not_called_attacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As phones make them; Pillow refused them, and gave a warning for half as many."""
+    assert trainer.MAX_PIXELS > 16320 * 12240 and Image.MAX_IMAGE_PIXELS is None
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(trainer, "MAX_PIXELS", 199)
+    with pytest.raises(trainer.UnreadableImageError, match="a.jpg .*megapixels"):
+        trainer.read_image(tmp_path / "a.jpg")
+
+
 def test_a_damaged_heic_is_named(tmp_path: Path) -> None:
     """Its decoder raises EOFError, and AVIF's RuntimeError, which ended the program without the file's name."""
     pytest.importorskip("pillow_heif")
