@@ -544,12 +544,13 @@ def masks_in(folder: Path, changed: int) -> dict[str, Path]:
     return masks
 
 
-def load_mask(path: Path) -> Image.Image:
-    """Load a mask: its alpha channel if that has a shape, as in a photo that is cut out, or else its brightness."""
+def alpha_of_mask(path: Path) -> Image.Image | None:
+    """Return a mask file's alpha channel if that has a shape, as in a photo that is cut out, or else None."""
+    with open_image(path) as image:
+        if not image.has_transparency_data:
+            return None
     alpha = load_upright_image(path, "RGBA").getchannel("A")
-    if alpha.getextrema() != (255, 255):
-        return alpha
-    return load_upright_image(path, "L")
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
 def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
@@ -560,7 +561,7 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
     mask_path = mask_path_of(path)
     if mask_path:
         with reading_image(mask_path):
-            mask = load_mask(mask_path)
+            mask = alpha_of_mask(mask_path) or load_upright_image(mask_path, "L")
         if mask.size != image.size:
             raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -1106,12 +1106,13 @@ def masks_in(folder: Path, changed: int) -> dict[str, Path]:
     return masks
 
 
-def load_mask(path: Path) -> Image.Image:
-    """Load a mask: its alpha channel if that has a shape, as in a photo that is cut out, or else its brightness."""
+def alpha_of_mask(path: Path) -> Image.Image | None:
+    """Return a mask file's alpha channel if that has a shape, as in a photo that is cut out, or else None."""
+    with open_image(path) as image:
+        if not image.has_transparency_data:
+            return None
     alpha = load_upright_image(path, "RGBA").getchannel("A")
-    if alpha.getextrema() != (255, 255):
-        return alpha
-    return load_upright_image(path, "L")
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
 def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
@@ -1122,7 +1123,7 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
     mask_path = mask_path_of(path)
     if mask_path:
         with reading_image(mask_path):
-            mask = load_mask(mask_path)
+            mask = alpha_of_mask(mask_path) or load_upright_image(mask_path, "L")
         if mask.size != image.size:
             raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1155,6 +1156,8 @@ def find_examples(
             if args.alpha_mask and mask_path:
                 with reading_image(mask_path):
                     mask = sha256_of(mask_path)
+                    if alpha_of_mask(mask_path):  # versions that took its brightness wrote other latents
+                        mask += "-alpha"
         except UnreadableImageError as error:
             problems.add(str(error))
             continue
@@ -1330,6 +1333,28 @@ def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator
     problems.stop_if_any()
     if not all(are_latents(example.latents) for example in examples):
         raise SystemExit(f"The latents are not visible here: all machines must share --output_dir {args.output_dir}.")
+
+
+def check_encoded_masks(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
+    """Note images whose masks are dark all over, since nothing of them is learned; end the run if all of them are."""
+    if not args.alpha_mask:
+        return
+    problems = Problems(accelerator)
+    dark = []
+    for example in examples:
+        with safe_open(example.latents, "pt") as file:
+            if file.get_tensor("mask").max() < 0.5:
+                dark.append(example)
+    if dark:
+        count = f"{len(paths_of(dark))} (first: {dark[0].path})"
+        found = (
+            f"images whose mask is nowhere brighter than 127 of 255: {count}; it must be white where the subject is"
+        )
+        if len(dark) == len(examples):
+            problems.add(f"--alpha_mask: {found}.")
+        else:
+            problems.note(found)
+    problems.stop_if_any()
 
 
 class Deck:
@@ -2211,6 +2236,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
         problems.problems += packages_lacking(args.instance_data_dir)
     examples = find_examples(images, args, base_model, accelerator, problems)
     check_masks(images, examples, args, problems)
+    check_class_images(args, base_model, accelerator, problems)
     embeddings = open_embeddings(args, base_model, problems)
     examples = with_prompts(examples, embeddings, args, problems)
     captions = {example.prompt for example in examples}
@@ -2498,6 +2524,20 @@ def check_masks(images: list[Path], examples: list[Example], args: Args, problem
     if args.alpha_mask and not has_masks:
         folder, endings = args.instance_data_dir, ", NAME".join(MASK_ENDINGS)
         problems.add(f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{endings}.")
+
+
+def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems) -> None:
+    """Read the class images that exist and have no latents yet, before the others are generated, which takes long."""
+    if not args.with_prior_preservation:
+        return
+    paths = find_images(class_folder(args))[: args.num_class_images]
+    examples = find_examples(paths, args, base_model, accelerator, problems)
+    for example in examples[accelerator.process_index :: accelerator.num_processes]:
+        try:
+            if not are_latents(example.latents):
+                read_image(example.path)
+        except UnreadableImageError as error:
+            problems.add(str(error))
 
 
 def note_odd_sizes(examples: list[Example], args: Args, problems: Problems) -> None:
@@ -3108,6 +3148,7 @@ def main(args: Args) -> None:
 
             # Latents first: the VAE is gone before the transformer comes.
             encode_latents(plan.examples, args, accelerator)
+            check_encoded_masks(plan.examples, args, accelerator)
             transformer = load_transformer(args, plan.weight_dtype).to(accelerator.device)
 
             # Class images show what the model knew before, so they are made while it has no LoRA.

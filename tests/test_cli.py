@@ -259,7 +259,7 @@ SHARED = ["flag", "ForgivingStream", "Parser", "flags_of_other_script", "with_fl
           "packages_lacking",
           "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image",
           "exif_orientation", "load_upright_image", "is_heif", "srgb_transform", "mask_path_of", "masks_in",
-          "load_mask", "read_image", "ProgressBar", "load_part", "advice_on_model", "list_model_files",
+          "alpha_of_mask", "read_image", "ProgressBar", "load_part", "advice_on_model", "list_model_files",
           "missing_weights", "peak_memory", "flush_to_disk", "move_file"]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Images, their latents, the order of samples, and training samples as a function of (seed, sample number)."""
 
 import itertools
+import re
 import shutil
 import struct
 import unicodedata
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, PROMPT, compute
+from conftest import PREVIEW_PROMPT, PROMPT, Train, compute
 
 ENTIRE = (64, 64)
 Load = Callable[..., DataLoader]
@@ -272,6 +273,34 @@ def test_a_mask_may_have_its_shape_in_the_alpha_channel(tmp_path: Path, color: s
     assert set(trainer.read_image(tmp_path / "a.png")[1].tobytes()) == {255 if color == "white" else 0}
 
 
+@pytest.mark.parametrize("alpha", [255, 0])
+def test_latents_of_a_mask_in_an_alpha_channel_have_a_name_of_their_own(tmp_path: Path, alpha: int) -> None:
+    """Those of versions that took its brightness are not taken for them; all other names stay."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGBA", (8, 8), (9, 9, 9, alpha)).save(tmp_path / "a.mask.png")
+    image, mask = (trainer.sha256_of(tmp_path / name) for name in ("a.png", "a.mask.png"))
+    earlier = trainer.digest([image, mask, "vae", ENTIRE, trainer.CROPS_PER_IMAGE, False])
+    assert (latents_names(tmp_path, "--alpha_mask") == [f"{earlier}.safetensors"]) == (alpha == 255)
+
+
+@pytest.mark.parametrize("dark", [1, 5])
+def test_masks_that_are_dark_all_over_are_reported(
+    train: Train, photos: Path, tmp_path: Path, dark: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as those of labels, 0 and 1: nothing was learned, without a word. One is noted, all end the run."""
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    for number, path in enumerate(trainer.find_images(folder)):
+        mask = Image.new("L", Image.open(path).size, 1 if number < dark else 255)
+        mask.save(folder / f"{path.stem}.mask.png")
+    expected = rf"nowhere brighter than 127 of 255: {dark} \(first: {folder / 'a.jpg'}\)"
+    if dark == 5:
+        with pytest.raises(SystemExit, match=f"--alpha_mask: .*{expected}"):
+            train("--alpha_mask", instance_data_dir=folder)
+    else:
+        train("--alpha_mask", instance_data_dir=folder, max_train_steps=1)
+        assert re.search(f"note: .*{expected}", capsys.readouterr().out)
+
+
 def test_photos_of_200_megapixels_are_read_and_larger_ones_are_not_called_attacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,14 +430,30 @@ def test_a_new_image_costs_one_encoding(
     assert len(first) == 5 and len(second) == 6 and first.items() < second.items()
 
 
-def test_pixels_that_cannot_be_read_are_named(
-    train: Callable[..., Path], photos: Path, embeddings: Path, tmp_path: Path
+def test_class_images_that_cannot_be_read_are_named_before_others_are_made(
+    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A truncated JPEG has a good header; decoding finds it. Both bad images are named, and the good ones encoded."""
-    folder = tmp_path / "class"
-    shutil.copytree(photos, folder)
+    """A truncated JPEG has a good header; decoding finds it. All are named at once, before anything is encoded."""
+    folder = Path(shutil.copytree(photos, tmp_path / "class"))
     for name in ("a.jpg", "b.JPEG"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-200])
+    (folder / "c.png").write_text("no image")
+    monkeypatch.setattr(trainer, "encode_latents", lambda *_: pytest.fail("images were encoded"))
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=8"]
+    with pytest.raises(SystemExit) as stop:
+        train(*flags, f"--class_data_dir={folder}")
+    for name in ("a.jpg", "b.JPEG", "c.png"):
+        assert f"{folder / name} is not a readable image" in str(stop.value.code)
+
+
+def test_pixels_that_cannot_be_read_are_named(
+    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both bad images, which the encoding finds, and the good ones are encoded."""
+    folder = Path(shutil.copytree(photos, tmp_path / "class"))
+    for name in ("a.jpg", "b.JPEG"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-200])
+    monkeypatch.setattr(trainer, "check_class_images", lambda *_: None)  # as if they broke after it
     flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=5"]
     with pytest.raises(SystemExit, match=r"(?s)class/a\.jpg is not a readable image.*class/b\.JPEG is not"):
         train(*flags, f"--class_data_dir={folder}")
