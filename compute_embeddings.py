@@ -534,13 +534,19 @@ def mask_path_of(image: Path) -> Path | None:
 
 @functools.lru_cache(maxsize=4)
 def masks_in(folder: Path, changed: int) -> dict[str, Path]:
-    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was."""
+    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was.
+
+    A stem that is comparable to that of another image has none here: it is not clear which one a mask belongs to.
+    """
+    spellings: dict[str, set[str]] = {}
+    for image in find_images(folder):
+        spellings.setdefault(comparable(image.stem), set()).add(image.stem)
     masks = {}
-    for path in folder.glob("[!.]*"):
-        name = comparable(path.name)
-        for ending in MASK_ENDINGS:
-            if name.endswith(ending):
-                masks[name.removesuffix(ending)] = path
+    for ending in reversed(MASK_ENDINGS):  # the first one wins
+        for path in sorted(folder.glob("[!.]*")):
+            stem, found, rest = comparable(path.name).rpartition(ending)
+            if found and not rest and len(spellings.get(stem, ())) == 1:
+                masks[stem] = path
     return masks
 
 
@@ -712,6 +718,8 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
     for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
         if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
             print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")
+    letters = {composed(image.stem) for image in images}
+    sidecars.sort(key=lambda path: composed(path.stem) in letters)  # of A.txt and a.txt, the latter wins for a.jpg
     for path in sidecars:
         try:
             check_regular_file(path)

@@ -1096,13 +1096,19 @@ def mask_path_of(image: Path) -> Path | None:
 
 @functools.lru_cache(maxsize=4)
 def masks_in(folder: Path, changed: int) -> dict[str, Path]:
-    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was."""
+    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was.
+
+    A stem that is comparable to that of another image has none here: it is not clear which one a mask belongs to.
+    """
+    spellings: dict[str, set[str]] = {}
+    for image in find_images(folder):
+        spellings.setdefault(comparable(image.stem), set()).add(image.stem)
     masks = {}
-    for path in folder.glob("[!.]*"):
-        name = comparable(path.name)
-        for ending in MASK_ENDINGS:
-            if name.endswith(ending):
-                masks[name.removesuffix(ending)] = path
+    for ending in reversed(MASK_ENDINGS):  # the first one wins
+        for path in sorted(folder.glob("[!.]*")):
+            stem, found, rest = comparable(path.name).rpartition(ending)
+            if found and not rest and len(spellings.get(stem, ())) == 1:
+                masks[stem] = path
     return masks
 
 

@@ -259,6 +259,16 @@ def test_names_match_without_regard_to_case(folder: Path) -> None:
     assert captions == {first: "one", second: "two"} and problems == []
 
 
+def test_a_caption_with_the_letters_of_its_image_wins(folder: Path) -> None:
+    """Over one that only differs in case; a.txt comes after A.txt by name, and would win."""
+    (folder / "a.jpg").rename(folder / "A.jpg")
+    (folder / "A.txt").write_text("its own")
+    (folder / "a.txt").write_text("another's")
+    if (folder / "A.txt").read_text() != "its own":
+        pytest.skip("this file system takes a.txt for A.txt")
+    assert captions_of(folder)["A.jpg"] == "its own"
+
+
 def test_skipped_files_get_a_note_per_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder of a phone's export has a file beside each photo; what Windows leaves is not worth a word."""
     for name in ("a.mov", "b.mov", "c.mov", "Thumbs.db", "desktop.ini", "~$album.docx"):

@@ -252,6 +252,18 @@ def test_masks_are_found_whatever_the_case_of_their_names(tmp_path: Path, name: 
     assert trainer.mask_path_of(tmp_path / "a.jpg") == tmp_path / name
 
 
+def test_a_mask_that_two_images_could_have_is_that_of_the_one_with_its_letters(tmp_path: Path) -> None:
+    """Where both can be, a.jpg and A.jpg are two photos; neither takes what could be the other's."""
+    for name in ("a.jpg", "A.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    if len(trainer.find_images(tmp_path)) == 1:
+        pytest.skip("this file system takes a.jpg for A.jpg")
+    Image.new("L", (8, 8)).save(tmp_path / "a_mask.png")
+    assert trainer.mask_path_of(tmp_path / "a.jpg") == tmp_path / "a_mask.png"
+    assert trainer.mask_path_of(tmp_path / "A.jpg") is None
+    assert trainer.find_images(tmp_path) == [tmp_path / "A.jpg", tmp_path / "a.jpg"]
+
+
 def test_a_mask_of_another_unicode_form_is_found(tmp_path: Path) -> None:
     """A photo from a Mac's archive, a mask from elsewhere."""
     photo = tmp_path / unicodedata.normalize("NFD", "café.png")
