@@ -633,6 +633,7 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
     """
     hashes_of: dict[str, list[str]] = {}
     first_of: dict[str, Path] = {}  # by hash
+    repeated = []
     for path in ProgressBar(images, desc="Reading images", unit="image", leave=False):
         try:
             read_image(path)
@@ -645,6 +646,10 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
             hashes_of.setdefault(caption_of[path], []).append(sha256)
         elif caption_of[first] != caption_of[path]:
             problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
+        else:
+            repeated.append(f"{path} is {first.name}")
+    if repeated:
+        print(f"note: images that are there twice are trained twice as often: {len(repeated)} (first: {repeated[0]})")
     return hashes_of
 
 
@@ -798,7 +803,8 @@ def read_metadata_file(path: Path, images: list[Path], problems: list[str]) -> d
     try:
         rows = read_metadata_rows(path)
     except (OSError, ValueError, pa.ArrowException) as error:
-        problems.append(f"{path} cannot be read: {error}. Tables are UTF-8 and have columns file_name and text.")
+        form = "Tables have columns file_name and text, with commas, in UTF-8; in Excel, save as CSV UTF-8"
+        problems.append(f"{path} cannot be read: {error}. {form}.")
         return {}
     image_of = {comparable(image): image for image in images} | {composed(image): image for image in images}
     captions: dict[Path, str] = {}

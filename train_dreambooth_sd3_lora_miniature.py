@@ -2250,6 +2250,8 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
         check_embeddings(examples, embeddings, args, accelerator, problems)
     note_odd_sizes(examples, args, problems)
     note_captions_without_rare_word(examples, args, problems)
+    if embeddings:
+        note_newer_captions(examples, embeddings, args, problems)
 
     # All of it together: how many steps, of what, and whether the checkpoint may be continued with that.
     plan = None
@@ -2582,6 +2584,20 @@ def note_captions_without_rare_word(examples: list[Example], args: Args, problem
             f"captions without any of the words {words}: {len(without)} (first: that of {without[0]}); these images "
             "do not teach what --instance_prompt means"
         )
+
+
+def note_newer_captions(examples: list[Example], embeddings: PromptEmbeddings, args: Args, problems: Problems) -> None:
+    """Note files of captions that were written after the embeddings, which may be those of earlier captions."""
+    stems = {"metadata"} | {comparable(example.path.stem) for example in examples}
+    computed = embeddings.path.stat().st_mtime
+    newer = []
+    for path in sorted(args.instance_data_dir.glob("[!.]*")):
+        is_caption = path.suffix.lower() in (".txt", ".caption", ".csv", ".jsonl", ".parquet")
+        if is_caption and comparable(path.stem) in stems and path.is_file() and path.stat().st_mtime > computed:
+            newer.append(path)
+    if newer:
+        fix = f"if their text has changed, run: {embeddings_command(args, embeddings.about)}"
+        problems.note(f"captions newer than {embeddings.path}: {len(newer)} (first: {newer[0]}); {fix}")
 
 
 def words_of(prompt: str) -> set[str]:

@@ -1,6 +1,7 @@
 """Which image has which caption, and what is wrong with a folder of images and captions."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -257,6 +258,36 @@ def test_names_match_without_regard_to_case(folder: Path) -> None:
     problems: list[str] = []
     captions = embed.read_captions(folder, embed.find_images(folder), problems)
     assert captions == {first: "one", second: "two"} and problems == []
+
+
+def test_an_image_that_is_there_twice_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A copy under another name doubles its weight."""
+    shutil.copy(folder / "a.jpg", folder / "z.jpg")
+    captions_of(folder)
+    assert f"twice as often: 1 (first: {folder / 'z.jpg'} is a.jpg)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"file_name;text\na.jpg;dog\n", "file_name,text\n".encode("utf-16")])
+def test_what_excel_saves_by_default_is_answered_with_what_to_choose(content: bytes, folder: Path) -> None:
+    """Semicolons, where a comma is that of decimals, and UTF-16."""
+    (folder / "metadata.csv").write_bytes(content)
+    with pytest.raises(SystemExit, match="metadata.csv .*commas, .*Excel, save as CSV UTF-8"):
+        captions_of(folder)
+
+
+def test_captions_that_are_newer_than_the_embeddings_are_noted(
+    train: Train, tiny: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the command that computes them; until then the earlier ones are trained. Older captions are no news."""
+    (folder / "a.txt").write_text("sks dog asleep")
+    (folder / "c.txt").write_text("sks dog awake")
+    embeddings = compute(tiny, folder, tmp_path / "e.parquet", "--no_t5")
+    for name, seconds in {"a.txt": -100, "c.txt": 100}.items():
+        changed = embeddings.stat().st_mtime + seconds
+        os.utime(folder / name, (changed, changed))
+    train("--dry_run", instance_data_dir=folder, data_df_path=embeddings)
+    expected = re.escape(f"captions newer than {embeddings}: 1 (first: {folder / 'c.txt'}); ")
+    assert re.search(f"note: {expected}.*python compute_embeddings.py", capsys.readouterr().out)
 
 
 def test_a_caption_with_the_letters_of_its_image_wins(folder: Path) -> None:
