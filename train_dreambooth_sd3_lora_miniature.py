@@ -2088,7 +2088,8 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 def class_folder(args: Args) -> Path:
     """Return --class_data_dir, or a folder that another model, class prompt or resolution does not share."""
-    made_by = [args.pretrained_model_name_or_path, args.revision, args.class_prompt, max(args.resolution)]
+    model = Path(args.pretrained_model_name_or_path).as_posix()  # without a slash at its end, as completion adds it
+    made_by = [model, args.revision, args.class_prompt, max(args.resolution)]
     return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
 
 
@@ -2712,7 +2713,8 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
         if name == "images and captions":
             refused.append(
                 "The checkpoint was trained with other images and captions: photos, masks or captions were added, "
-                "removed, renamed or changed. Restore them, or train into another --output_dir."
+                "removed, renamed or changed, or an earlier version did not convert their colors to sRGB. Restore "
+                "them, or train into another --output_dir."
             )
         elif on_resume.get(name, REFUSED) == REFUSED:  # what is not a flag was found out about the data
             refused.append(f"The checkpoint was trained with {name} {before}, this run has {value}.")
