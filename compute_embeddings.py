@@ -294,7 +294,7 @@ def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
 
 
 def flag_problems(args: Args) -> list[str]:
-    """Return what is wrong with single flags: numbers outside of their limits, and texts that are not UTF-8."""
+    """Return what is wrong with single flags: numbers outside of their limits, stray quotes, and no UTF-8."""
     problems = []
     for each in fields(args):
         given = getattr(args, each.name)
@@ -307,6 +307,8 @@ def flag_problems(args: Args) -> list[str]:
                     high = 10_000_000 if isinstance(value, int) else 1e30
                 if not low <= value <= high:  # this way around, since nan compares as False
                     problems.append(f"--{each.name} {value} is not between {low} and {high}")
+            if re.fullmatch(r"['\u2018\u201c]\S*", str(value)):  # the first word of what such quotes were to hold
+                problems.append(f'--{each.name} {value} begins with a quote; "these quotes" work everywhere')
             try:
                 str(value).encode()
             except UnicodeEncodeError:

@@ -224,9 +224,10 @@ def test_quotes_that_hold_no_words_together_are_named(
     script: ModuleType, required: list[str], quotes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """cmd.exe knows double quotes alone, and a word processor makes them typographic."""
-    with pytest.raises(SystemExit):
-        script.parse_args([*required, "--prompt", *f"{quotes[0]}a photo of sks dog{quotes[1]}".split()])
-    assert '"these quotes"' in capsys.readouterr().err
+    for flag, text in (("--prompt", "a photo of sks dog"), ("--validation_prompt", "sks dog"), ("--prompt", "dog")):
+        with pytest.raises(SystemExit):
+            script.parse_args([*required, flag, *f"{quotes[0]}{text}{quotes[1]}".split()])
+        assert '"these quotes"' in capsys.readouterr().err
 
 
 def test_commands_to_copy_are_quoted_as_their_system_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
