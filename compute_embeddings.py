@@ -20,6 +20,7 @@ import argparse
 import csv
 import difflib
 import errno
+import fnmatch
 import functools
 import hashlib
 import io
@@ -112,7 +113,7 @@ class Args:
         "prompts", "a photo of sks dog", "instance prompt, for every image without a caption of its own",
         metavar="PROMPT", aliases=("instance_prompt",))
     class_prompt: str | None = flag(
-        "prompts", None, "prompt of prior preservation, such as 'a photo of a dog'", metavar="PROMPT")
+        "prompts", None, 'prompt of prior preservation, such as "a photo of a dog"', metavar="PROMPT")
     validation_prompt: tuple[str, ...] = flag("prompts", (), "prompts of previews", metavar="PROMPT")
     negative_prompt: str | None = flag(
         "prompts", None, "negative prompt of the previews; the empty prompt is always included", metavar="PROMPT")
@@ -176,6 +177,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the program with one message, where argparse would print its usage of all flags first."""
         message = re.sub(r"hf_\w+", "hf_...", message)
+        if message.startswith("unrecognized arguments") and re.search("['\u201c\u201d]", message):
+            message += '\nOnly "these quotes" hold words together everywhere; Windows takes others for letters.'
         self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
 
     def unknown_flags(self, argv: list[str]) -> list[str]:
@@ -291,7 +294,7 @@ def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
 
 
 def flag_problems(args: Args) -> list[str]:
-    """Return what is wrong with single flags: numbers outside of their limits, and texts that are not UTF-8."""
+    """Return what is wrong with single flags: numbers outside of their limits, stray quotes, and no UTF-8."""
     problems = []
     for each in fields(args):
         given = getattr(args, each.name)
@@ -304,6 +307,8 @@ def flag_problems(args: Args) -> list[str]:
                     high = 10_000_000 if isinstance(value, int) else 1e30
                 if not low <= value <= high:  # this way around, since nan compares as False
                     problems.append(f"--{each.name} {value} is not between {low} and {high}")
+            if re.fullmatch(r"['\u2018\u201c]\S*", str(value)):  # the first word of what such quotes were to hold
+                problems.append(f'--{each.name} {value} begins with a quote; "these quotes" work everywhere')
             try:
                 str(value).encode()
             except UnicodeEncodeError:
@@ -319,7 +324,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = Args(**parser.parse_values(argv))
     problems = flag_problems(args)
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
-        problems.append("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
+        problems.append('--validation_prompt: prompts of several words need quotes, such as "a photo of sks dog"')
     if problems:
         parser.error("\n  ".join(problems))
     return args
@@ -337,11 +342,11 @@ with suppress(ImportError):  # the photos of many phones
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
-Image.MAX_IMAGE_PIXELS = 300_000_000  # phones make 200 million; twice as many as this are refused
+MAX_PIXELS = 300_000_000  # phones make 200 million; to read those takes 2.5 GiB of RAM
+Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's own limit, which calls them an attack
 # Pillow raises any of these for a file that is no image, or a broken one.
 UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError, RuntimeError, struct.error,
-    Image.DecompressionBombError,
 )  # fmt: skip
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
 TURNS = {  # what makes an image of each EXIF orientation upright
@@ -354,14 +359,15 @@ TURNS = {  # what makes an image of each EXIF orientation upright
     8: Image.Transpose.ROTATE_90,
 }
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
-FORMATS_NEED = {  # by suffix, what reading these images takes
-    ".avif": "AVIF needs: pip install -U pillow",
-    ".heic": "HEIC needs: pip install pillow-heif",
-    ".heics": "HEIC needs: pip install pillow-heif",
-    ".heif": "HEIF needs: pip install pillow-heif",
-    ".hif": "HEIF needs: pip install pillow-heif",
+READ_BY = {  # by suffix, what reads images that not every Pillow reads
+    ".avif": "pillow",
+    ".heic": "pillow-heif",
+    ".heics": "pillow-heif",
+    ".heif": "pillow-heif",
+    ".heifs": "pillow-heif",
+    ".hif": "pillow-heif",
 }
-NOISE = {"thumbs.db", "desktop.ini"}  # what Windows leaves in a folder of images
+NO_NOTE = ("thumbs.db", "desktop.ini", "~$*")  # what Windows and its Office leave in a folder
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -400,9 +406,25 @@ def why_no_images(folder: Path) -> str:
     except OSError as error:  # it is a file, or may not be read
         return f"{folder} cannot be read: {error.strerror}."
     reason = f"{folder} has no images ({', '.join(FORMATS)})."
+    reason = " ".join([reason, *packages_lacking(folder)])
     if subfolders:
         reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
     return reason
+
+
+def packages_lacking(folder: Path) -> list[str]:
+    """Return a sentence for each package without which images directly in a folder cannot be read."""
+    format_of = Image.registered_extensions()
+    files_of: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("[!.]*")):
+        suffix = path.suffix.lower()
+        if suffix in READ_BY and format_of.get(suffix) not in FORMATS and not path.is_dir():
+            files_of.setdefault(READ_BY[suffix], []).append(path.name)
+    sentences = []
+    for package, names in files_of.items():
+        count = f"{len(names)} (first: {names[0]})"
+        sentences.append(f"Images in {folder} that need another package: {count}. Run: pip install -U {package}")
+    return sentences
 
 
 def check_regular_file(path: Path) -> None:
@@ -424,6 +446,9 @@ def open_image(path: Path) -> Image.Image:
     path.name.encode()  # a ValueError if it is not UTF-8
     check_regular_file(path)
     image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        megapixels = image.width * image.height / 1e6
+        raise ValueError(f"it has {megapixels:,.0f} megapixels; make it smaller, at most {MAX_PIXELS / 1e6:.0f}")
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per channel; save it with 8 or 16")
     return image
@@ -471,27 +496,33 @@ def load_upright_image(path: Path, mode: str) -> Image.Image:
     """
     image = open_image(path)
     image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
-    profile = foreign_profile(image)
+    transform = srgb_transform(image)  # a phone's Display P3, taken for sRGB, is pale
     orientation = exif_orientation(image)
     if orientation != 1:
         image = image.transpose(TURNS[orientation])
     if image.mode.startswith("I;16"):  # convert() would clip the values
         image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
     image = image.convert(mode)
-    if profile and mode == "RGBA":
-        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB")) or image
+    if transform and mode == "RGBA":  # gray values are those of a mask, which are no colors
+        ImageCms.applyTransform(image, transform, inPlace=True)
     return image
 
 
-def foreign_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
-    """Return an image's color profile if it is another than sRGB, such as the Display P3 of phones, or else None."""
+def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """Return what converts an image's RGBA pixels to sRGB; None without a profile, or if it is broken or sRGB itself.
+
+    sRGB goes by many names, so it is known by what it does to 729 colors: nothing but rounding.
+    """
+    levels = np.linspace(0, 255, 9).astype(np.uint8)
+    colors = np.stack(np.meshgrid(levels, levels, levels, [255]), axis=-1).reshape(27, 27, 4).astype(np.uint8)
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        is_srgb = "sRGB" in ImageCms.getProfileDescription(profile)
-        is_rgb = profile.profile.xcolor_space.strip() == "RGB"
-    except (*UNREADABLE, ImageCms.PyCMSError):  # there is none, or it is broken
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGBA", "RGBA")
+        converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
+    except (*UNREADABLE, ImageCms.PyCMSError):  # there is none, it is broken, or of grays or inks
         return None
-    return profile if is_rgb and not is_srgb else None
+    is_srgb = np.abs(converted.astype(int) - colors).max() <= 3
+    return None if is_srgb else transform
 
 
 def mask_path_of(image: Path) -> Path | None:
@@ -505,22 +536,29 @@ def mask_path_of(image: Path) -> Path | None:
 
 @functools.lru_cache(maxsize=4)
 def masks_in(folder: Path, changed: int) -> dict[str, Path]:
-    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was."""
+    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was.
+
+    A stem that is comparable to that of another image has none here: it is not clear which one a mask belongs to.
+    """
+    spellings: dict[str, set[str]] = {}
+    for image in find_images(folder):
+        spellings.setdefault(comparable(image.stem), set()).add(image.stem)
     masks = {}
-    for path in folder.glob("[!.]*"):
-        name = comparable(path.name)
-        for ending in MASK_ENDINGS:
-            if name.endswith(ending):
-                masks[name.removesuffix(ending)] = path
+    for ending in reversed(MASK_ENDINGS):  # the first one wins
+        for path in sorted(folder.glob("[!.]*")):
+            stem, found, rest = comparable(path.name).rpartition(ending)
+            if found and not rest and len(spellings.get(stem, ())) == 1:
+                masks[stem] = path
     return masks
 
 
-def load_mask(path: Path) -> Image.Image:
-    """Load a mask: its alpha channel if that has a shape, as in a photo that is cut out, or else its brightness."""
+def alpha_of_mask(path: Path) -> Image.Image | None:
+    """Return a mask file's alpha channel if that has a shape, as in a photo that is cut out, or else None."""
+    with open_image(path) as image:
+        if not image.has_transparency_data:
+            return None
     alpha = load_upright_image(path, "RGBA").getchannel("A")
-    if alpha.getextrema() != (255, 255):
-        return alpha
-    return load_upright_image(path, "L")
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
 def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
@@ -531,7 +569,7 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
     mask_path = mask_path_of(path)
     if mask_path:
         with reading_image(mask_path):
-            mask = load_mask(mask_path)
+            mask = alpha_of_mask(mask_path) or load_upright_image(mask_path, "L")
         if mask.size != image.size:
             raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -548,6 +586,8 @@ def caption_images(args: Args) -> dict[str, list[str]]:
     images = find_images(folder)
     if not images:
         problems.append(f"--local_data_dir {why_no_images(folder)}")
+    else:
+        problems += packages_lacking(folder)
     own_captions = read_captions(folder, images, problems)
     caption_of = {}
     for image in images:
@@ -595,6 +635,7 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
     """
     hashes_of: dict[str, list[str]] = {}
     first_of: dict[str, Path] = {}  # by hash
+    repeated = []
     for path in ProgressBar(images, desc="Reading images", unit="image", leave=False):
         try:
             read_image(path)
@@ -607,6 +648,10 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
             hashes_of.setdefault(caption_of[path], []).append(sha256)
         elif caption_of[first] != caption_of[path]:
             problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
+        else:
+            repeated.append(f"{path} is {first.name}")
+    if repeated:
+        print(f"note: images that are there twice are trained twice as often: {len(repeated)} (first: {repeated[0]})")
     return hashes_of
 
 
@@ -633,12 +678,15 @@ def has_few_colors(path: Path) -> bool:
     return sum(counts[:16]) >= 0.95 * sum(counts)
 
 
+def is_worth_a_note(path: Path) -> bool:
+    """Whether a user may wonder why a file is not used; what packages_lacking names is a problem already."""
+    is_left_over = any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in NO_NOTE)
+    return not is_left_over and path.suffix.lower() not in READ_BY
+
+
 def why_not_used(path: Path) -> str:
     """Say why a file in the folder of the images is neither an image nor a caption."""
-    suffix = path.suffix.lower()
-    if suffix in FORMATS_NEED:
-        return FORMATS_NEED[suffix]
-    image_format = Image.registered_extensions().get(suffix)
+    image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format in Image.OPEN and image_format not in FORMATS:
         return f"{image_format} images are not read; save it as PNG"
     masks = f"NAME{', NAME'.join(MASK_ENDINGS)}"
@@ -667,7 +715,7 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
             captions |= read_metadata_file(path, images, problems)
         elif path.suffix.lower() in (".txt", ".caption") and comparable(path.stem) in images_of:
             sidecars.append(path)
-        elif path not in known and not path.is_dir() and path.name.lower() not in NOISE:
+        elif path not in known and not path.is_dir() and is_worth_a_note(path):
             skipped.setdefault(why_not_used(path), []).append(path)
         elif path.is_dir() and images and find_images(path):
             print(f"note: skipped the images in {path}: only those directly in {folder} are read")
@@ -677,6 +725,8 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
     for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
         if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
             print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")
+    letters = {composed(image.stem) for image in images}
+    sidecars.sort(key=lambda path: composed(path.stem) in letters)  # of A.txt and a.txt, the latter wins for a.jpg
     for path in sidecars:
         try:
             check_regular_file(path)
@@ -755,7 +805,8 @@ def read_metadata_file(path: Path, images: list[Path], problems: list[str]) -> d
     try:
         rows = read_metadata_rows(path)
     except (OSError, ValueError, pa.ArrowException) as error:
-        problems.append(f"{path} cannot be read: {error}. Tables are UTF-8 and have columns file_name and text.")
+        form = "Tables have columns file_name and text, with commas, in UTF-8; in Excel, save as CSV UTF-8"
+        problems.append(f"{path} cannot be read: {error}. {form}.")
         return {}
     image_of = {comparable(image): image for image in images} | {composed(image): image for image in images}
     captions: dict[Path, str] = {}

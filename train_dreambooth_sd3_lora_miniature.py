@@ -7,8 +7,8 @@
         --use_8bit_adam --max_train_steps 500 --seed 0
 
 Memory for SD3-medium at 1024 x 1024 and rank 4, as counted by tests/tools/step_cost.py: 7.2 GiB of VRAM, and 4.4 GiB
-with --gradient_checkpointing. No text encoder is ever loaded. Everything random about a training sample is a function of
-the seed and the sample's number, so a resumed run continues exactly, and any number of processes sees the same
+with --gradient_checkpointing. No text encoder is ever loaded. Everything random about a training sample is a function
+of the seed and the sample's number, so a resumed run continues exactly, and any number of processes sees the same
 samples. "The reference" is diffusers' examples/research_projects/sd3_lora_colab, whose command line still runs.
 
 A map of this file, from top to bottom:
@@ -49,6 +49,7 @@ import shlex
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -163,7 +164,7 @@ class Args:
         "data", MISSING, "Parquet file that compute_embeddings.py wrote", metavar="FILE",
         aliases=("output_path",), on_resume=FREE, embeddings_flag="output_path")
     instance_prompt: str = flag(
-        "data", MISSING, "prompt of the images, such as 'a photo of sks dog'", metavar="PROMPT",
+        "data", MISSING, 'prompt of the images, such as "a photo of sks dog"', metavar="PROMPT",
         aliases=("prompt",), embeddings_flag="prompt")
     resolution: tuple[int, ...] = flag(
         "data", (512,), "training resolution: the side of a square in pixels, a multiple of 16; of several, such as "
@@ -193,7 +194,7 @@ class Args:
         "prior preservation", 2, "every Nth sample shows the class; a higher N teaches the subject sooner and keeps "
         "the class less", minimum=2, on_resume=REFUSED)
     class_prompt: str | None = flag(
-        "prior preservation", None, "prompt of the class, such as 'a photo of a dog'", metavar="PROMPT",
+        "prior preservation", None, 'prompt of the class, such as "a photo of a dog"', metavar="PROMPT",
         embeddings_flag="class_prompt")
     class_data_dir: Path | None = flag(
         "prior preservation", None, "folder of class images; unset: a folder in --output_dir", metavar="DIR",
@@ -374,6 +375,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the program with one message, where argparse would print its usage of all flags first."""
         message = re.sub(r"hf_\w+", "hf_...", message)
+        if message.startswith("unrecognized arguments") and re.search("['\u201c\u201d]", message):
+            message += '\nOnly "these quotes" hold words together everywhere; Windows takes others for letters.'
         self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
 
     def unknown_flags(self, argv: list[str]) -> list[str]:
@@ -489,7 +492,7 @@ def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
 
 
 def flag_problems(args: Args) -> list[str]:
-    """Return what is wrong with single flags: numbers outside of their limits, and texts that are not UTF-8."""
+    """Return what is wrong with single flags: numbers outside of their limits, stray quotes, and no UTF-8."""
     problems = []
     for each in fields(args):
         given = getattr(args, each.name)
@@ -502,6 +505,8 @@ def flag_problems(args: Args) -> list[str]:
                     high = 10_000_000 if isinstance(value, int) else 1e30
                 if not low <= value <= high:  # this way around, since nan compares as False
                     problems.append(f"--{each.name} {value} is not between {low} and {high}")
+            if re.fullmatch(r"['\u2018\u201c]\S*", str(value)):  # the first word of what such quotes were to hold
+                problems.append(f'--{each.name} {value} begins with a quote; "these quotes" work everywhere')
             try:
                 str(value).encode()
             except UnicodeEncodeError:
@@ -539,7 +544,7 @@ def combination_problems(args: Args) -> list[str]:
     if args.hub_token and args.report_to in ("wandb", "all"):
         problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
-        problems.append("--validation_prompt: prompts of several words need quotes, such as 'a photo of sks dog'")
+        problems.append('--validation_prompt: prompts of several words need quotes, such as "a photo of sks dog"')
     if args.lr_scheduler == "polynomial" and learning_rate_of(args) <= 1e-7:
         problems.append(f"--lr_scheduler polynomial ends at 1e-07; --learning_rate {args.learning_rate} must be above")
     if args.use_8bit_adam and not args.optimizer.startswith(("adamw", "paged_adamw")):
@@ -547,7 +552,7 @@ def combination_problems(args: Args) -> list[str]:
     if args.scale_lr and args.optimizer == "prodigy":
         problems.append("--scale_lr scales a learning rate, but --optimizer prodigy finds it: leave one of them out")
     if args.with_prior_preservation and not args.class_prompt:
-        problems.append("--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
+        problems.append('--with_prior_preservation needs --class_prompt, such as "a photo of a dog"')
     if args.with_prior_preservation and class_folder(args).resolve() == args.instance_data_dir.resolve():
         problems.append(f"--class_data_dir {args.class_data_dir} is the folder of the subject")
     return problems
@@ -665,9 +670,25 @@ def why_no_images(folder: Path) -> str:
     except OSError as error:  # it is a file, or may not be read
         return f"{folder} cannot be read: {error.strerror}."
     reason = f"{folder} has no images ({', '.join(FORMATS)})."
+    reason = " ".join([reason, *packages_lacking(folder)])
     if subfolders:
         reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
     return reason
+
+
+def packages_lacking(folder: Path) -> list[str]:
+    """Return a sentence for each package without which images directly in a folder cannot be read."""
+    format_of = Image.registered_extensions()
+    files_of: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("[!.]*")):
+        suffix = path.suffix.lower()
+        if suffix in READ_BY and format_of.get(suffix) not in FORMATS and not path.is_dir():
+            files_of.setdefault(READ_BY[suffix], []).append(path.name)
+    sentences = []
+    for package, names in files_of.items():
+        count = f"{len(names)} (first: {names[0]})"
+        sentences.append(f"Images in {folder} that need another package: {count}. Run: pip install -U {package}")
+    return sentences
 
 
 def check_regular_file(path: Path) -> None:
@@ -771,6 +792,13 @@ def noted_logging(accelerator: Accelerator) -> Iterator[None]:
 def count_of(number: int, noun: str) -> str:
     """Return a number with its noun, such as "1 step" or "2 steps"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def shell_line(command: list[str]) -> str:
+    """Return a command as it is typed; Windows' cmd.exe knows double quotes alone."""
+    if os.name == "nt":
+        return subprocess.list2cmdline(command)
+    return shlex.join(command)
 
 
 def remove_folder(folder: Path) -> None:
@@ -922,13 +950,21 @@ with suppress(ImportError):  # the photos of many phones
 
     pillow_heif.register_heif_opener()
     FORMATS.append("HEIF")
-Image.MAX_IMAGE_PIXELS = 300_000_000  # phones make 200 million; twice as many as this are refused
+MAX_PIXELS = 300_000_000  # phones make 200 million; to read those takes 2.5 GiB of RAM
+Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's own limit, which calls them an attack
 # Pillow raises any of these for a file that is no image, or a broken one.
 UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError, RuntimeError, struct.error,
-    Image.DecompressionBombError,
 )  # fmt: skip
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
+READ_BY = {  # by suffix, what reads images that not every Pillow reads
+    ".avif": "pillow",
+    ".heic": "pillow-heif",
+    ".heics": "pillow-heif",
+    ".heif": "pillow-heif",
+    ".heifs": "pillow-heif",
+    ".hif": "pillow-heif",
+}
 TURNS = {  # what makes an image of each EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -974,6 +1010,9 @@ def open_image(path: Path) -> Image.Image:
     path.name.encode()  # a ValueError if it is not UTF-8
     check_regular_file(path)
     image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        megapixels = image.width * image.height / 1e6
+        raise ValueError(f"it has {megapixels:,.0f} megapixels; make it smaller, at most {MAX_PIXELS / 1e6:.0f}")
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per channel; save it with 8 or 16")
     return image
@@ -1021,27 +1060,33 @@ def load_upright_image(path: Path, mode: str) -> Image.Image:
     """
     image = open_image(path)
     image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
-    profile = foreign_profile(image)
+    transform = srgb_transform(image)  # a phone's Display P3, taken for sRGB, is pale
     orientation = exif_orientation(image)
     if orientation != 1:
         image = image.transpose(TURNS[orientation])
     if image.mode.startswith("I;16"):  # convert() would clip the values
         image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
     image = image.convert(mode)
-    if profile and mode == "RGBA":
-        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB")) or image
+    if transform and mode == "RGBA":  # gray values are those of a mask, which are no colors
+        ImageCms.applyTransform(image, transform, inPlace=True)
     return image
 
 
-def foreign_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
-    """Return an image's color profile if it is another than sRGB, such as the Display P3 of phones, or else None."""
+def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """Return what converts an image's RGBA pixels to sRGB; None without a profile, or if it is broken or sRGB itself.
+
+    sRGB goes by many names, so it is known by what it does to 729 colors: nothing but rounding.
+    """
+    levels = np.linspace(0, 255, 9).astype(np.uint8)
+    colors = np.stack(np.meshgrid(levels, levels, levels, [255]), axis=-1).reshape(27, 27, 4).astype(np.uint8)
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        is_srgb = "sRGB" in ImageCms.getProfileDescription(profile)
-        is_rgb = profile.profile.xcolor_space.strip() == "RGB"
-    except (*UNREADABLE, ImageCms.PyCMSError):  # there is none, or it is broken
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGBA", "RGBA")
+        converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
+    except (*UNREADABLE, ImageCms.PyCMSError):  # there is none, it is broken, or of grays or inks
         return None
-    return profile if is_rgb and not is_srgb else None
+    is_srgb = np.abs(converted.astype(int) - colors).max() <= 3
+    return None if is_srgb else transform
 
 
 def mask_path_of(image: Path) -> Path | None:
@@ -1055,22 +1100,29 @@ def mask_path_of(image: Path) -> Path | None:
 
 @functools.lru_cache(maxsize=4)
 def masks_in(folder: Path, changed: int) -> dict[str, Path]:
-    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was."""
+    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was.
+
+    A stem that is comparable to that of another image has none here: it is not clear which one a mask belongs to.
+    """
+    spellings: dict[str, set[str]] = {}
+    for image in find_images(folder):
+        spellings.setdefault(comparable(image.stem), set()).add(image.stem)
     masks = {}
-    for path in folder.glob("[!.]*"):
-        name = comparable(path.name)
-        for ending in MASK_ENDINGS:
-            if name.endswith(ending):
-                masks[name.removesuffix(ending)] = path
+    for ending in reversed(MASK_ENDINGS):  # the first one wins
+        for path in sorted(folder.glob("[!.]*")):
+            stem, found, rest = comparable(path.name).rpartition(ending)
+            if found and not rest and len(spellings.get(stem, ())) == 1:
+                masks[stem] = path
     return masks
 
 
-def load_mask(path: Path) -> Image.Image:
-    """Load a mask: its alpha channel if that has a shape, as in a photo that is cut out, or else its brightness."""
+def alpha_of_mask(path: Path) -> Image.Image | None:
+    """Return a mask file's alpha channel if that has a shape, as in a photo that is cut out, or else None."""
+    with open_image(path) as image:
+        if not image.has_transparency_data:
+            return None
     alpha = load_upright_image(path, "RGBA").getchannel("A")
-    if alpha.getextrema() != (255, 255):
-        return alpha
-    return load_upright_image(path, "L")
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
 def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
@@ -1081,7 +1133,7 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
     mask_path = mask_path_of(path)
     if mask_path:
         with reading_image(mask_path):
-            mask = load_mask(mask_path)
+            mask = alpha_of_mask(mask_path) or load_upright_image(mask_path, "L")
         if mask.size != image.size:
             raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1108,12 +1160,14 @@ def find_examples(
                 if exif_orientation(image) >= 5 and image.format != "TIFF":  # whose size Pillow has turned already
                     size = (image.width, image.height)
                 has_alpha = image.has_transparency_data
-                profile = "profile" if foreign_profile(image) else None
+                has_other_colors = srgb_transform(image) is not None
                 sha256 = sha256_of(path)
             mask: str | bool = args.alpha_mask
             if args.alpha_mask and mask_path:
                 with reading_image(mask_path):
                     mask = sha256_of(mask_path)
+                    if alpha_of_mask(mask_path):  # versions that took its brightness wrote other latents
+                        mask += "-alpha"
         except UnreadableImageError as error:
             problems.add(str(error))
             continue
@@ -1122,8 +1176,8 @@ def find_examples(
             if resolution > min(shapes_of) and enlargement(size, shape) > 1:
                 continue
             described = [sha256, mask, identity, shape, crops, args.random_flip]
-            if profile:  # versions that took such colors for sRGB wrote other latents
-                described.append(profile)
+            if has_other_colors:  # versions that took them for sRGB wrote other latents
+                described.append("profile")
             name = digest(described)
             latents = args.output_dir / "latents" / f"{name}.safetensors"
             examples.append(Example(path, sha256, latents, size, shape, has_alpha))
@@ -1289,6 +1343,28 @@ def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator
     problems.stop_if_any()
     if not all(are_latents(example.latents) for example in examples):
         raise SystemExit(f"The latents are not visible here: all machines must share --output_dir {args.output_dir}.")
+
+
+def check_encoded_masks(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
+    """Note images whose masks are dark all over, since nothing of them is learned; end the run if all of them are."""
+    if not args.alpha_mask:
+        return
+    problems = Problems(accelerator)
+    dark = []
+    for example in examples:
+        with safe_open(example.latents, "pt") as file:
+            if file.get_tensor("mask").max() < 0.5:
+                dark.append(example)
+    if dark:
+        count = f"{len(paths_of(dark))} (first: {dark[0].path})"
+        found = (
+            f"images whose mask is nowhere brighter than 127 of 255: {count}; it must be white where the subject is"
+        )
+        if len(dark) == len(examples):
+            problems.add(f"--alpha_mask: {found}.")
+        else:
+            problems.note(found)
+    problems.stop_if_any()
 
 
 class Deck:
@@ -2021,7 +2097,8 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 def class_folder(args: Args) -> Path:
     """Return --class_data_dir, or a folder that another model, class prompt or resolution does not share."""
-    made_by = [args.pretrained_model_name_or_path, args.revision, args.class_prompt, max(args.resolution)]
+    model = Path(args.pretrained_model_name_or_path).as_posix()  # without a slash at its end, as completion adds it
+    made_by = [model, args.revision, args.class_prompt, max(args.resolution)]
     return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
 
 
@@ -2171,8 +2248,11 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     base_model = inspect_base_model(args, problems)
     start_lora = read_start_lora(args, base_model, problems)
     images = find_images(args.instance_data_dir)
+    if images:
+        problems.problems += packages_lacking(args.instance_data_dir)
     examples = find_examples(images, args, base_model, accelerator, problems)
     check_masks(images, examples, args, problems)
+    check_class_images(args, base_model, accelerator, problems)
     embeddings = open_embeddings(args, base_model, problems)
     examples = with_prompts(examples, embeddings, args, problems)
     captions = {example.prompt for example in examples}
@@ -2180,6 +2260,8 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
         check_embeddings(examples, embeddings, args, accelerator, problems)
     note_odd_sizes(examples, args, problems)
     note_captions_without_rare_word(examples, args, problems)
+    if embeddings:
+        note_newer_captions(examples, embeddings, args, problems)
 
     # All of it together: how many steps, of what, and whether the checkpoint may be continued with that.
     plan = None
@@ -2389,7 +2471,7 @@ def embeddings_command(args: Args, about: dict[str, Any]) -> str:
             command += [f"--{name}", *[str(each_value) for each_value in values]]
     if about.get("t5"):
         command += ["--t5_precision", about["t5"]]
-    return shlex.join(command)
+    return shell_line(command)
 
 
 def wanted_prompts(args: Args) -> set[str]:
@@ -2462,6 +2544,20 @@ def check_masks(images: list[Path], examples: list[Example], args: Args, problem
         problems.add(f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{endings}.")
 
 
+def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems) -> None:
+    """Read the class images that exist and have no latents yet, before the others are generated, which takes long."""
+    if not args.with_prior_preservation:
+        return
+    paths = find_images(class_folder(args))[: args.num_class_images]
+    examples = find_examples(paths, args, base_model, accelerator, problems)
+    for example in examples[accelerator.process_index :: accelerator.num_processes]:
+        try:
+            if not are_latents(example.latents):
+                read_image(example.path)
+        except UnreadableImageError as error:
+            problems.add(str(error))
+
+
 def note_odd_sizes(examples: list[Example], args: Args, problems: Problems) -> None:
     """Note images that are enlarged more than twice, those that a resolution leaves out, and those mostly cut off."""
     enlarged = paths_of([each for each in examples if enlargement(each.size, each.shape) > 2])
@@ -2498,6 +2594,20 @@ def note_captions_without_rare_word(examples: list[Example], args: Args, problem
             f"captions without any of the words {words}: {len(without)} (first: that of {without[0]}); these images "
             "do not teach what --instance_prompt means"
         )
+
+
+def note_newer_captions(examples: list[Example], embeddings: PromptEmbeddings, args: Args, problems: Problems) -> None:
+    """Note files of captions that were written after the embeddings, which may be those of earlier captions."""
+    stems = {"metadata"} | {comparable(example.path.stem) for example in examples}
+    computed = embeddings.path.stat().st_mtime
+    newer = []
+    for path in sorted(args.instance_data_dir.glob("[!.]*")):
+        is_caption = path.suffix.lower() in (".txt", ".caption", ".csv", ".jsonl", ".parquet")
+        if is_caption and comparable(path.stem) in stems and path.is_file() and path.stat().st_mtime > computed:
+            newer.append(path)
+    if newer:
+        fix = f"if their text has changed, run: {embeddings_command(args, embeddings.about)}"
+        problems.note(f"captions newer than {embeddings.path}: {len(newer)} (first: {newer[0]}); {fix}")
 
 
 def words_of(prompt: str) -> set[str]:
@@ -2616,7 +2726,8 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
         if name == "images and captions":
             refused.append(
                 "The checkpoint was trained with other images and captions: photos, masks or captions were added, "
-                "removed, renamed or changed. Restore them, or train into another --output_dir."
+                "removed, renamed or changed, or an earlier version did not convert their colors to sRGB. Restore "
+                "them, or train into another --output_dir."
             )
         elif on_resume.get(name, REFUSED) == REFUSED:  # what is not a flag was found out about the data
             refused.append(f"The checkpoint was trained with {name} {before}, this run has {value}.")
@@ -2831,7 +2942,7 @@ def push_to_hub(args: Args, plan: Plan, previews: list[tuple[str, Path]]) -> Non
         )
     except Exception as error:  # whatever it was, the LoRA is on disk
         includes = [f"--include={file}" for file in files]
-        command = shlex.join(["hf", "upload", plan.name, str(args.output_dir), ".", *includes])
+        command = shell_line(["hf", "upload", plan.name, str(args.output_dir), ".", *includes])
         raise SystemExit(
             f"The upload failed: {first_line(error)}\nNothing is lost. To upload it, run: {command}"
         ) from error
@@ -3074,6 +3185,7 @@ def main(args: Args) -> None:
 
             # Latents first: the VAE is gone before the transformer comes.
             encode_latents(plan.examples, args, accelerator)
+            check_encoded_masks(plan.examples, args, accelerator)
             transformer = load_transformer(args, plan.weight_dtype).to(accelerator.device)
 
             # Class images show what the model knew before, so they are made while it has no LoRA.

@@ -80,10 +80,11 @@ def subfolders(folder: Path) -> None:
 
 
 def bomb(folder: Path) -> None:
-    """A PNG of 36 bytes that says it has 10 gigapixels."""
+    """A PNG of 45 bytes that says it has 10 gigapixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    (folder / "photos" / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    pixels = struct.pack(">I", 10) + b"IDAT" + bytes(4)
+    (folder / "photos" / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + pixels)
 
 
 def image(name: str, kind: type = np.uint8) -> Change:
@@ -249,7 +250,7 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "text as image": (write("photos/a.jpg", "hello"), "", 1, "a.jpg"),
     "PostScript as image": (postscript, "", 1, "z.png"),
     "FIFO as image": (lambda f: os.mkfifo(f / "photos/z.jpg"), "", 1, "z.jpg"),
-    "decompression bomb": (bomb, "", 1, "bomb.png"),
+    "decompression bomb": (bomb, "", 1, "bomb.png .*10,000 megapixels"),
     "symlink loop": (symlink_loop, "", 1, "loop.jpg"),
     "floating-point image": (image("z.tiff", np.float32), "", 1, "z.tiff .*32 bits"),
     "name not UTF-8": (not_utf8, "", 1, "\\.jpg"),

@@ -1,6 +1,8 @@
 """Which image has which caption, and what is wrong with a folder of images and captions."""
 
 import json
+import os
+import re
 import shutil
 import time
 import unicodedata
@@ -12,7 +14,8 @@ import pytest
 from PIL import Image
 
 import compute_embeddings as embed
-from conftest import PROMPT, compute
+import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import PROMPT, Train, compute
 
 
 def test_suffixes_in_any_case_sorted_hidden_ones_skipped(tmp_path: Path) -> None:
@@ -123,7 +126,8 @@ def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if pillow-heif, which the tests of the notebook need, were not installed."""
     formats = {suffix: name for suffix, name in Image.registered_extensions().items() if name != "HEIF"}
     monkeypatch.setattr(Image, "registered_extensions", lambda: formats)
-    monkeypatch.setattr(embed, "FORMATS", [name for name in embed.FORMATS if name != "HEIF"])
+    for script in (embed, trainer):
+        monkeypatch.setattr(script, "FORMATS", [name for name in embed.FORMATS if name != "HEIF"])
 
 
 @pytest.mark.usefixtures("without_heif")
@@ -138,10 +142,13 @@ def test_what_is_not_used_is_named(name: str, folder: Path, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("without_heif")
-@pytest.mark.parametrize(("name", "reason"), [
-    ("d.heic", "HEIC needs: pip install pillow-heif"), ("d.HEIF", "pillow-heif"), ("d.gif", "GIF images are not read"),
-    ("d.psd", "PSD images are not read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("d.gif", "GIF images are not read"),
+        ("d.psd", "PSD images are not read"),
+    ],
+)
 def test_an_image_of_another_format_is_called_what_it_is(
     name: str, reason: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +157,26 @@ def test_an_image_of_another_format_is_called_what_it_is(
     captions_of(folder)
     [note] = [line for line in capsys.readouterr().out.splitlines() if name in line]
     assert note.startswith("note: skipped") and reason in note and "metadata" not in note
+
+
+@pytest.mark.usefixtures("without_heif")
+@pytest.mark.parametrize("name", ["z.heic", "z.HIF", "z.heics"])
+def test_photos_that_need_a_package_are_a_problem_of_both_scripts(
+    name: str, train: Train, folder: Path, tmp_path: Path
+) -> None:
+    """The trainer left them out in silence; beside other images, and alone."""
+    (folder / name).touch()
+    expected = rf"\(first: {name}\)\. Run: pip install -U pillow-heif"
+    with pytest.raises(SystemExit, match=f"(?m)^Images in .*{expected}$"):
+        captions_of(folder)
+    with pytest.raises(SystemExit, match=expected):
+        train(instance_data_dir=folder)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (folder / name).rename(alone / name)
+    with pytest.raises(SystemExit, match=f"has no images .*{expected}$"):
+        captions_of(alone)
+    assert re.search(expected, trainer.why_no_images(alone))
 
 
 @pytest.mark.parametrize(("name", "size"), [("noise-label.png", 300), ("noise (mask).jpg", 300), ("noise-b.png", 200)])
@@ -233,9 +260,49 @@ def test_names_match_without_regard_to_case(folder: Path) -> None:
     assert captions == {first: "one", second: "two"} and problems == []
 
 
+def test_an_image_that_is_there_twice_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A copy under another name doubles its weight."""
+    shutil.copy(folder / "a.jpg", folder / "z.jpg")
+    captions_of(folder)
+    assert f"twice as often: 1 (first: {folder / 'z.jpg'} is a.jpg)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"file_name;text\na.jpg;dog\n", "file_name,text\n".encode("utf-16")])
+def test_what_excel_saves_by_default_is_answered_with_what_to_choose(content: bytes, folder: Path) -> None:
+    """Semicolons, where a comma is that of decimals, and UTF-16."""
+    (folder / "metadata.csv").write_bytes(content)
+    with pytest.raises(SystemExit, match="metadata.csv .*commas, .*Excel, save as CSV UTF-8"):
+        captions_of(folder)
+
+
+def test_captions_that_are_newer_than_the_embeddings_are_noted(
+    train: Train, tiny: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the command that computes them; until then the earlier ones are trained. Older captions are no news."""
+    (folder / "a.txt").write_text("sks dog asleep")
+    (folder / "c.txt").write_text("sks dog awake")
+    embeddings = compute(tiny, folder, tmp_path / "e.parquet", "--no_t5")
+    for name, seconds in {"a.txt": -100, "c.txt": 100}.items():
+        changed = embeddings.stat().st_mtime + seconds
+        os.utime(folder / name, (changed, changed))
+    train("--dry_run", instance_data_dir=folder, data_df_path=embeddings)
+    expected = re.escape(f"captions newer than {embeddings}: 1 (first: {folder / 'c.txt'}); ")
+    assert re.search(f"note: {expected}.*python compute_embeddings.py", capsys.readouterr().out)
+
+
+def test_a_caption_with_the_letters_of_its_image_wins(folder: Path) -> None:
+    """Over one that only differs in case; a.txt comes after A.txt by name, and would win."""
+    (folder / "a.jpg").rename(folder / "A.jpg")
+    (folder / "A.txt").write_text("its own")
+    (folder / "a.txt").write_text("another's")
+    if (folder / "A.txt").read_text() != "its own":
+        pytest.skip("this file system takes a.txt for A.txt")
+    assert captions_of(folder)["A.jpg"] == "its own"
+
+
 def test_skipped_files_get_a_note_per_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder of a phone's export has a file beside each photo; what Windows leaves is not worth a word."""
-    for name in ("a.mov", "b.mov", "c.mov", "Thumbs.db", "desktop.ini"):
+    for name in ("a.mov", "b.mov", "c.mov", "Thumbs.db", "desktop.ini", "~$album.docx"):
         (folder / name).write_text("x")
     embed.read_captions(folder, embed.find_images(folder), [])
     notes = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]

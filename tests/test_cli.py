@@ -218,6 +218,28 @@ def test_a_dash_of_a_word_processor_is_no_value(capsys: pytest.CaptureFixture[st
     assert "did you mean --max_sequence_length?" in capsys.readouterr().err
 
 
+@both
+@pytest.mark.parametrize("quotes", ["''", "\u201c\u201d"])
+def test_quotes_that_hold_no_words_together_are_named(
+    script: ModuleType, required: list[str], quotes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """cmd.exe knows double quotes alone, and a word processor makes them typographic."""
+    for flag, text in (("--prompt", "a photo of sks dog"), ("--validation_prompt", "sks dog"), ("--prompt", "dog")):
+        with pytest.raises(SystemExit):
+            script.parse_args([*required, flag, *f"{quotes[0]}{text}{quotes[1]}".split()])
+        assert '"these quotes"' in capsys.readouterr().err
+
+
+def test_commands_to_copy_are_quoted_as_their_system_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cmd.exe passes on single quotes as letters."""
+    command = ["python", "x.py", "--prompt", "a dog"]
+    assert trainer.shell_line(command) == "python x.py --prompt 'a dog'"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.os, "name", "nt")
+        line = trainer.shell_line(command)
+    assert line == 'python x.py --prompt "a dog"'
+
+
 def test_a_hash_inside_a_word_of_a_file_is_no_comment(tmp_path: Path) -> None:
     """C:\\C#\\photos was cut to C:\\C."""
     (tmp_path / "flags.txt").write_text(
@@ -235,9 +257,10 @@ def test_a_token_is_stripped(token: str) -> None:
 
 SHARED = ["flag", "ForgivingStream", "Parser", "flags_of_other_script", "with_flag_files", "read_flag_file",
           "argparse_options", "flag_problems", "first_line", "find_images", "comparable", "is_mask", "why_no_images",
+          "packages_lacking",
           "check_regular_file", "sha256_of", "open_image", "UnreadableImageError", "reading_image",
-          "exif_orientation", "load_upright_image", "is_heif", "foreign_profile", "mask_path_of", "masks_in",
-          "load_mask", "read_image", "ProgressBar", "load_part", "advice_on_model", "list_model_files",
+          "exif_orientation", "load_upright_image", "is_heif", "srgb_transform", "mask_path_of", "masks_in",
+          "alpha_of_mask", "read_image", "ProgressBar", "load_part", "advice_on_model", "list_model_files",
           "missing_weights", "peak_memory", "flush_to_disk", "move_file"]  # fmt: skip
 
 
@@ -249,7 +272,7 @@ def test_what_both_scripts_need_stands_in_both_word_for_word(name: str) -> None:
 
 def test_both_scripts_take_the_same_images() -> None:
     """By their suffixes, and by their contents."""
-    for name in ("FORMATS", "UNREADABLE", "MASK_ENDINGS", "TURNS"):
+    for name in ("FORMATS", "UNREADABLE", "MASK_ENDINGS", "TURNS", "MAX_PIXELS", "READ_BY"):
         assert getattr(embed, name) == getattr(trainer, name)
 
 

@@ -1,6 +1,7 @@
 """Images, their latents, the order of samples, and training samples as a function of (seed, sample number)."""
 
 import itertools
+import re
 import shutil
 import struct
 import unicodedata
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, PROMPT, compute
+from conftest import PREVIEW_PROMPT, PROMPT, Train, compute
 
 ENTIRE = (64, 64)
 Load = Callable[..., DataLoader]
@@ -227,10 +228,14 @@ def test_colors_of_another_profile_become_srgb(tmp_path: Path) -> None:
     """A phone's photos have Display P3: taken for sRGB, they are pale. Alpha stays, and sRGB changes nothing."""
     image = Image.new("RGBA", (8, 8), (200, 40, 40, 99))
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for name, profile in {"none": None, "srgb": srgb, "wide": adobe_rgb(), "broken": b"x" * 200}.items():
+    renamed = srgb.replace("sRGB".encode("utf-16-be"), "uRGB".encode("utf-16-be"))  # as small copies of it are
+    profiles = {"none": None, "srgb": srgb, "renamed": renamed, "wide": adobe_rgb(), "broken": b"x" * 200}
+    profiles["incomplete"] = adobe_rgb().replace(b"rTRC", b"xxxx")  # it can be opened, but not used
+    for name, profile in profiles.items():
         image.save(tmp_path / f"{name}.png", icc_profile=profile)
     loaded = {path.stem: trainer.load_upright_image(path, "RGBA").getpixel((0, 0)) for path in tmp_path.iterdir()}
-    assert loaded["none"] == loaded["srgb"] == loaded["broken"] == (200, 40, 40, 99)
+    for name in profiles.keys() - {"wide"}:
+        assert loaded[name] == (200, 40, 40, 99), name
     assert loaded["wide"][0] > 210 and loaded["wide"][3] == 99
     names = latents_names(tmp_path)
     for path in tmp_path.iterdir():  # the latents of photos with other colors have names of their own
@@ -245,6 +250,18 @@ def test_masks_are_found_whatever_the_case_of_their_names(tmp_path: Path, name: 
     Image.new("L", (8, 8)).save(tmp_path / name)
     assert trainer.find_images(tmp_path) == [tmp_path / "a.jpg"]
     assert trainer.mask_path_of(tmp_path / "a.jpg") == tmp_path / name
+
+
+def test_a_mask_that_two_images_could_have_is_that_of_the_one_with_its_letters(tmp_path: Path) -> None:
+    """Where both can be, a.jpg and A.jpg are two photos; neither takes what could be the other's."""
+    for name in ("a.jpg", "A.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    if len(trainer.find_images(tmp_path)) == 1:
+        pytest.skip("this file system takes a.jpg for A.jpg")
+    Image.new("L", (8, 8)).save(tmp_path / "a_mask.png")
+    assert trainer.mask_path_of(tmp_path / "a.jpg") == tmp_path / "a_mask.png"
+    assert trainer.mask_path_of(tmp_path / "A.jpg") is None
+    assert trainer.find_images(tmp_path) == [tmp_path / "A.jpg", tmp_path / "a.jpg"]
 
 
 def test_a_mask_of_another_unicode_form_is_found(tmp_path: Path) -> None:
@@ -268,15 +285,56 @@ def test_a_mask_may_have_its_shape_in_the_alpha_channel(tmp_path: Path, color: s
     assert set(trainer.read_image(tmp_path / "a.png")[1].tobytes()) == {255 if color == "white" else 0}
 
 
-def test_a_damaged_heic_is_named(tmp_path: Path) -> None:
-    """Its decoder raises EOFError, and AVIF's RuntimeError, which ended the program without the file's name."""
-    pytest.importorskip("pillow_heif")
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.heic")
-    data = (tmp_path / "a.heic").read_bytes()
+@pytest.mark.parametrize("alpha", [255, 0])
+def test_latents_of_a_mask_in_an_alpha_channel_have_a_name_of_their_own(tmp_path: Path, alpha: int) -> None:
+    """Those of versions that took its brightness are not taken for them; all other names stay."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGBA", (8, 8), (9, 9, 9, alpha)).save(tmp_path / "a.mask.png")
+    image, mask = (trainer.sha256_of(tmp_path / name) for name in ("a.png", "a.mask.png"))
+    earlier = trainer.digest([image, mask, "vae", ENTIRE, trainer.CROPS_PER_IMAGE, False])
+    assert (latents_names(tmp_path, "--alpha_mask") == [f"{earlier}.safetensors"]) == (alpha == 255)
+
+
+@pytest.mark.parametrize("dark", [1, 5])
+def test_masks_that_are_dark_all_over_are_reported(
+    train: Train, photos: Path, tmp_path: Path, dark: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as those of labels, 0 and 1: nothing was learned, without a word. One is noted, all end the run."""
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    for number, path in enumerate(trainer.find_images(folder)):
+        mask = Image.new("L", Image.open(path).size, 1 if number < dark else 255)
+        mask.save(folder / f"{path.stem}.mask.png")
+    expected = rf"nowhere brighter than 127 of 255: {dark} \(first: {folder / 'a.jpg'}\)"
+    if dark == 5:
+        with pytest.raises(SystemExit, match=f"--alpha_mask: .*{expected}"):
+            train("--alpha_mask", instance_data_dir=folder)
+    else:
+        train("--alpha_mask", instance_data_dir=folder, max_train_steps=1)
+        assert re.search(f"note: .*{expected}", capsys.readouterr().out)
+
+
+def test_photos_of_200_megapixels_are_read_and_larger_ones_are_not_called_attacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As phones make them; Pillow refused them, and gave a warning for half as many."""
+    assert trainer.MAX_PIXELS > 16320 * 12240 and Image.MAX_IMAGE_PIXELS is None
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(trainer, "MAX_PIXELS", 199)
+    with pytest.raises(trainer.UnreadableImageError, match="a.jpg .*megapixels"):
+        trainer.read_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.avif"])
+def test_damaged_photos_of_phones_are_named(tmp_path: Path, name: str) -> None:
+    """HEIC's decoder raises EOFError, AVIF's RuntimeError, which ended the program without the file's name."""
+    if Image.registered_extensions().get(Path(name).suffix) not in trainer.FORMATS:
+        pytest.skip(f"this Pillow cannot write {name}")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
     start = data.index(b"mdat") + 4
-    (tmp_path / "a.heic").write_bytes(data[:start] + bytes(len(data) - start))
-    with pytest.raises(trainer.UnreadableImageError, match=r"a\.heic is not a readable image"):
-        trainer.read_image(tmp_path / "a.heic")
+    (tmp_path / name).write_bytes(data[:start] + bytes(len(data) - start))
+    with pytest.raises(trainer.UnreadableImageError, match=f"{name} is not a readable image"):
+        trainer.read_image(tmp_path / name)
 
 
 def test_a_heic_under_another_name_is_named_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,14 +444,30 @@ def test_a_new_image_costs_one_encoding(
     assert len(first) == 5 and len(second) == 6 and first.items() < second.items()
 
 
-def test_pixels_that_cannot_be_read_are_named(
-    train: Callable[..., Path], photos: Path, embeddings: Path, tmp_path: Path
+def test_class_images_that_cannot_be_read_are_named_before_others_are_made(
+    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A truncated JPEG has a good header; decoding finds it. Both bad images are named, and the good ones encoded."""
-    folder = tmp_path / "class"
-    shutil.copytree(photos, folder)
+    """A truncated JPEG has a good header; decoding finds it. All are named at once, before anything is encoded."""
+    folder = Path(shutil.copytree(photos, tmp_path / "class"))
     for name in ("a.jpg", "b.JPEG"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-200])
+    (folder / "c.png").write_text("no image")
+    monkeypatch.setattr(trainer, "encode_latents", lambda *_: pytest.fail("images were encoded"))
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=8"]
+    with pytest.raises(SystemExit) as stop:
+        train(*flags, f"--class_data_dir={folder}")
+    for name in ("a.jpg", "b.JPEG", "c.png"):
+        assert f"{folder / name} is not a readable image" in str(stop.value.code)
+
+
+def test_pixels_that_cannot_be_read_are_named(
+    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both bad images, which the encoding finds, and the good ones are encoded."""
+    folder = Path(shutil.copytree(photos, tmp_path / "class"))
+    for name in ("a.jpg", "b.JPEG"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-200])
+    monkeypatch.setattr(trainer, "check_class_images", lambda *_: None)  # as if they broke after it
     flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=5"]
     with pytest.raises(SystemExit, match=r"(?s)class/a\.jpg is not a readable image.*class/b\.JPEG is not"):
         train(*flags, f"--class_data_dir={folder}")

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import LATEST, PREVIEW_PROMPT, PROMPT, Train, equal, logged, lora
+from conftest import LATEST, PREVIEW_PROMPT, PROMPT, Train, equal, logged, lora, parse
 
 
 def class_flags(folder: Path, count: int = 3) -> list[str]:
@@ -115,3 +115,13 @@ def test_a_lost_class_image_is_made_again_on_resume(train: Train, tmp_path: Path
     output = train(*class_flags(folder), LATEST, learning_rate=0.1)
     assert difference(folder / "class-00001.png", tmp_path / "before" / "class-00001.png") <= 1
     assert len(logged(output)) == 4
+
+
+def test_a_model_in_a_folder_has_one_folder_of_class_images_however_it_is_typed() -> None:
+    """Completion adds a slash. The name is the one that earlier versions gave without it."""
+    folders = set()
+    for model in ("models/sd3", "models/sd3/", "./models/sd3"):
+        args = parse(f"--pretrained_model_name_or_path={model}", "--class_prompt=a dog", "--output_dir=out")
+        folders.add(trainer.class_folder(args))
+    earlier = trainer.digest(["models/sd3", None, "a dog", 512])
+    assert folders == {Path("out") / f"class_images-{earlier}"}
