@@ -122,7 +122,7 @@ def test_the_readmes_code_runs(
     expected = embeddings_of(tmp_path / "sample_embeddings.parquet", 0)
     assert torch.equal(read_by_transformer[-1][-1], expected.float())
 
-    [call] = re.findall(r'leave out `\*\*encoders` and call `(pipeline\(".*?\))`', README)
+    [call] = re.findall(r'leave out `\*\*encoders` and call\s+`(pipeline\(".*?\))`', README)
     loading = code[: code.index("negative =")].replace(", **encoders", "")
     run(f"{loading}\n{call[:-1]}, num_inference_steps=1, height=64, width=64)")
     assert read_by_transformer[-1][-1].shape == expected.shape

@@ -39,7 +39,7 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert all(f"| {row['part']} | {what} | " in page for what, row in rows.items())
     trainings = [row for row in rows.values() if "s/step" in row and row["part"] != "d"]
     assert len(trainings) == 15 and all(row["losses"] and row["s/step"] > 0 for row in trainings)
-    assert [rows[f"training, limited to {limit} GB"]["recomputed"] for limit in ("0.02", "0.0075")] == ["none", "half"]
+    assert [rows[f"training, limited to {limit} GB"]["recomputed"] for limit in ("0.02", "0.008")] == ["none", "half"]
     assert rows["training, resumed"]["first step"] == 7
     assert rows["the reference's / ours"]["s/step"] > 1 and rows["the reference's / ours"]["TFLOP"] > 1.5
     assert all("TFLOP" in row for row in trainings if row["recomputed"] != "half")

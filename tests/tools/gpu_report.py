@@ -73,7 +73,7 @@ class Sizes:
 REAL = Sizes("sd3-medium", ("sd3.5-medium", "sd3.5-large"), (1024, 512), 4, 8, (15, 8), 4.5)
 # Rank 64 is the smallest at which bitsandbytes keeps the tiny transformer's states in 8 bit. Under limits the batch is
 # larger, so that activations, and not the VAE, take the most; an attention without fused kernels takes more still.
-TINY = Sizes("tiny", ("tiny35", "tiny35"), (64, 32), 64, 6, (0.02, 0.0075), 0.005, ("--train_batch_size=8",))
+TINY = Sizes("tiny", ("tiny35", "tiny35"), (64, 32), 64, 6, (0.02, 0.008), 0.005, ("--train_batch_size=8",))
 TINY_ON_GPU = replace(TINY, limits_gb=(0.03, 0.018))
 
 # ------------------------------------------------------------------------------------------------------ what is shown
