@@ -1132,6 +1132,8 @@ def compute(args: Args) -> None:
     started = time.monotonic()
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a log file would have its bar over and over
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     captions = caption_images(args)

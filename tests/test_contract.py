@@ -315,3 +315,13 @@ def test_a_cut_connection_before_a_push_is_one_message(
         assert hub.faults["whoami"] == [] and 0 < len(hub.faults["create"]) < 99
     assert len(messages) == 2 and all("--push_to_hub: " in message for message in messages)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_without_a_terminal_no_bar_redraws_itself(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """Neither transformers' own nor ours: a log file has whole lines."""
+    values = {"pretrained_model_name_or_path": tiny, "local_data_dir": photos, "output_path": tmp_path / "e.parquet"}
+    command = [sys.executable, embed.__file__, "--t5_precision=exact"]
+    command += [f"--{name}={value}" for name, value in values.items()]
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stderr
+    assert "Encoding with T5" in output and "Loading weights" not in output and "\r" not in output
