@@ -1143,45 +1143,60 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
 def find_examples(
     images: list[Path], args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems
 ) -> list[Example]:
-    """Return an Example for each image and resolution, still without prompts; each process inspects its share.
-
-    The smallest resolution takes all images, a larger one those that need not be enlarged for it. The file of an
-    Example's latents is named by a digest of all that the latents depend on.
-    """
+    """Return an Example for each image and resolution, still without prompts; each process inspects its share."""
     shapes_of = training_shapes(args)
     identity = base_model.identity if base_model else ""
-    crops = True if args.center_crop else CROPS_PER_IMAGE
     examples = []
     for path in images[accelerator.process_index :: accelerator.num_processes]:
-        mask_path = mask_path_of(path)
         try:
-            with reading_image(path), open_image(path) as image:
-                size = (image.height, image.width)
-                if exif_orientation(image) >= 5 and image.format != "TIFF":  # whose size Pillow has turned already
-                    size = (image.width, image.height)
-                has_alpha = image.has_transparency_data
-                has_other_colors = srgb_transform(image) is not None
-                sha256 = sha256_of(path)
-            mask: str | bool = args.alpha_mask
-            if args.alpha_mask and mask_path:
-                with reading_image(mask_path):
-                    mask = sha256_of(mask_path)
-                    if alpha_of_mask(mask_path):  # versions that took its brightness wrote other latents
-                        mask += "-alpha"
+            examples += examples_of_image(path, shapes_of, identity, args)
         except UnreadableImageError as error:
             problems.add(str(error))
-            continue
-        for resolution, shapes in shapes_of.items():
-            shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
-            if resolution > min(shapes_of) and enlargement(size, shape) > 1:
-                continue
-            described = [sha256, mask, identity, shape, crops, args.random_flip]
-            if has_other_colors:  # versions that took them for sRGB wrote other latents
-                described.append("profile")
-            name = digest(described)
-            latents = args.output_dir / "latents" / f"{name}.safetensors"
-            examples.append(Example(path, sha256, latents, size, shape, has_alpha))
     return sorted(gather_object(examples), key=lambda example: example.path)
+
+
+def examples_of_image(
+    path: Path, shapes_of: dict[int, list[tuple[int, int]]], model_identity: str, args: Args
+) -> list[Example]:
+    """Return an image's Examples: at the smallest resolution, and at larger ones for which it need not be enlarged.
+
+    The file of an Example's latents is named by a digest of all that the latents depend on. Raises
+    UnreadableImageError.
+    """
+    with reading_image(path), open_image(path) as image:
+        size = upright_size(image)
+        has_alpha = image.has_transparency_data
+        sha256 = sha256_of(path)
+        # Versions that took other colors for sRGB wrote other latents.
+        colors = [] if srgb_transform(image) is None else ["profile"]
+    mask = mask_identity(path) if args.alpha_mask else False
+    crops = True if args.center_crop else CROPS_PER_IMAGE
+    examples = []
+    for resolution, shapes in shapes_of.items():
+        shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
+        if resolution > min(shapes_of) and enlargement(size, shape) > 1:
+            continue
+        name = digest([sha256, mask, model_identity, shape, crops, args.random_flip, *colors])
+        latents = args.output_dir / "latents" / f"{name}.safetensors"
+        examples.append(Example(path, sha256, latents, size, shape, has_alpha))
+    return examples
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the (height, width) that an image will have when it is upright; a TIFF's size is turned already."""
+    if exif_orientation(image) >= 5 and image.format != "TIFF":
+        return image.width, image.height
+    return image.height, image.width
+
+
+def mask_identity(image: Path) -> str | bool:
+    """Return what the latents of a masked image depend on: its mask file, or True if its alpha channel is the mask."""
+    path = mask_path_of(image)
+    if path is None:
+        return True
+    with reading_image(path):
+        # Versions that took the brightness of a mask with an alpha channel wrote other latents.
+        return sha256_of(path) + ("-alpha" if alpha_of_mask(path) else "")
 
 
 def enlargement(size: tuple[int, int], shape: tuple[int, int]) -> float:
