@@ -1204,6 +1204,12 @@ def enlargement(size: tuple[int, int], shape: tuple[int, int]) -> float:
     return max(shape[0] / size[0], shape[1] / size[1])
 
 
+def shown_share(size: tuple[int, int], shape: tuple[int, int]) -> float:
+    """Return the share of an image that a crop to a shape shows; both are (height, width)."""
+    scales = (shape[0] / size[0], shape[1] / size[1])
+    return min(scales) / max(scales)
+
+
 def paths_of(examples: list[Example]) -> list[Path]:
     """Return the files of examples, each of them once."""
     return list(dict.fromkeys(example.path for example in examples))
@@ -2585,15 +2591,10 @@ def note_odd_sizes(examples: list[Example], args: Args, problems: Problems) -> N
             f"images too small for {max(args.resolution)} pixels, trained at lower resolutions alone: {len(small)} "
             f"(first: {small[0]})"
         )
-    oblong = []
-    for example in examples:
-        (height, width), (trained_height, trained_width) = example.size, example.shape
-        scales = (trained_height / height, trained_width / width)
-        if min(scales) < max(scales) / 2:
-            oblong.append(example)
+    oblong = paths_of([each for each in examples if shown_share(each.size, each.shape) < 0.5])
     if oblong:
         problems.note(
-            f"images of which a crop shows less than half: {len(paths_of(oblong))} (first: {oblong[0].path}); crop "
+            f"images of which a crop shows less than half: {len(oblong)} (first: {oblong[0]}); crop "
             "them to the subject, or use --aspect_ratio_buckets"
         )
 
