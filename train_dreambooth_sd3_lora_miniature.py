@@ -1689,10 +1689,11 @@ NOT_SAVED = "Stopped after step {}; its checkpoint could not be saved: see the n
 def choose_recomputation(
     args: Args, plan: Plan, state: TrainState, dataset: SampleDataset, accelerator: Accelerator
 ) -> float:
-    """Let as few blocks as possible recompute their activations: none, half or all. Return seconds per micro-batch.
+    """Let as few blocks as possible recompute activations: none, half or all. Return a micro-batch's mean seconds.
 
-    Each choice is tried on a micro-batch of the largest shape, beside room for the optimizer's states; its gradients
-    are dropped. Which blocks recompute does not change a bit of the result, so each process decides for itself.
+    Each choice is tried on a micro-batch of the largest shape, with room reserved for the optimizer's states; its
+    gradients are dropped. Which blocks recompute does not change a bit of the result, so each process decides for
+    itself.
     """
     areas = [math.prod(example.shape) for example in dataset.order]
     largest = int(np.argmax(areas))
