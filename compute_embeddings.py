@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -615,6 +616,7 @@ class ProgressBar(tqdm):
         self.shown = kwargs.get("initial", 0)
         if not self.in_terminal:
             kwargs["mininterval"] = 30
+            kwargs["leave"] = True  # else tqdm would not end the line
             kwargs["bar_format"] = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         super().__init__(*args, **kwargs)
 
@@ -1132,6 +1134,7 @@ def compute(args: Args) -> None:
     started = time.monotonic()
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # which diffusers passes on to huggingface_hub
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a log file would have its bar over and over
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -877,6 +877,7 @@ class ProgressBar(tqdm):
         self.shown = kwargs.get("initial", 0)
         if not self.in_terminal:
             kwargs["mininterval"] = 30
+            kwargs["leave"] = True  # else tqdm would not end the line
             kwargs["bar_format"] = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         super().__init__(*args, **kwargs)
 
@@ -3004,6 +3005,7 @@ def silence_libraries() -> None:
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*broadcast_buffers")  # a flag that accelerate passes on to DDP
+    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # which diffusers passes on to huggingface_hub
     # fp16's loss scaler skips optimizer steps at first, so the schedule seems to come too early.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
     threading.excepthook = report_thread_error

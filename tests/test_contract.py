@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -323,5 +324,6 @@ def test_without_a_terminal_no_bar_redraws_itself(tiny: Path, photos: Path, tmp_
     command = [sys.executable, embed.__file__, "--t5_precision=exact"]
     command += [f"--{name}={value}" for name, value in values.items()]
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stderr
-    assert "Encoding with T5" in output and "Loading weights" not in output and "\r" not in output
+    output = subprocess.run(command, env=environment, check=True, capture_output=True).stderr
+    assert b"Encoding with T5" in output and b"Loading weights" not in output and b"\r" not in output
+    assert re.search(rb"^Reading images: 5 of 5 [^\n]*\n", output)
