@@ -78,6 +78,8 @@ def test_the_readmes_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = tmp_path / "sd35.txt"
     file.write_text(re.findall(r"```text\n(--.*?)```", README, re.S)[0])
     embedding = [embed.parse_args(command[2:]) for command in COMMANDS if command[1:2] == ["compute_embeddings.py"]]
+    [new_prompt] = [args for args in embedding if args.output_path == Path("new.parquet")]  # which is not trained on
+    embedding.remove(new_prompt)
     training = []
     for command in COMMANDS:
         if TRAINER in command:
