@@ -514,13 +514,15 @@ def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
 
     sRGB goes by many names, so it is known by what it does to 729 colors: nothing but rounding.
     """
+    if "icc_profile" not in image.info:
+        return None
     levels = np.linspace(0, 255, 9).astype(np.uint8)
     colors = np.stack(np.meshgrid(levels, levels, levels, [255]), axis=-1).reshape(27, 27, 4).astype(np.uint8)
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGBA", "RGBA")
         converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
-    except (*UNREADABLE, ImageCms.PyCMSError):  # there is none, it is broken, or of grays or inks
+    except (*UNREADABLE, ImageCms.PyCMSError):  # it is broken, or of grays or inks
         return None
     is_srgb = np.abs(converted.astype(int) - colors).max() <= 3
     return None if is_srgb else transform

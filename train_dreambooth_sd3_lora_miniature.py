@@ -1078,13 +1078,15 @@ def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
 
     sRGB goes by many names, so it is known by what it does to 729 colors: nothing but rounding.
     """
+    if "icc_profile" not in image.info:
+        return None
     levels = np.linspace(0, 255, 9).astype(np.uint8)
     colors = np.stack(np.meshgrid(levels, levels, levels, [255]), axis=-1).reshape(27, 27, 4).astype(np.uint8)
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGBA", "RGBA")
         converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
-    except (*UNREADABLE, ImageCms.PyCMSError):  # there is none, it is broken, or of grays or inks
+    except (*UNREADABLE, ImageCms.PyCMSError):  # it is broken, or of grays or inks
         return None
     is_srgb = np.abs(converted.astype(int) - colors).max() <= 3
     return None if is_srgb else transform
@@ -1363,7 +1365,7 @@ def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator
         del vae
     diffusers.training_utils.free_memory()
     problems.stop_if_any()
-    if not all(are_latents(example.latents) for example in examples):
+    if not all(example.latents.exists() for example in examples):  # each process has seen that its share is whole
         raise SystemExit(f"The latents are not visible here: all machines must share --output_dir {args.output_dir}.")
 
 
@@ -2272,7 +2274,8 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     start_lora = read_start_lora(args, base_model, problems)
     images = find_images(args.instance_data_dir)
     if images:
-        problems.problems += packages_lacking(args.instance_data_dir)
+        for sentence in packages_lacking(args.instance_data_dir):
+            problems.add(sentence)
     examples = find_examples(images, args, base_model, accelerator, problems)
     check_masks(images, examples, args, problems)
     check_class_images(args, base_model, accelerator, problems)
@@ -2561,8 +2564,10 @@ def with_prompts(
 
 def check_masks(images: list[Path], examples: list[Example], args: Args, problems: Problems) -> None:
     """Check that some image has a mask, if --alpha_mask is to mean something."""
+    if not args.alpha_mask:
+        return
     has_masks = any(example.has_alpha for example in examples) or any(mask_path_of(path) for path in images)
-    if args.alpha_mask and not has_masks:
+    if not has_masks:
         folder, endings = args.instance_data_dir, ", NAME".join(MASK_ENDINGS)
         problems.add(f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{endings}.")
 
