@@ -1744,7 +1744,7 @@ def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dt
 
 
 def finish_gradients(
-    lora_params: list[nn.Parameter], loss: Tensor, args: Args, accelerator: Accelerator, signals: list[int]
+    lora_params: list[nn.Parameter], loss: Tensor, args: Args, accelerator: Accelerator, stop: StopRequest
 ) -> tuple[bool, float, bool]:
     """Clip the gradients; return what all processes agree on: all are finite, the mean loss, whether to stop.
 
@@ -1752,9 +1752,9 @@ def finish_gradients(
     parameter).
     """
     norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
-    values = torch.stack([norm.isfinite().float(), loss, loss.new_tensor(len(signals))])
-    finite_share, mean_loss, mean_signals = accelerator.reduce(values, "mean").tolist()
-    return finite_share == 1, mean_loss, mean_signals > 0
+    values = torch.stack([norm.isfinite().float(), loss, loss.new_tensor(stop.requested)])
+    finite_share, mean_loss, stopping_share = accelerator.reduce(values, "mean").tolist()
+    return finite_share == 1, mean_loss, stopping_share > 0
 
 
 def train(
@@ -1764,12 +1764,12 @@ def train(
     model: nn.Module,
     dataloader: DataLoader,
     accelerator: Accelerator,
-    signals: list[int],
+    stop: StopRequest,
 ) -> None:
     """Train on every micro-batch of the data loader once, and save checkpoints and previews on the way.
 
-    model is the transformer as accelerate prepared it (DistributedDataParallel on several GPUs). A signal that arrives
-    in `signals` saves a checkpoint after the current step and ends the run.
+    model is the transformer as accelerate prepared it (DistributedDataParallel on several GPUs). A stop that is
+    requested saves a checkpoint after the current step and ends the run.
     """
     is_main = accelerator.is_main_process
     lora_params = trainable_parameters(state.transformer)
@@ -1792,7 +1792,7 @@ def train(
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                finite, mean_loss, signaled = finish_gradients(lora_params, loss_sum, args, accelerator, signals)
+                finite, mean_loss, stopping = finish_gradients(lora_params, loss_sum, args, accelerator, stop)
                 loss_sum.zero_()
                 skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
                 if not finite:  # without gradients the optimizer skips its step; fp16's loss scale drops
@@ -1814,23 +1814,25 @@ def train(
         progress.set_postfix_str(f"loss {mean_loss:.4f}{vram_in_use()}", refresh=False)
         progress.update()
 
-        # Save before anything that takes long; the last step too, so that the run can be continued to more steps.
+        # Save before previews, which take long and may be interrupted; and the last step, so that the run can be
+        # continued to more steps.
         is_last = state.global_step == plan.max_train_steps
-        if is_main and (signaled or is_last or state.global_step % args.checkpointing_steps == 0):
+        has_previews = state.global_step in plan.preview_steps
+        if is_main and (stopping or is_last or has_previews or state.global_step % args.checkpointing_steps == 0):
             save_checkpoint(args, plan, state, accelerator)
-        if signaled:
+        if stopping:
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
             message = STOPPED if state.saved_step == state.global_step else NOT_SAVED
             raise SystemExit(message.format(state.global_step) if is_main else 1)
-        if is_main and state.global_step in plan.preview_steps:
-            make_previews(args, plan, state, accelerator, signals)
+        if is_main and has_previews:
+            make_previews(args, plan, state, accelerator)
     progress.close()
 
 
 def ignore_end_signals(_: int) -> None:
     """Let a data worker live when Ctrl-C reaches it too: the step that a signal waits for needs its samples.
 
-    A worker that Python spawns, as on Windows, does not inherit what note_signals has set. SIGTERM ends it as before.
+    A worker that Python spawns, as on Windows, does not inherit what StopRequest has set. SIGTERM ends it as before.
     """
     for number in END_SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -2083,17 +2085,12 @@ def generate_images(
     negative_prompt: dict[str, Tensor],
     generators: list[torch.Generator],
     args: Args,
-    signals: list[int],
 ) -> list[Image.Image]:
-    """Draw one image per generator, all at once; return [] if a signal has arrived.
+    """Draw one image per generator, all at once.
 
     prompt and negative_prompt are embeddings: prompt_embeds (L, D) and pooled_prompt_embeds (P,).
     """
     transformer = pipeline.transformer
-
-    def end_early(pipeline: Any, step: int, timestep: Tensor, tensors: dict) -> dict:
-        pipeline._interrupt = bool(signals)
-        return tensors
 
     def for_each_image(embeds: Tensor) -> Tensor:
         return torch.stack([embeds] * len(generators)).to(pipeline.vae.device, pipeline.vae.dtype)
@@ -2109,10 +2106,9 @@ def generate_images(
         guidance_scale=guidance_of(args, transformer.config),
         num_inference_steps=args.num_inference_steps,
         generator=generators,
-        callback_on_step_end=end_early,
     ).images
     transformer.train()
-    return [] if signals else images
+    return images
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -2148,7 +2144,7 @@ def make_class_images(
         is_local_main = accelerator.is_local_main_process
         for batch in ProgressBar(share, "Class images", unit="batch", disable=not is_local_main):
             generators = [seeded_generator(plan.seed, CLASS_IMAGE_STREAM, number_of[path]) for path in batch]
-            images = generate_images(pipeline, prompt, plan.embeddings[""], generators, args, signals=[])
+            images = generate_images(pipeline, prompt, plan.embeddings[""], generators, args)
             for path, image in zip(batch, images, strict=True):
                 save_image(image, path)
         del pipeline
@@ -2176,10 +2172,8 @@ def with_class_images(plan: Plan, class_examples: list[Example], accelerator: Ac
     return replace(plan, settings=plan.settings | {"class images": found})
 
 
-def make_previews(
-    args: Args, plan: Plan, state: TrainState, accelerator: Accelerator, signals: list[int]
-) -> list[tuple[str, Path]]:
-    """Write samples/*.png and progress.png; return the prompt and the file of each sample, or [] after a signal."""
+def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> list[tuple[str, Path]]:
+    """Write samples/*.png and progress.png; return the prompt and the file of each sample."""
     folder = args.output_dir / "samples"
     pipeline = make_pipeline(state.transformer, plan, args, accelerator.device)
     count = args.num_validation_images if state.global_step else 1  # of the untrained model one is enough
@@ -2189,9 +2183,7 @@ def make_previews(
     for row, prompt in enumerate(args.validation_prompt):
         for number in range(count):
             generator = seeded_generator(plan.seed, PREVIEW_STREAM, number)  # the same noise in each preview
-            images = generate_images(pipeline, plan.embeddings[prompt], negative_prompt, [generator], args, signals)
-            if signals:
-                return []
+            images = generate_images(pipeline, plan.embeddings[prompt], negative_prompt, [generator], args)
             path = folder / f"step-{state.global_step:06d}-prompt-{row}-{number}.png"
             shown[prompt].append(images[0])
             with only_noted(f"{path} is not written"):
@@ -2214,7 +2206,7 @@ def preview_untrained(args: Args, plan: Plan, state: TrainState, accelerator: Ac
         for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):
             with only_noted(f"{earlier} of an earlier run stays"):
                 earlier.unlink()
-        make_previews(args, plan, state, accelerator, signals=[])
+        make_previews(args, plan, state, accelerator)
 
 
 def log_images(shown: dict[str, list[Image.Image]], step: int, accelerator: Accelerator) -> None:
@@ -2972,7 +2964,7 @@ def push_to_hub(args: Args, plan: Plan, previews: list[tuple[str, Path]]) -> Non
     print(f"pushed to {plan.name}")
 
 
-def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator, signals: list[int]) -> None:
+def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator, stop: StopRequest) -> None:
     """Write the LoRA, its last previews and its card, report them, and upload them with --push_to_hub."""
     path = args.output_dir / LORA_NAME
     try:
@@ -2983,10 +2975,8 @@ def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator,
         where = f" The same LoRA is in {checkpoint / LORA_NAME}." if state.saved_step == state.global_step else ""
         raise SystemExit(f"{error}.{where} To write it here, run {AGAIN}.") from error
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
-    previews = make_previews(args, plan, state, accelerator, signals) if args.validation_prompt else []
-    if signals:
-        raise SystemExit(f"Interrupted. The LoRA is written: {path}")
-    end_on_signals()  # nothing is left that a signal should save
+    stop.end_at_once()
+    previews = make_previews(args, plan, state, accelerator) if args.validation_prompt else []
     with only_noted("README.md is not written"):
         write_model_card(args, plan, state, previews)
     print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
@@ -3000,6 +2990,50 @@ def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator,
 SIGHUP = 1  # which Windows does not have
 SIGBREAK = getattr(signal, "SIGBREAK", signal.SIGINT)  # Ctrl-Break, which only Windows has
 END_SIGNALS = signal.valid_signals() & {SIGHUP, SIGBREAK, signal.SIGINT, signal.SIGTERM}
+SAME_SIGNAL = 2.0  # seconds: a terminal, a shell and a launcher each send the signal that one Ctrl-C makes
+
+
+class StopRequest:
+    """Whether the run is to end: after Ctrl-C, SIGTERM or a lost terminal, or because its launcher is gone.
+
+    While `saves_first` holds, the training loop looks at `requested` and ends after its step, with a checkpoint; else
+    a signal ends the run as Ctrl-C does. What follows within two seconds is the same signal, sent by somebody else; a
+    later one ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.saves_first = False
+        self.first_signal: float | None = None  # when it came
+        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate launch always sets it
+        self.launcher = os.getppid() if is_launched else None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come, or the launcher is gone: an orphan would keep the GPU, out of anybody's reach."""
+        is_orphan = self.launcher is not None and os.getppid() != self.launcher
+        return self.first_signal is not None or is_orphan
+
+    def listen(self) -> None:
+        """Take the signals from here on, but for those that are ignored, as nohup ignores SIGHUP."""
+        for number in END_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.note)
+
+    def end_at_once(self) -> None:
+        """From here on there is nothing that a signal should save first; one that has come already ends the run."""
+        self.saves_first = False
+        if self.requested:
+            raise KeyboardInterrupt
+
+    def note(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if self.first_signal is None:
+            self.first_signal = now
+            if not self.saves_first:
+                raise KeyboardInterrupt
+        elif now - self.first_signal > SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 def silence_libraries() -> None:
@@ -3135,28 +3169,6 @@ def lock_output_dir(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         lock.release()
 
 
-def note_signals(signals: list[int]) -> None:
-    """Append signals to the list, for the training loop to end after its step; a second one ends the run at once.
-
-    A signal that is ignored already, as nohup ignores SIGHUP, stays ignored.
-    """
-
-    def note(number: int, _: object) -> None:
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in END_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
-
-
-def end_on_signals() -> None:
-    """Let a signal end the run at once, unless it is ignored."""
-    for number in END_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-
-
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error means that a disk or a quota is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -3194,12 +3206,13 @@ def main(args: Args) -> None:
     """Train a LoRA and publish it: the order in which everything happens."""
     silence_libraries()
     accelerator = make_accelerator(args)
-    signals: list[int] = []
+    stop = StopRequest()
     with (
         redirect_stdout(ForgivingStream(sys.stdout)),
         redirect_stderr(ForgivingStream(sys.stderr)),
         explained_errors(),
     ):
+        stop.listen()
         plan = preflight(args, accelerator)
         if args.dry_run:
             accelerator.end_training()
@@ -3234,12 +3247,12 @@ def main(args: Args) -> None:
                 accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)
             preview_untrained(args, plan, state, accelerator)
 
-            # From here on there is something to save: a signal ends the training after its step, with a checkpoint.
-            note_signals(signals)
-            train(args, plan, state, model, dataloader, accelerator, signals)
+            # While there is something to save, a signal ends the training after its step, with a checkpoint.
+            stop.saves_first = True
+            train(args, plan, state, model, dataloader, accelerator, stop)
 
             if accelerator.is_main_process:
-                publish(args, plan, state, accelerator, signals)
+                publish(args, plan, state, accelerator, stop)
             accelerator.wait_for_everyone()  # a process that left would end the others' process group
         with noted_logging(accelerator):
             accelerator.end_training()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 
 import compute_embeddings as embed
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, compute, equal, logged, lora
+from conftest import PREVIEW_PROMPT, compute, equal, logged, lora, names
 from kill import AIMS, survive
 
 Train = Callable[..., Path]
@@ -160,60 +161,93 @@ def test_sighup_is_ignored_where_nohup_says_so(train: Train, monkeypatch: pytest
     assert len(logged(train())) == 4
 
 
-def test_a_second_signal_ends_at_once() -> None:
-    """The first is noted, the second kills."""
+def test_a_repeated_signal_within_two_seconds_is_the_same_one(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal, a shell and a launcher each send it; the second one ended the run without a checkpoint."""
+    flags = ["--gradient_accumulation_steps=2"]
+    expected = lora(train(*flags, output="whole"))
+    loss = trainer.training_loss
+
+    def slow_loss(*args: object) -> torch.Tensor:
+        time.sleep(0.1)
+        return loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_loss", slow_loss)
+        at_step(3, signal.SIGINT, patch)
+        at_step(4, signal.SIGINT, patch)  # the next micro-batch of the same step, 0.1 s later
+        with pytest.raises(SystemExit, match="after step 2; "):
+            train(*flags)
+    assert equal(lora(train(LATEST, *flags)), expected)
+
+
+def test_a_later_signal_ends_at_once() -> None:
+    """The first is noted, the next within two seconds too, one after that kills."""
     child = os.fork()
     if child == 0:
-        trainer.note_signals([])
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        stop = trainer.StopRequest()
+        stop.saves_first = True
+        stop.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.first_signal -= 2.1
+        os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
 
 
-def in_preview(step: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Send this process a signal when a preview of that step begins; the denoising steps that follow."""
-    make, forward, denoised = trainer.make_previews, trainer.diffusers.SD3Transformer2DModel.forward, []
+def test_a_run_whose_launcher_is_gone_saves_and_ends(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An orphan would hold the GPU and the folder. A shell that nohup outlives is no launcher."""
+    expected = lora(train(output="whole"))
+    step = []
 
-    def make_previews(
-        args: trainer.Args, plan: trainer.Plan, state: trainer.TrainState, *rest: object, **named: object
-    ) -> list:
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-            denoised.clear()
-        return make(args, plan, state, *rest, **named)
+    def log(*args: object, **kwargs: object) -> None:
+        step.append(args)
 
-    def counted(*args: object, **kwargs: object) -> object:
-        denoised.append(1) if not torch.is_grad_enabled() else None
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(trainer, "make_previews", make_previews)
-    monkeypatch.setattr(trainer.diffusers.SD3Transformer2DModel, "forward", counted)
-    return denoised
-
-
-def test_a_signal_in_a_preview_saves_at_the_next_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without denoising to the end: an elastic agent kills after 30 s. The end is that of a run without it."""
-    flags = [PREVIEWS[0], "--validation_steps=1", "--lora_dropout=0.2", "--num_inference_steps=28"]
-    expected = lora(train("--lora_dropout=0.2", output="whole"))
     with monkeypatch.context() as patch:
-        denoised = in_preview(1, patch)
-        with pytest.raises(SystemExit, match="Stopped after step 2; a checkpoint is saved."):
-            train(*flags)
-    assert len(denoised) <= 2
-    assert equal(lora(train("--lora_dropout=0.2", LATEST)), expected)
+        patch.setattr(trainer.Accelerator, "log", log)
+        patch.setattr(os, "getppid", lambda: 1 if step else 1000)
+        assert equal(lora(train(output="not launched")), expected)
+        step.clear()
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        with pytest.raises(SystemExit, match="Stopped after step 2; "):
+            train()
+    assert equal(lora(train(LATEST)), expected)
 
 
-def test_a_signal_in_the_last_previews_says_that_the_lora_is_written(
+def test_a_preview_comes_after_a_checkpoint(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal while it is drawn lets the run end after the next step; whoever has no patience loses nothing."""
+    expected = lora(train(output="whole"))
+    make, found = trainer.make_previews, []
+
+    def make_previews(args: trainer.Args, plan: trainer.Plan, state: trainer.TrainState, *rest: object) -> list:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            found.extend(names(trainer.list_checkpoints(args.output_dir)))
+        return make(args, plan, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "make_previews", make_previews)
+        with pytest.raises(SystemExit, match="Stopped after step 3; a checkpoint is saved."):
+            train(PREVIEWS[0], "--validation_steps=2")
+    assert found == ["checkpoint-2"]
+    assert equal(lora(train(LATEST)), expected)
+
+
+def test_a_signal_in_the_last_previews_comes_after_the_lora(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It is, and it is the one of a run without it."""
+    """It is written, and it is the one of a run without the signal."""
     expected = lora(train(output="whole"))
-    denoised = in_preview(4, monkeypatch)
-    path = tmp_path / "out" / trainer.LORA_NAME
-    with pytest.raises(SystemExit, match=f"Interrupted. The LoRA is written: {path}"):
-        train(PREVIEWS[0], "--num_inference_steps=28")
-    assert len(denoised) <= 2 and equal(lora(path.parent), expected)
+
+    def make_previews(args: trainer.Args, plan: trainer.Plan, state: trainer.TrainState, *rest: object) -> list:
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return []
+
+    monkeypatch.setattr(trainer, "make_previews", make_previews)
+    with pytest.raises(SystemExit, match="^Interrupted"):
+        train(PREVIEWS[0])
+    assert equal(lora(tmp_path / "out"), expected)
 
 
 @pytest.fixture
