@@ -36,7 +36,6 @@ import errno
 import fnmatch
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -62,6 +61,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 # Both would end an import below with a traceback of a library.
@@ -69,6 +69,10 @@ if sys.flags.optimize > 1:
     raise SystemExit("python -OO and PYTHONOPTIMIZE=2 take away docstrings, which transformers reads. Use python -O.")
 if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "INFO").upper()), int):
     raise SystemExit(f"ACCELERATE_LOG_LEVEL={os.environ['ACCELERATE_LOG_LEVEL']} is no level, such as INFO or ERROR.")
+
+# Segments that grow leave fewer holes; torch reads this when it is imported. A setting of the user's stays.
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import diffusers  # loads its parts on first use, so that a mistyped command line fails fast
 import numpy as np
@@ -1678,11 +1682,13 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
 
 ADAM_STATES = 2  # room for two moments in fp32 per parameter; 8-bit optimizers need less
 PRODIGY_STATES = 4  # Adam's two, the parameter's first value, and a sum of gradients
+LATER_KERNELS = 256 * 2**20  # bytes of GPU memory: bitsandbytes' are loaded in the first optimizer step
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high, which costs a few steps
 NOT_FINITE = (
-    f"The gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite; none of these steps was applied. Usual "
-    "causes: a learning rate that is too high, fp16 where the model needs bf16, embeddings of another model. Earlier "
-    "checkpoints are unaffected. Start again with a lower --learning_rate or another --mixed_precision."
+    f"The gradients of too many steps were not finite: {MAX_SKIPPED_STEPS} in a row, or so many that fp16's loss "
+    "scale fell below 1, where small gradients become zero. None of these steps was applied. Usual causes: a learning "
+    "rate that is too high, fp16 where the model needs bf16, embeddings of another model. Earlier checkpoints are "
+    "unaffected. Start again with a lower --learning_rate or another --mixed_precision."
 )
 STOPPED = "Stopped after step {}; a checkpoint is saved. To continue, add --resume_from_checkpoint latest."
 AGAIN = "the same command again, with --resume_from_checkpoint latest"
@@ -1707,6 +1713,8 @@ def choose_recomputation(
     optimizer_states = [torch.empty_like(parameter) for parameter in lora_params * states]
     blocks = len(blocks_in_backward(state.transformer))
     counts = [blocks] if args.gradient_checkpointing else sorted({0, blocks // 2, blocks})
+    if accelerator.device.type == "cuda":
+        limit_gpu_memory(accelerator.device, plan.weight_dtype)
     for count in counts:
         recompute_blocks(state.transformer, count)
         if count != counts[0] and torch.cuda.is_available():
@@ -1727,9 +1735,22 @@ def choose_recomputation(
     return seconds * float(np.mean(areas)) / max(areas)  # smaller shapes take less, roughly by their pixels
 
 
+def limit_gpu_memory(device: torch.device, dtype: torch.dtype) -> None:
+    """Let torch allocate what is free on the GPU, less a reserve for kernels that are loaded later.
+
+    The driver of Windows and WSL2 would go on in RAM, where every try fits and a step takes minutes.
+    """
+    ones = torch.ones(32, 32, device=device, dtype=dtype, requires_grad=True)
+    (ones @ ones).sum().backward()  # creates cuBLAS's handles, which live outside of torch's allocator
+    free, total = torch.cuda.mem_get_info()
+    limit = (free + torch.cuda.memory_reserved() - LATER_KERNELS) / total
+    with suppress(AttributeError):  # a device that only answers for CUDA may have no limit to set
+        torch.cuda.set_per_process_memory_fraction(max(limit, 0.0))
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that the GPU is full; what is allocated beside torch's allocator has other errors."""
-    pattern = "CUBLAS_STATUS_ALLOC_FAILED|out of memory"
+    pattern = "CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_ALLOC_FAILED|out of memory"
     return isinstance(error, torch.OutOfMemoryError) or bool(re.search(pattern, str(error)))
 
 
@@ -1795,10 +1816,11 @@ def train(
                 finite, mean_loss, stopping = finish_gradients(lora_params, loss_sum, args, accelerator, stop)
                 loss_sum.zero_()
                 skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-                if not finite:  # without gradients the optimizer skips its step; fp16's loss scale drops
+                if not finite:  # without gradients the optimizer skips its step; fp16's loss scale is halved
                     state.optimizer.zero_grad()
-                if skipped_in_a_row == MAX_SKIPPED_STEPS:
-                    raise SystemExit(NOT_FINITE if is_main else 1)
+                    scale = accelerator.scaler.get_scale() if accelerator.scaler else math.inf
+                    if skipped_in_a_row == MAX_SKIPPED_STEPS or scale <= 1:
+                        raise SystemExit(NOT_FINITE if is_main else 1)
             state.optimizer.step()
             state.optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -1848,7 +1870,8 @@ def prepare_training(
     if steps_left:
         seconds = choose_recomputation(args, plan, state, dataset, accelerator) * args.gradient_accumulation_steps
         minutes = math.ceil(steps_left * seconds / 60)
-        accelerator.print(f"about {seconds:.2g} s per step, {count_of(minutes, 'minute')} in all")
+        where = " on a CPU" if accelerator.device.type == "cpu" else ""
+        accelerator.print(f"about {seconds:.2g} s per step{where}, {count_of(minutes, 'minute')} in all")
     dataloader = DataLoader(
         Subset(dataset, samples_left),  # a resumed run starts after the samples that it has seen
         args.train_batch_size,
@@ -2086,7 +2109,7 @@ def generate_images(
     generators: list[torch.Generator],
     args: Args,
 ) -> list[Image.Image]:
-    """Draw one image per generator, all at once.
+    """Draw one image per generator, all at once. Raises FloatingPointError if pixels are not finite.
 
     prompt and negative_prompt are embeddings: prompt_embeds (L, D) and pooled_prompt_embeds (P,).
     """
@@ -2096,7 +2119,7 @@ def generate_images(
         return torch.stack([embeds] * len(generators)).to(pipeline.vae.device, pipeline.vae.dtype)
 
     transformer.eval()
-    images = pipeline(
+    pixels = pipeline(
         prompt_embeds=for_each_image(prompt["prompt_embeds"]),
         pooled_prompt_embeds=for_each_image(prompt["pooled_prompt_embeds"]),
         negative_prompt_embeds=for_each_image(negative_prompt["prompt_embeds"]),
@@ -2106,9 +2129,12 @@ def generate_images(
         guidance_scale=guidance_of(args, transformer.config),
         num_inference_steps=args.num_inference_steps,
         generator=generators,
-    ).images
+        output_type="np",
+    ).images  # (N, H, W, 3) in [0, 1]
     transformer.train()
-    return images
+    if not np.isfinite(pixels).all():
+        raise FloatingPointError("the image is not finite, so it would be black")
+    return pipeline.image_processor.numpy_to_pil(pixels)
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -2144,7 +2170,11 @@ def make_class_images(
         is_local_main = accelerator.is_local_main_process
         for batch in ProgressBar(share, "Class images", unit="batch", disable=not is_local_main):
             generators = [seeded_generator(plan.seed, CLASS_IMAGE_STREAM, number_of[path]) for path in batch]
-            images = generate_images(pipeline, prompt, plan.embeddings[""], generators, args)
+            try:
+                images = generate_images(pipeline, prompt, plan.embeddings[""], generators, args)
+            except FloatingPointError as error:
+                fix = "Use another --mixed_precision, or images of your own."
+                raise SystemExit(f"Class images cannot be made: {error}. {fix}") from error
             for path, image in zip(batch, images, strict=True):
                 save_image(image, path)
         del pipeline
@@ -2183,7 +2213,11 @@ def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accele
     for row, prompt in enumerate(args.validation_prompt):
         for number in range(count):
             generator = seeded_generator(plan.seed, PREVIEW_STREAM, number)  # the same noise in each preview
-            images = generate_images(pipeline, plan.embeddings[prompt], negative_prompt, [generator], args)
+            try:
+                images = generate_images(pipeline, plan.embeddings[prompt], negative_prompt, [generator], args)
+            except FloatingPointError as error:
+                print(f"note: no preview of {prompt!r} after step {state.global_step}: {error}")
+                continue
             path = folder / f"step-{state.global_step:06d}-prompt-{row}-{number}.png"
             shown[prompt].append(images[0])
             with only_noted(f"{path} is not written"):
@@ -2252,6 +2286,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
 
     # What does not depend on anything else: the machine, the Hub, the checkpoint.
     check_machine(args, accelerator, problems)
+    check_libraries(args, problems)
     check_hub_login(args, accelerator, problems)
     checkpoint: dict[str, Any] = {}
     start = 1
@@ -2324,6 +2359,11 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         problems.add(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
     if precision == "bf16" and accelerator.device.type == "cpu" and is_bf16_slow_on_cpu():
         problems.note("this CPU has no instructions for bf16, so a step takes minutes: use --mixed_precision no")
+    if accelerator.device.type == "cpu":
+        problems.note(
+            f"no GPU: torch {torch.__version__}; SD3 would take days here. For a torch that uses an NVIDIA GPU, run: "
+            "pip install uv && uv pip install --reinstall torch --torch-backend=auto"
+        )
     if accelerator.device.type == "xla":
         problems.add("TPUs are not supported. Where there is a GPU as well, set USE_TORCH_XLA=0.")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
@@ -2333,13 +2373,25 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         problems.add("--quantize_base needs a GPU.")
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         problems.add(f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}")
-    if args.optimizer == "prodigy" and importlib.util.find_spec("prodigyopt") is None:
-        problems.add("--optimizer prodigy is not installed. Run: pip install prodigyopt")
     for folder in (args.output_dir, args.class_data_dir):
         if folder is not None:
             nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
                 problems.add(f"{folder} cannot be written: {nearest} is not a folder, or is not writable.")
+
+
+def check_libraries(args: Args, problems: Problems) -> None:
+    """Import what the training will need, before anything that takes long."""
+    from peft.import_utils import is_torchao_available
+
+    try:
+        is_torchao_available()
+    except ImportError as error:  # an old one, as on Colab and Kaggle, which PEFT refuses when it adds the LoRA
+        problems.add(f"{first_line(error)}. Training does not need torchao. Run: pip uninstall -y torchao")
+    try:
+        make_optimizer([nn.Parameter(torch.zeros(1))], args, samples_per_step=1)
+    except ModuleNotFoundError as error:
+        problems.add(f"--optimizer {args.optimizer} is not installed. Run: pip install {error.name}")
 
 
 def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
@@ -3138,7 +3190,23 @@ def make_accelerator(args: Args) -> Accelerator:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and accelerator.num_processes == 1:
         torch.set_num_threads(usable_cpus())  # the launcher allows one
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on H100 its backward pass has given NaN (pytorch issue 196678)
     return accelerator
+
+
+def start_tracker(args: Args, plan: Plan, accelerator: Accelerator) -> None:
+    """Start the tracker, before anything that takes long: it may ask for a login."""
+    # TensorBoard imports an installed TensorFlow, which takes a minute and 0.8 GiB, unless there is this module.
+    sys.modules["tensorboard.compat.notf"] = ModuleType("tensorboard.compat.notf")
+    problems = Problems(accelerator)
+    with noted_logging(accelerator):
+        try:
+            accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)
+        except OSError:
+            raise
+        except Exception as error:  # trackers' errors share no class
+            problems.add(f"--report_to {args.report_to}: {first_line(error)}. To train without it: --report_to none")
+    problems.stop_if_any()
 
 
 @contextmanager
@@ -3219,6 +3287,7 @@ def main(args: Args) -> None:
             return
         with lock_output_dir(args.output_dir, accelerator):
             plan = create_repository(args, plan, accelerator)
+            start_tracker(args, plan, accelerator)
 
             # Latents first: the VAE is gone before the transformer comes.
             encode_latents(plan.examples, args, accelerator)
@@ -3243,8 +3312,6 @@ def main(args: Args) -> None:
             check_order(order, args, plan, state, accelerator)
             dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
             model, dataloader = prepare_training(args, plan, state, dataset, accelerator)
-            with noted_logging(accelerator):
-                accelerator.init_trackers("dreambooth-sd3-lora-miniature", config=plan.settings)
             preview_untrained(args, plan, state, accelerator)
 
             # While there is something to save, a signal ends the training after its step, with a checkpoint.

@@ -88,3 +88,16 @@ def test_where_no_system_tells_all_cpus_count(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert trainer.usable_cpus() == 3
+
+
+def test_cudnns_attention_is_off() -> None:
+    """On an H100 it comes first, and its backward pass has given NaN."""
+    trainer.torch.backends.cuda.enable_cudnn_sdp(True)
+    trainer.make_accelerator(parse("--report_to=none"))
+    assert not trainer.torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch knows no expandable segments elsewhere")
+def test_the_allocator_grows_its_segments() -> None:
+    """Unless the environment says otherwise."""
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +31,44 @@ def test_all_problems_are_reported_at_once(train: Train, tmp_path: Path) -> None
     parts += ["no linear layer nothing", "compute_embeddings.py ", f"--prompt '{PROMPT}'"]
     assert [part for part in parts if part not in message] == [] and f"--local_data_dir '{folder}'" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_an_old_torchao_is_one_message(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colab and Kaggle have one, which PEFT refused after the photos were encoded."""
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").touch()
+    (tmp_path / "torchao-0.10.0.dist-info").mkdir()
+    (tmp_path / "torchao-0.10.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    peft.import_utils.is_torchao_available.cache_clear()
+    try:
+        with pytest.raises(SystemExit, match="torchao.*0.10.*pip uninstall -y torchao"):
+            train()
+    finally:
+        peft.import_utils.is_torchao_available.cache_clear()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tracker_that_cannot_start_is_one_message(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing login costs no latents."""
+
+    def start(*_: object, **__: object) -> None:
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setattr(trainer.Accelerator, "init_trackers", start)
+    monkeypatch.setattr(trainer, "load_vae", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match="--report_to tensorboard: api_key not configured"):
+        train()
+
+
+def test_a_machine_without_a_gpu_is_told(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its torch is usually a build for CPUs; the plan has the command that replaces it, and the estimate says CPU."""
+    train(max_train_steps=1)
+    said = capsys.readouterr().out
+    assert f"no GPU: torch {torch.__version__}" in said and "--torch-backend=auto" in said
+    assert "s per step on a CPU" in said
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(

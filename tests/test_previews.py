@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
 import train_dreambooth_sd3_lora_miniature as trainer
@@ -113,3 +114,20 @@ def test_a_thousand_previews_make_one_sheet(tmp_path: Path, few_open_files: None
     steps = [256 * green + red for red, green, _ in colors]
     assert sheet.height == 256 and 10 <= len(steps) <= 17
     assert steps == sorted(steps) and (steps[0], steps[-1]) == (0, 999)
+
+
+def test_a_preview_that_is_not_finite_is_named(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was saved as a black image; class images would teach black. The training goes on."""
+    decode = AutoencoderKL.decode
+
+    def overflow(vae: AutoencoderKL, latents: torch.Tensor, **kwargs: object) -> tuple:
+        return (decode(vae, latents, **kwargs)[0] / 0 * 0,)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", overflow)
+    output = train(PREVIEWS, max_train_steps=1)
+    assert f"no preview of {PREVIEW_PROMPT!r} after step 1: the image is not finite" in capsys.readouterr().out
+    assert not list((output / "samples").iterdir()) and (output / trainer.LORA_NAME).exists()
+    with pytest.raises(SystemExit, match="Class images cannot be made"):
+        train("--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=1")
