@@ -11,20 +11,14 @@ with --gradient_checkpointing. No text encoder is ever loaded. Everything random
 of the seed and the sample's number, so a resumed run continues exactly, and any number of processes sees the same
 samples. "The reference" is diffusers' examples/research_projects/sd3_lora_colab, whose command line still runs.
 
-A map of this file, from top to bottom:
+The file is read like a newspaper: what matters most comes first, and a name may be used before it is defined.
 
-    Flags                      every command-line flag, declared once, in the dataclass Args
-    Records                    Plan: all that is known before anything is written; TrainState: all that changes
-    Helpers                    files, the Hub's parts, random generators, Problems
-    Data                       image files -> latents on disk -> Example -> SampleDataset
-    Model and LoRA             the frozen transformer, the LoRA on it, the optimizer
-    Loss                       flow matching, in two functions
-    Training loop              train()
-    Checkpoints                the LoRA file, training_state.pt, and how a run resumes
-    Previews and class images  what the pipeline draws during a run
-    Preflight                  the checks, which return what they find and collect what is wrong
-    Model card and Hub         README.md and the upload
-    Main                       the order in which everything happens
+    main      the order in which everything happens
+    part I    the job: records, data, model and LoRA, loss, training loop, checkpoints. A first reading may stop here.
+    part II   what a run also makes: previews, class images, the model card, the upload. For users of those flags.
+    part III  what can be asked of it: Args, where each flag is declared once, and the parser. For who adds a flag.
+    part IV   what is checked before it begins. For who wonders where a message comes from.
+    part V    what the world does to a run: images as people have them, files, signals, errors, launchers.
 """
 
 from __future__ import annotations
@@ -104,17 +98,1445 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 STATE_NAME = "training_state.pt"
 OTHER_SCRIPT = "compute_embeddings.py"
 
-# ------------------------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> None:
+    """Train a LoRA and publish it: the order in which everything happens."""
+    silence_libraries()
+    accelerator = make_accelerator(args)
+    stop = StopRequest()
+    with (
+        redirect_stdout(ForgivingStream(sys.stdout)),
+        redirect_stderr(ForgivingStream(sys.stderr)),
+        explained_errors(),
+    ):
+        stop.listen()
+        plan = preflight(args, accelerator)
+        if args.dry_run:
+            accelerator.end_training()
+            return
+        with lock_output_dir(args.output_dir, accelerator):
+            plan = create_repository(args, plan, accelerator)
+            start_tracker(args, plan, accelerator)
+
+            # Latents first: the VAE is gone before the transformer comes.
+            encode_latents(plan.examples, args, accelerator)
+            check_encoded_masks(plan.examples, args, accelerator)
+            transformer = load_transformer(args, plan.weight_dtype).to(accelerator.device)
+
+            # Class images show what the model knew before, so they are made while it has no LoRA.
+            kinds = [plan.examples]
+            if args.with_prior_preservation:
+                class_examples = make_class_images(args, plan, transformer, accelerator)
+                plan = with_class_images(plan, class_examples, accelerator)
+                encode_latents(class_examples, args, accelerator)
+                kinds.append(class_examples)
+
+            add_lora(transformer, args, plan.seed)
+            state = start_or_resume(args, plan, transformer, accelerator)
+
+            # The whole run's samples, in order; a resumed run trains the rest of them.
+            micro_batch = args.train_batch_size * accelerator.num_processes
+            length = plan.max_train_steps * plan.samples_per_step
+            order = sample_order(kinds, args.class_every_n_samples, plan.seed, micro_batch, length)
+            check_order(order, args, plan, state, accelerator)
+            dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
+            model, dataloader = prepare_training(args, plan, state, dataset, accelerator)
+            preview_untrained(args, plan, state, accelerator)
+
+            # While there is something to save, a signal ends the training after its step, with a checkpoint.
+            stop.saves_first = True
+            train(args, plan, state, model, dataloader, accelerator, stop)
+
+            if accelerator.is_main_process:
+                publish(args, plan, state, accelerator, stop)
+            accelerator.wait_for_everyone()  # a process that left would end the others' process group
+        with noted_logging(accelerator):
+            accelerator.end_training()
+
+
+# --------------------------------------------------------------------------------------------------- part I: the job
+# What a run is: photos become latents, latents and noise become samples, samples teach the LoRA, and a checkpoint
+# keeps all of it. Whoever wants to learn how that is done needs only this part.
+
+# ------------------------------------------------------------------------------------------ records, random numbers
+# Two records carry a run. Preflight makes the Plan, which never changes; the training loop changes the TrainState.
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training image at one training resolution."""
+
+    path: Path
+    sha256: str  # of the image file, by which the embeddings name it
+    latents: Path  # the safetensors file of its latents, which is written before training
+    size: tuple[int, int]  # (height, width) in pixels
+    shape: tuple[int, int]  # (height, width) in pixels that it is trained in
+    has_alpha: bool  # whether it has an alpha channel, which --alpha_mask can use
+    prompt: str = ""
+    loss_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What is known about the base model before its weights are loaded."""
+
+    skeleton: diffusers.SD3Transformer2DModel  # the transformer without weights, on the meta device
+    identity: str  # the commit of a repository, or a digest of a folder's weight files
+    noise_scheduler: diffusers.FlowMatchEulerDiscreteScheduler
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before anything is written."""
+
+    name: str  # of the LoRA: its repository, or its folder
+    seed: int
+    weight_dtype: torch.dtype  # of the frozen weights and the activations
+    base_model: BaseModel
+    embeddings: PromptEmbeddings
+    examples: list[Example]  # of the subject
+    start_lora: dict[str, Tensor]  # the weights of --pretrained_lora_path, or {}
+    checkpoint: dict[str, Any]  # the saved state to resume from, or {}
+    start: int  # number of this start among those that have left checkpoints in --output_dir
+    settings: dict[str, object]  # what a run that resumes this one is compared with
+    samples_per_step: int
+    max_train_steps: int
+    preview_steps: set[int]  # steps that are followed by previews; publish() draws those of the last step
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes."""
+
+    transformer: diffusers.SD3Transformer2DModel
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    global_step: int  # optimizer steps that are done
+    saved_step: int = 0  # the last step of which this run has saved a checkpoint
+
+
+# Previews, class images and all choices about a sample are drawn from generators that are seeded by the run's seed,
+# one of these streams, and a number. The order of samples and the new LoRA use the run's seed itself, the LoRA's
+# dropout the seed plus a sample's number.
+SAMPLE_STREAM = 1
+PREVIEW_STREAM = 2
+CLASS_IMAGE_STREAM = 3
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """Return a random generator that depends on these numbers and on nothing else."""
+    seed = int(digest(numbers), 16) >> 1  # 63 bits, as many as a generator takes
+    return torch.Generator().manual_seed(seed)
+
+
+def digest(value: object) -> str:
+    """Return a short name for the contents of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+# From image files to training samples. Each image is encoded by the VAE once, before training, into a file of latents
+# (with a few crops, since a random crop cannot be drawn afterwards). A SampleDataset then makes sample number n from
+# the latents, the embeddings and a random generator that is seeded by n.
+
+
+CROPS_PER_IMAGE = 4  # a random crop is one of this many places, since latents are encoded before training
+
+
+def find_examples(
+    images: list[Path], args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems
+) -> list[Example]:
+    """Return an Example for each image and resolution, still without prompts; each process inspects its share."""
+    shapes_of = training_shapes(args)
+    identity = base_model.identity if base_model else ""
+    examples = []
+    for path in images[accelerator.process_index :: accelerator.num_processes]:
+        try:
+            examples += examples_of_image(path, shapes_of, identity, args)
+        except UnreadableImageError as error:
+            problems.add(str(error))
+    return sorted(gather_object(examples), key=lambda example: example.path)
+
+
+def examples_of_image(
+    path: Path, shapes_of: dict[int, list[tuple[int, int]]], model_identity: str, args: Args
+) -> list[Example]:
+    """Return an image's Examples: at the smallest resolution, and at larger ones for which it need not be enlarged.
+
+    The file of an Example's latents is named by a digest of all that the latents depend on. Raises
+    UnreadableImageError.
+    """
+    with reading_image(path), open_image(path) as image:
+        size = upright_size(image)
+        has_alpha = image.has_transparency_data
+        sha256 = sha256_of(path)
+        # Versions that took other colors for sRGB wrote other latents.
+        colors = [] if srgb_transform(image) is None else ["profile"]
+    mask = mask_identity(path) if args.alpha_mask else False
+    crops = True if args.center_crop else CROPS_PER_IMAGE
+    examples = []
+    for resolution, shapes in shapes_of.items():
+        shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
+        if resolution > min(shapes_of) and enlargement(size, shape) > 1:
+            continue
+        name = digest([sha256, mask, model_identity, shape, crops, args.random_flip, *colors])
+        latents = args.output_dir / "latents" / f"{name}.safetensors"
+        examples.append(Example(path, sha256, latents, size, shape, has_alpha))
+    return examples
+
+
+def training_shapes(args: Args) -> dict[int, list[tuple[int, int]]]:
+    """Return for each training resolution the shapes of images, (height, width) in pixels.
+
+    It is the square or, with --aspect_ratio_buckets, several of the same area. Raises ValueError if a side is not a
+    multiple of 16: the VAE divides it by 8, the transformer's patches by 2.
+    """
+    shapes_of = {}
+    sides = list(args.resolution)  # the largest is that of previews and class images, whatever the buckets are
+    for resolution in args.resolution:
+        if args.aspect_ratio_buckets is None:
+            shapes = [(resolution, resolution)]
+        elif args.aspect_ratio_buckets == "auto":
+            shapes = diffusers.training_utils.generate_aspect_ratio_buckets(resolution)
+        else:
+            shapes = diffusers.training_utils.parse_buckets_string(args.aspect_ratio_buckets)
+        for height, width in shapes:
+            sides += [height, width]
+        shapes_of[resolution] = shapes
+    if any(side < 16 or side % 16 for side in sides):
+        raise ValueError(f"not all of {sides} are multiples of 16")
+    return shapes_of
+
+
+def enlargement(size: tuple[int, int], shape: tuple[int, int]) -> float:
+    """Return the factor by which an image is enlarged to fill a shape; both are (height, width)."""
+    return max(shape[0] / size[0], shape[1] / size[1])
+
+
+def mask_identity(image: Path) -> str | bool:
+    """Return what the latents of a masked image depend on: its mask file, or True if its alpha channel is the mask."""
+    path = mask_path_of(image)
+    if path is None:
+        return True
+    with reading_image(path):
+        # Versions that took the brightness of a mask with an alpha channel wrote other latents.
+        return sha256_of(path) + ("-alpha" if alpha_of_mask(path) else "")
+
+
+def load_vae(args: Args, dtype: torch.dtype) -> diffusers.AutoencoderKL:
+    """Load the VAE in a dtype."""
+    load = diffusers.AutoencoderKL.from_pretrained
+    return load_part(load, args, "vae", variant=args.variant, dtype=dtype, use_safetensors=True, token=args.hub_token)
+
+
+def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
+    """Write the latents that do not exist yet, one safetensors file per Example; each process encodes its share.
+
+    A file that was cut short is written again. In fp32, as `force_upcast` in the VAE's config demands, and untiled:
+    tiles change latents by 11 to 34 % of their standard deviation.
+    """
+    problems = Problems(accelerator)
+    share = examples[accelerator.process_index :: accelerator.num_processes]
+    missing = [example for example in share if not are_latents(example.latents)]
+    if missing:
+        vae = load_vae(args, torch.float32)
+        del vae.decoder  # 0.2 GB that encoding does not need
+        vae.to(accelerator.device)
+        is_local_main = accelerator.is_local_main_process
+        for example in ProgressBar(missing, "Encoding images", unit="image", disable=not is_local_main):
+            try:
+                latents = encode_image(vae, example, args)
+            except UnreadableImageError as error:
+                problems.add(str(error))
+                continue
+            with atomic_path(example.latents) as partial:
+                save_file(latents, partial)
+        del vae
+    diffusers.training_utils.free_memory()
+    problems.stop_if_any()
+    if not all(example.latents.exists() for example in examples):  # each process has seen that its share is whole
+        raise SystemExit(f"The latents are not visible here: all machines must share --output_dir {args.output_dir}.")
+
+
+@torch.inference_mode()
+def encode_image(vae: diffusers.AutoencoderKL, example: Example, args: Args) -> dict[str, Tensor]:
+    """Encode an image: mean and std (V, 16, H/8, W/8) and mask (V, 1, H/8, W/8), in fp16.
+
+    The V variants are its crops and, with --random_flip, the mirror image of each.
+    """
+    image, mask = read_image(example.path)
+    if not args.alpha_mask:
+        mask = Image.new("L", image.size, "white")
+    height, width = example.shape
+    variants = []
+    for center in crop_centers(image, example.shape, args.center_crop):
+        place = (center, center)  # across and down; only one of the two sides is too long
+        crop = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=place)
+        mask_crop = ImageOps.fit(mask, (width // 8, height // 8), Image.Resampling.BOX, centering=place)
+        variants.append(encode_crop(vae, crop, mask_crop))
+        if args.random_flip:
+            variants.append(encode_crop(vae, ImageOps.mirror(crop), ImageOps.mirror(mask_crop)))
+    return {name: tensor.half().cpu() for name, tensor in default_collate(variants).items()}
+
+
+def crop_centers(image: Image.Image, shape: tuple[int, int], center_crop: bool) -> list[float]:
+    """Return where an image is cropped to a shape, (height, width): 0 is its top or left end, 1 the other one."""
+    height, width = shape
+    ratio = image.width * height / (image.height * width)  # above 1: the image is wider than the shape
+    surplus = max(width * (ratio - 1), height * (1 / ratio - 1))  # pixels of the side that is too long
+    if center_crop or surplus < 8:  # a latent pixel is 8 pixels wide
+        return [0.5]
+    return list(np.linspace(0, 1, CROPS_PER_IMAGE))
+
+
+def encode_crop(vae: diffusers.AutoencoderKL, crop: Image.Image, mask: Image.Image) -> dict[str, Tensor]:
+    """Return the posterior of a crop's latents, mean and std (16, H/8, W/8), as SD3 scales them, and the mask."""
+    pixels = torch.from_numpy(np.array(crop))  # (H, W, 3), 0 to 255
+    pixel_values = pixels.permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W) in [-1, 1]
+    posterior = vae.encode(pixel_values.to(vae.device)).latent_dist  # of (1, 16, H/8, W/8)
+    return {
+        "mean": (posterior.mean[0] - vae.config.shift_factor) * vae.config.scaling_factor,
+        "std": posterior.std[0] * vae.config.scaling_factor,
+        "mask": torch.from_numpy(np.array(mask))[None] / 255,  # (1, H/8, W/8) in [0, 1]
+    }
+
+
+def are_latents(path: Path) -> bool:
+    """Whether a file of latents exists and is whole: opening it compares its header with its length."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {"mean", "std", "mask"} <= set(file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
+class PromptEmbeddings:
+    """Prompt embeddings by prompt, read from the Parquet file one row at a time: a row is a row group."""
+
+    TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
+
+    def __init__(self, path: Path) -> None:
+        """Open the file; raises OSError or ValueError if compute_embeddings.py has not written it."""
+        check_regular_file(path)
+        self.path = path
+        self.file = pq.ParquetFile(path, memory_map=True)
+        self.about = self.read_metadata()
+        self.row_of_prompt: dict[str, int] = {}
+        self.prompt_of_image: dict[str, str] = {}  # by SHA-256
+        for number, row in enumerate(self.file.read(["prompt", "image_hashes"]).to_pylist()):
+            self.row_of_prompt[row["prompt"]] = number
+            for sha256 in row["image_hashes"]:
+                self.prompt_of_image[sha256] = row["prompt"]
+
+    def __reduce__(self) -> tuple:
+        return PromptEmbeddings, (self.path,)  # worker processes open the file themselves
+
+    def read_metadata(self) -> dict[str, Any]:
+        """Return what compute_embeddings.py noted about the file; raises ValueError if the file has another form."""
+        schema = self.file.schema_arrow
+        for name in ("prompt", "image_hashes", *self.TENSORS):
+            if name not in schema.names:
+                raise ValueError(f"it has no column {name}")
+        for name in self.TENSORS:
+            if not isinstance(schema.field(name).type, pa.FixedShapeTensorType):
+                raise ValueError(f"its column {name} does not hold tensors of one shape")
+        hashes = schema.field("image_hashes").type
+        if not (pa.types.is_list(hashes) and pa.types.is_string(hashes.value_type)):
+            raise ValueError("its column image_hashes does not hold lists of texts")
+        about = json.loads((schema.metadata or {}).get(b"sd3_embeddings", b"null"))
+        rows = self.file.metadata.num_rows
+        if not isinstance(about, dict) or rows == 0 or self.file.num_row_groups != rows:
+            raise ValueError("it was not written by compute_embeddings.py")
+        return about
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - reading takes 14 ms; the object lives as long as the program
+    def __getitem__(self, prompt: str) -> dict[str, Tensor]:
+        """Return prompt_embeds (L, D) and pooled_prompt_embeds (P,) of a prompt, in fp16."""
+        row = self.file.read_row_group(self.row_of_prompt[prompt], list(self.TENSORS), use_threads=False)
+        embeds = {}
+        for name in self.TENSORS:
+            embeds[name] = torch.from_numpy(row[name].chunk(0).to_numpy_ndarray()[0].copy())
+            if not embeds[name].isfinite().all():
+                raise ValueError(f"the embeddings of {prompt!r} are not finite")
+        return embeds
+
+
+def sample_order(
+    kinds: list[list[Example]], class_every: int, seed: int, micro_batch: int, length: int
+) -> list[Example]:
+    """Return which image each sample of the run shows: each image of a shape comes once before any comes again.
+
+    kinds: the images of the subject and perhaps those of its class. The subject takes class_every - 1 turns, then the
+    class takes one. A turn is a sample or, where shapes differ, a micro-batch, which holds images of one shape. Shapes
+    get turns in proportion to their images.
+    """
+    turns = [0] * (class_every - 1) + [1] if len(kinds) > 1 else [0]  # of the kinds, over and over
+    rng = random.Random(seed)
+    shapes = {example.shape for kind in kinds for example in kind}
+    samples_per_turn = micro_batch if len(shapes) > 1 else 1
+    # For each kind, a deck of its images' shapes, which says whose turn it is, and a deck of images for each shape.
+    shape_decks = []
+    image_decks = []
+    for kind in kinds:
+        shape_decks.append(Deck([example.shape for example in kind], rng))
+        image_decks.append({shape: Deck([each for each in kind if each.shape == shape], rng) for shape in shapes})
+    order: list[Example] = []
+    while len(order) < length:
+        for kind_number in turns:
+            shape = shape_decks[kind_number].deal()
+            deck = image_decks[kind_number][shape]
+            for _ in range(samples_per_turn):
+                order.append(deck.deal())
+    return order[:length]
+
+
+class Deck:
+    """Deals its items in a random order, each of them once, then all again in another order, and so on."""
+
+    def __init__(self, items: Sequence[Any], rng: random.Random) -> None:
+        self.items = items
+        self.rng = rng
+        self.left: list[Any] = []
+
+    def deal(self) -> Any:
+        if not self.left:
+            self.left = self.rng.sample(self.items, len(self.items))
+            self.left.reverse()  # so that pop(), which takes the last one, deals them in the order drawn
+        return self.left.pop()
+
+
+@dataclass
+class SampleDataset(Dataset):
+    """Training samples by number. Every random choice about a sample is a function of (seed, sample number)."""
+
+    order: list[Example]
+    embeddings: PromptEmbeddings
+    sigmas: Tensor  # of the noise schedule, from 1 down
+    args: Args
+    seed: int
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """Return latents and noise (16, H/8, W/8), mask (1, H/8, W/8), sigma (), loss_weight () and embeddings."""
+        args = self.args
+        example = self.order[number]
+        generator = seeded_generator(self.seed, SAMPLE_STREAM, number)
+
+        # The latents: one variant of the image, drawn from the VAE's posterior, and the noise that is added to it.
+        variants = load_file(example.latents)  # memory-mapped: the other variants are not read
+        variant = int(torch.randint(len(variants["mean"]), (), generator=generator))
+        mean = variants["mean"][variant].float()
+        std = variants["std"][variant].float()
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator)
+
+        # The noise level: where in the schedule this sample is.
+        # Schemes other than logit_normal and mode draw it uniformly, and differ in the weighting of the loss.
+        quantile = diffusers.training_utils.compute_density_for_timestep_sampling(
+            args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
+        )
+        index = min(int(quantile * len(self.sigmas)), len(self.sigmas) - 1)  # `mode` can give exactly 1
+
+        # The prompt, or the empty one.
+        is_dropped = torch.rand((), generator=generator) < args.caption_dropout
+        sample = {
+            "latents": latents,
+            "noise": noise,
+            "mask": variants["mask"][variant].float(),
+            "sigma": self.sigmas[index],
+            "sample_number": torch.tensor(number),
+            "loss_weight": torch.tensor(example.loss_weight),
+        }
+        return sample | self.embeddings["" if is_dropped else example.prompt]
+
+
+# ---------------------------------------------------------------------------------------------------- model and LoRA
+# The frozen transformer is loaded straight in the training dtype. PEFT adds the LoRA, in fp32; its forward pass is
+# replaced by one that makes fewer passes over memory. The LoRA's parameters are all that the optimizer sees.
+
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_transformer(args: Args, weight_dtype: torch.dtype) -> diffusers.SD3Transformer2DModel:
+    """Load the transformer, frozen and in the training dtype."""
+    kwargs: dict[str, Any] = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True}
+    if args.quantize_base:  # linear layers in 4 bits, everything else in weight_dtype
+        kwargs["quantization_config"] = diffusers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=weight_dtype
+        )
+    load = diffusers.SD3Transformer2DModel.from_pretrained
+    transformer = load_part(load, args, "transformer", token=args.hub_token, **kwargs)
+    return transformer.requires_grad_(False).train()
+
+
+def add_lora(transformer: diffusers.SD3Transformer2DModel, args: Args, seed: int) -> None:
+    """Add a new LoRA to the transformer, in fp32, whatever the transformer's dtype is."""
+    from peft import LoraConfig  # takes 2 s, which a wrong command line should not cost
+    from peft.tuners.lora import LoraLayer
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha or args.rank,
+        lora_dropout=args.lora_dropout,
+        target_modules=lora_targets(transformer, args.lora_layers),
+        init_lora_weights="gaussian",
+    )
+    transformer.add_adapter(config)
+    diffusers.training_utils.cast_training_params(transformer, dtype=torch.float32)
+    if not args.lora_dropout:
+        for layer in transformer.modules():
+            if isinstance(layer, LoraLayer):
+                layer.forward = fused_forward(layer, layer.forward)
+
+
+def lora_targets(transformer: nn.Module, layers: str) -> list[str]:
+    """Return the full names of the linear layers that --lora_layers means, by ends of names or by patterns."""
+    linear = [f".{name}" for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    targets: set[str] = set()
+    for layer in layers.split(","):
+        targets.update(fnmatch.filter(linear, f"*.{layer.strip()}"))
+    return sorted(name.removeprefix(".") for name in targets)
+
+
+def fused_forward(layer: Any, peft_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a forward pass for a LoRA layer: base(x) + (x Aᵀ)(scale · Bᵀ), two products in the dtype of x.
+
+    PEFT's own makes six passes over the activations, and keeps a copy of x in fp32 for the backward pass.
+    """
+
+    def forward(x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        if layer.disable_adapters:
+            return peft_forward(x)
+        down = layer.lora_A["default"].weight.to(x.dtype)  # (rank, in)
+        up = (layer.lora_B["default"].weight * layer.scaling["default"]).to(x.dtype)  # (out, rank)
+        rows = x.flatten(0, -2)  # (N, in)
+        result = layer.base_layer(rows).addmm_(rows @ down.T, up.T)  # in place, which saves a copy
+        return result.view(*x.shape[:-1], -1)
+
+    return forward
+
+
+def lora_shapes(transformer: nn.Module) -> dict[str, torch.Size]:
+    """Return the names and shapes of the LoRA's weights, as PEFT stores them."""
+    from peft import get_peft_model_state_dict
+
+    return {name: weight.shape for name, weight in get_peft_model_state_dict(transformer).items()}
+
+
+def set_lora(transformer: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Set the LoRA's weights, all of them; PEFT alone passes over names that are missing or unknown in silence."""
+    from peft import set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(transformer, weights)
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"the LoRA lacks {missing}, and the model has no {result.unexpected_keys}")
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the LoRA's parameters in a module."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step: int) -> torch.optim.Optimizer:
+    """Return AdamW, fused or with its states in 8 bits, or Prodigy. A new one goes here and into the choices."""
+    kwargs: dict[str, Any] = {
+        "lr": learning_rate_of(args) * samples_per_step if args.scale_lr else learning_rate_of(args),
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.adam_weight_decay,
+    }
+    name = "adamw_8bit" if args.use_8bit_adam and args.optimizer == "adamw" else args.optimizer
+    if name == "paged_adamw_8bit":
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        return PagedAdamW8bit(lora_params, **kwargs)
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(lora_params, **kwargs)
+    if name == "prodigy":  # as in diffusers' scripts; arXiv 2306.06101
+        from prodigyopt import Prodigy
+
+        with redirect_stdout(None):  # it prints what kind of weight decay it has
+            return Prodigy(lora_params, use_bias_correction=True, safeguard_warmup=True, **kwargs)
+    return torch.optim.AdamW(lora_params, fused=True, **kwargs)
+
+
+def learning_rate_of(args: Args) -> float:
+    """Return --learning_rate, or else the default of its optimizer; --scale_lr comes on top."""
+    if args.learning_rate is not None:
+        return args.learning_rate
+    return 1.0 if args.optimizer == "prodigy" else 1e-4
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+# Rectified flow: noisy = (1 - sigma) * latents + sigma * noise, and the transformer learns the velocity along that
+# line, noise - latents. Another loss goes here. Another weighting goes into flow_matching_loss and the choices of
+# --weighting_scheme; SampleDataset then draws its noise levels uniformly.
+
+
+def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> Tensor:
+    """Return the mean loss of one micro-batch, ()."""
+    latents, noise = batch["latents"], batch["noise"]  # (B, 16, H/8, W/8)
+    sigmas = batch["sigma"].view(-1, 1, 1, 1)
+    noisy_latents = (1 - sigmas) * latents + sigmas * noise
+    velocity_pred = model(
+        hidden_states=noisy_latents.to(dtype),
+        timestep=1000 * batch["sigma"],
+        encoder_hidden_states=batch["prompt_embeds"].to(dtype),  # (B, L, D)
+        pooled_projections=batch["pooled_prompt_embeds"].to(dtype),  # (B, P)
+    ).sample
+    error = velocity_pred.float() - (noise - latents)
+    precondition = bool(args.precondition_outputs)
+    losses = flow_matching_loss(error, sigmas, batch["mask"], args.weighting_scheme, precondition)  # (B,)
+    return (batch["loss_weight"] * losses).mean()
+
+
+def flow_matching_loss(error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str, precondition: bool) -> Tensor:
+    """Return the per-sample weighted squared error of the velocity, (B,). Rectified flow, arXiv 2403.03206, §3.1.
+
+    error (B, 16, H/8, W/8), sigmas (B, 1, 1, 1). mask (B, 1, H/8, W/8) multiplies the squared error; the mean is over
+    all pixels, so a small subject counts less. With precondition it is the reference's error, that of the latents
+    which the velocity implies, noisy - sigma * velocity: sigma² times the squared error of the velocity.
+    """
+    weighting = diffusers.training_utils.compute_loss_weighting_for_sd3(scheme, sigmas)
+    if precondition:
+        weighting = weighting * sigmas**2
+    return (weighting * mask * error**2).mean(dim=(1, 2, 3))
+
+
+# ----------------------------------------------------------------------------------------------------- training loop
+# Before the loop one real micro-batch finds out how much memory a step takes. The loop itself knows no epochs: the
+# data loader holds exactly the samples that are left, in order.
+
+
+MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high, which costs a few steps
+NOT_FINITE = (
+    f"The gradients of too many steps were not finite: {MAX_SKIPPED_STEPS} in a row, or so many that fp16's loss "
+    "scale fell below 1, where small gradients become zero. None of these steps was applied. Usual causes: a learning "
+    "rate that is too high, fp16 where the model needs bf16, embeddings of another model. Earlier checkpoints are "
+    "unaffected. Start again with a lower --learning_rate or another --mixed_precision."
+)
+STOPPED = "Stopped after step {}; a checkpoint is saved. To continue, add --resume_from_checkpoint latest."
+AGAIN = "the same command again, with --resume_from_checkpoint latest"
+NOT_SAVED = "Stopped after step {}; its checkpoint could not be saved: see the note above."
+
+
+def prepare_training(
+    args: Args, plan: Plan, state: TrainState, dataset: SampleDataset, accelerator: Accelerator
+) -> tuple[nn.Module, DataLoader]:
+    """Choose the recomputation, and let accelerate prepare model, optimizer and a data loader of what is left."""
+    samples_left = range(state.global_step * plan.samples_per_step, len(dataset.order))  # empty if the run is over
+    steps_left = len(samples_left) // plan.samples_per_step
+    accelerator.print(f"{count_of(steps_left, 'step')} to train, from step {state.global_step}")
+    if steps_left:
+        seconds = choose_recomputation(args, plan, state, dataset, accelerator) * args.gradient_accumulation_steps
+        minutes = math.ceil(steps_left * seconds / 60)
+        where = " on a CPU" if accelerator.device.type == "cpu" else ""
+        accelerator.print(f"about {seconds:.2g} s per step{where}, {count_of(minutes, 'minute')} in all")
+    dataloader = DataLoader(
+        Subset(dataset, samples_left),  # a resumed run starts after the samples that it has seen
+        args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_end_signals,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    model, state.optimizer, dataloader = accelerator.prepare(state.transformer, state.optimizer, dataloader)
+    # Previews and checkpoints use the transformer inside DDP's wrapper, in weight_dtype.
+    state.transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    return model, dataloader
+
+
+def train(
+    args: Args,
+    plan: Plan,
+    state: TrainState,
+    model: nn.Module,
+    dataloader: DataLoader,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> None:
+    """Train on every micro-batch of the data loader once, and save checkpoints and previews on the way.
+
+    model is the transformer as accelerate prepared it (DistributedDataParallel on several GPUs). A stop that is
+    requested saves a checkpoint after the current step and ends the run.
+    """
+    is_main = accelerator.is_main_process
+    lora_params = trainable_parameters(state.transformer)
+    loss_sum = torch.zeros((), device=accelerator.device)
+    skipped_in_a_row = 0
+    progress = ProgressBar(
+        desc="Training",
+        total=plan.max_train_steps,
+        initial=state.global_step,
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
+    for batch in dataloader:
+        # A micro-batch. accumulate() knows which one completes an optimizer step; before it, gradients only add up,
+        # and optimizer.step() and zero_grad() do nothing.
+        with accelerator.accumulate(model):
+            if args.lora_dropout:  # the only randomness inside the model
+                torch.manual_seed(plan.seed + int(batch["sample_number"][0]))
+            loss = training_loss(model, batch, plan.weight_dtype, args)
+            accelerator.backward(loss)
+            loss_sum += loss.detach() / args.gradient_accumulation_steps
+            if accelerator.sync_gradients:
+                finite, mean_loss, stopping = finish_gradients(lora_params, loss_sum, args, accelerator, stop)
+                loss_sum.zero_()
+                skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+                if not finite:  # without gradients the optimizer skips its step; fp16's loss scale is halved
+                    state.optimizer.zero_grad()
+                    scale = accelerator.scaler.get_scale() if accelerator.scaler else math.inf
+                    if skipped_in_a_row == MAX_SKIPPED_STEPS or scale <= 1:
+                        raise SystemExit(NOT_FINITE if is_main else 1)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+
+        # An optimizer step is complete.
+        state.global_step += 1
+        prodigy_factor = state.optimizer.param_groups[0].get("d", 1)
+        learning_rate = state.lr_scheduler.get_last_lr()[0] * prodigy_factor
+        with noted_logging(accelerator):
+            accelerator.log({"loss": mean_loss, "lr": learning_rate}, step=state.global_step)
+        state.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
+        progress.set_postfix_str(f"loss {mean_loss:.4f}{vram_in_use()}", refresh=False)
+        progress.update()
+
+        # Save before previews, which take long and may be interrupted; and the last step, so that the run can be
+        # continued to more steps.
+        is_last = state.global_step == plan.max_train_steps
+        has_previews = state.global_step in plan.preview_steps
+        if is_main and (stopping or is_last or has_previews or state.global_step % args.checkpointing_steps == 0):
+            save_checkpoint(args, plan, state, accelerator)
+        if stopping:
+            accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
+            message = STOPPED if state.saved_step == state.global_step else NOT_SAVED
+            raise SystemExit(message.format(state.global_step) if is_main else 1)
+        if is_main and has_previews:
+            make_previews(args, plan, state, accelerator)
+    progress.close()
+
+
+def finish_gradients(
+    lora_params: list[nn.Parameter], loss: Tensor, args: Args, accelerator: Accelerator, stop: StopRequest
+) -> tuple[bool, float, bool]:
+    """Clip the gradients; return what all processes agree on: all are finite, the mean loss, whether to stop.
+
+    One reduce for all three, the step's only wait for the GPU (but bitsandbytes' optimizers and Prodigy wait for each
+    parameter).
+    """
+    norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
+    values = torch.stack([norm.isfinite().float(), loss, loss.new_tensor(stop.requested)])
+    finite_share, mean_loss, stopping_share = accelerator.reduce(values, "mean").tolist()
+    return finite_share == 1, mean_loss, stopping_share > 0
+
+
+ADAM_STATES = 2  # room for two moments in fp32 per parameter; 8-bit optimizers need less
+PRODIGY_STATES = 4  # Adam's two, the parameter's first value, and a sum of gradients
+LATER_KERNELS = 256 * 2**20  # bytes of GPU memory: bitsandbytes' are loaded in the first optimizer step
+
+
+def choose_recomputation(
+    args: Args, plan: Plan, state: TrainState, dataset: SampleDataset, accelerator: Accelerator
+) -> float:
+    """Let as few blocks as possible recompute activations: none, half or all. Return a micro-batch's mean seconds.
+
+    Each choice is tried on a micro-batch of the largest shape, with room reserved for the optimizer's states; its
+    gradients are dropped. Which blocks recompute does not change a bit of the result, so each process decides for
+    itself.
+    """
+    areas = [math.prod(example.shape) for example in dataset.order]
+    largest = int(np.argmax(areas))
+    batch = default_collate([dataset[largest]] * args.train_batch_size)
+    batch = send_to_device(batch, accelerator.device)
+    lora_params = trainable_parameters(state.transformer)
+    states = PRODIGY_STATES if args.optimizer == "prodigy" else ADAM_STATES
+    optimizer_states = [torch.empty_like(parameter) for parameter in lora_params * states]
+    blocks = len(blocks_in_backward(state.transformer))
+    counts = [blocks] if args.gradient_checkpointing else sorted({0, blocks // 2, blocks})
+    if accelerator.device.type == "cuda":
+        limit_gpu_memory(accelerator.device, plan.weight_dtype)
+    for count in counts:
+        recompute_blocks(state.transformer, count)
+        if count != counts[0] and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # the try that failed had filled the card
+        try:
+            seconds = time_micro_batch(state.transformer, batch, plan.weight_dtype, args)
+            break
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or count == blocks:
+                raise
+        finally:
+            state.transformer.zero_grad()
+            diffusers.training_utils.free_memory()
+    del optimizer_states  # only their room was wanted
+    total = len(state.transformer.transformer_blocks)
+    recomputed = {0: "off", total: f"all {total} blocks"}.get(count, f"{count} of {total} blocks")
+    accelerator.print(f"gradient checkpointing: {recomputed}, {peak_memory()}")
+    return seconds * float(np.mean(areas)) / max(areas)  # smaller shapes take less, roughly by their pixels
+
+
+def recompute_blocks(transformer: diffusers.SD3Transformer2DModel, count: int) -> None:
+    """Recompute activations in the backward pass instead of keeping them, in the first `count` of its blocks.
+
+    enable_gradient_checkpointing hands every block to `call`, which decides.
+    """
+    recomputed = set(blocks_in_backward(transformer)[:count])
+
+    def call(block: nn.Module, *inputs: object) -> object:
+        if block in recomputed:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    transformer.enable_gradient_checkpointing(call)
+
+
+def blocks_in_backward(transformer: diffusers.SD3Transformer2DModel) -> list[nn.Module]:
+    """Return the blocks that the backward pass goes through, which keep activations: from the first LoRA on."""
+    blocks = list(transformer.transformer_blocks)
+    for embedder in (transformer.pos_embed, transformer.context_embedder, transformer.time_text_embed):
+        if trainable_parameters(embedder):
+            return blocks
+    while blocks and not trainable_parameters(blocks[0]):
+        blocks.pop(0)
+    return blocks
+
+
+def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> float:
+    """Return the seconds that a forward and a backward pass take."""
+    for _ in range(2 if batch["latents"].is_cuda else 1):  # on a GPU, the first one loads kernels
+        started = time.monotonic()
+        loss = training_loss(model, batch, dtype, args)
+        loss.backward()
+        loss.item()  # waits for the GPU
+    return time.monotonic() - started
+
+
+def limit_gpu_memory(device: torch.device, dtype: torch.dtype) -> None:
+    """Let torch allocate what is free on the GPU, less a reserve for kernels that are loaded later.
+
+    The driver of Windows and WSL2 would go on in RAM, where every try fits and a step takes minutes.
+    """
+    ones = torch.ones(32, 32, device=device, dtype=dtype, requires_grad=True)
+    (ones @ ones).sum().backward()  # creates cuBLAS's handles, which live outside of torch's allocator
+    free, total = torch.cuda.mem_get_info()
+    limit = (free + torch.cuda.memory_reserved() - LATER_KERNELS) / total
+    with suppress(AttributeError):  # a device that only answers for CUDA may have no limit to set
+        torch.cuda.set_per_process_memory_fraction(max(limit, 0.0))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that the GPU is full; what is allocated beside torch's allocator has other errors."""
+    pattern = "CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_ALLOC_FAILED|out of memory"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(pattern, str(error)))
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+# A checkpoint is a folder checkpoint-N with two files: a LoRA that can be used as it is, and training_state.pt with
+# all that training needs to continue to the same result.
+
+
+def start_or_resume(
+    args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
+) -> TrainState:
+    """Load the LoRA's weights, and make optimizer and schedule: new, or as the checkpoint left them."""
+    saved = plan.checkpoint
+    if saved or plan.start_lora:
+        set_lora(transformer, saved["lora"] if saved else plan.start_lora)
+    lora_params = trainable_parameters(transformer)
+    accelerator.print(f"{sum(parameter.numel() for parameter in lora_params):,} parameters to train")
+    optimizer = make_optimizer(lora_params, args, plan.samples_per_step)
+    lr_scheduler = diffusers.optimization.get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=plan.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    if not saved:
+        return TrainState(transformer, optimizer, lr_scheduler, global_step=0)
+
+    # The optimizer's state is the checkpoint's, with what Prodigy has found; what the flags set is this run's.
+    [group] = optimizer.state_dict()["param_groups"]
+    [saved_group] = saved["optimizer"]["param_groups"]
+    from_flags = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
+    group |= {name: value for name, value in saved_group.items() if name not in from_flags}
+    optimizer.load_state_dict(saved["optimizer"] | {"param_groups": [group]})
+    # Every schedule is a function of the step alone: set it one step back, and let it make that step.
+    lr_scheduler.last_epoch = saved["global_step"] - 1
+    lr_scheduler.step()
+    if accelerator.scaler and saved["scaler"]:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    return TrainState(transformer, optimizer, lr_scheduler, saved["global_step"])
+
+
+def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
+    """Write checkpoint-N and its step into the state; remove the oldest ones beyond --checkpoints_total_limit.
+
+    If an earlier checkpoint-N is in use, it stays, with a note: that must not cost the training that it interrupts.
+    """
+    from peft import get_peft_model_state_dict
+
+    scaler = accelerator.scaler
+    saved = {
+        "global_step": state.global_step,
+        "start": plan.start,
+        "settings": plan.settings,
+        "lora": get_peft_model_state_dict(state.transformer),  # exact: alpha is not multiplied in
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+    folder = args.output_dir / f"checkpoint-{state.global_step}"
+    try:
+        with atomic_path(folder) as partial:
+            partial.mkdir()
+            write_lora(partial / LORA_NAME, state.transformer, plan.name, args)
+            torch.save(saved, partial / STATE_NAME)
+    except PermissionError as error:
+        print(f"note: {folder} is not saved: {error}")
+        return
+    state.saved_step = state.global_step
+    if args.checkpoints_total_limit:
+        with only_noted("no old checkpoint is removed"):
+            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                remove_folder(old)
+
+
+def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: str, args: Args) -> None:
+    """Write the LoRA in diffusers' layout, with alpha / rank multiplied into lora_B and alpha set to the rank.
+
+    Programs disagree about where alpha belongs, and ComfyUI knows none in this layout; this way they all apply the
+    same strength. Of PEFT's config only those fields are written that every version knows: an older PEFT answers an
+    unknown one with a TypeError.
+    """
+    from peft import get_peft_model_state_dict
+
+    config = transformer.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    lora = {}
+    for key, value in get_peft_model_state_dict(transformer).items():
+        if not value.isfinite().all():
+            raise SystemExit(f"The LoRA has weights that are not finite and is not saved. {path} stays as it was.")
+        lora[f"transformer.{key}"] = value * scale if "lora_B" in key else value
+    adapter = {
+        "transformer.r": config.r,
+        "transformer.lora_alpha": config.r,
+        "transformer.target_modules": sorted(config.target_modules),
+        "transformer.rank_pattern": {},
+        "transformer.alpha_pattern": {},
+    }
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(adapter, indent=2),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture(transformer.config)}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": name,
+        "modelspec.trigger_phrase": args.instance_prompt,
+        "modelspec.resolution": f"{max(args.resolution)}x{max(args.resolution)}",
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    save_file(lora, path, metadata)
+    with suppress(OSError):  # a drive of Windows or in the cloud has no modes
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+def architecture(config: Any) -> str:
+    """Return the base model's name in Stability's ModelSpec, from the transformer's config."""
+    if config.num_layers > 30:
+        return "stable-diffusion-v3.5-large"
+    if config.dual_attention_layers:
+        return "stable-diffusion-v3.5-medium"
+    return "stable-diffusion-v3-medium"
+
+
+def read_state(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Return a checkpoint's training state, or {} if it is missing, incomplete or not ours. It cannot run code.
+
+    With mmap, tensors stay on disk, and the file stays open as long as they live. OSError if the file is there but
+    cannot be read now: a lock, a drive in the cloud. A run that took it for incomplete would overwrite it.
+    """
+    path = folder / STATE_NAME
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        if error.errno == errno.EINVAL and error.filename is None:  # a broken file makes torch seek outside of it
+            return {}
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception:  # a file that is cut short, or is no pickle of tensors, fails in many ways inside torch
+        return {}
+    return state if is_training_state(state) else {}
+
+
+def is_training_state(state: Any) -> bool:
+    """Whether a saved object has what save_checkpoint writes."""
+    types = {"global_step": int, "settings": dict, "lora": dict, "optimizer": dict, "scaler": dict | None}
+    if not isinstance(state, dict) or not isinstance(state.get("start", 0), int):
+        return False
+    for name, kind in types.items():
+        if name not in state or not isinstance(state[name], kind):
+            return False
+    has_seed = isinstance(state["settings"].get("seed"), int)
+    has_moments = isinstance(state["optimizer"].get("state"), dict)
+    groups = state["optimizer"].get("param_groups")
+    has_group = isinstance(groups, list) and len(groups) == 1 and isinstance(groups[0], dict)
+    has_weights = all(isinstance(weight, Tensor) for weight in state["lora"].values())
+    return has_seed and has_moments and has_group and has_weights
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a folder in the order they were saved.
+
+    They say themselves when that was: the start of the program and the step. Copies, archives and the Hub do not keep
+    a file's time, and the step alone is not enough, since an earlier start may have left higher ones. Checkpoints
+    of versions without a number of the start come first.
+    """
+    found = []
+    for path in checkpoint_folders(folder):
+        state = read_state(path, mmap=True)
+        if state:
+            found.append((state.get("start", 0), state["global_step"], path))
+    return [path for *_, path in sorted(found)]
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders that have a checkpoint's name and a training state, whole or not."""
+    states = sorted(folder.glob(f"checkpoint-*/{STATE_NAME}"))
+    return [path.parent for path in states if re.fullmatch(r"checkpoint-[0-9]+", path.parent.name)]
+
+
+def next_start(folder: Path) -> int:
+    """Return the number of a start of the program that is newer than all checkpoints in a folder."""
+    existing = list_checkpoints(folder)
+    return read_state(existing[-1], mmap=True).get("start", 0) + 1 if existing else 1
+
+
+# ------------------------------------------------------------------ on a first reading, stop here: the job is complete
+# What follows serves it. Part II is what a run also makes, part III what can be asked of it, part IV what is checked
+# before it begins, part V what the world does to it.
+
+# ---------------------------------------------------------------------------------- part II: what a run also makes
+# Previews and class images are drawn by diffusers' pipeline from stored embeddings, without text encoders: previews by
+# the transformer as it is being trained, class images by the transformer before it has a LoRA.
+
+
+def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> list[tuple[str, Path]]:
+    """Write samples/*.png and progress.png; return the prompt and the file of each sample."""
+    folder = args.output_dir / "samples"
+    pipeline = make_pipeline(state.transformer, plan, args, accelerator.device)
+    count = args.num_validation_images if state.global_step else 1  # of the untrained model one is enough
+    negative_prompt = plan.embeddings[args.negative_prompt]
+    written: list[tuple[str, Path]] = []
+    shown: dict[str, list[Image.Image]] = defaultdict(list)
+    for row, prompt in enumerate(args.validation_prompt):
+        for number in range(count):
+            generator = seeded_generator(plan.seed, PREVIEW_STREAM, number)  # the same noise in each preview
+            try:
+                images = generate_images(pipeline, plan.embeddings[prompt], negative_prompt, [generator], args)
+            except FloatingPointError as error:
+                print(f"note: no preview of {prompt!r} after step {state.global_step}: {error}")
+                continue
+            path = folder / f"step-{state.global_step:06d}-prompt-{row}-{number}.png"
+            shown[prompt].append(images[0])
+            with only_noted(f"{path} is not written"):
+                save_image(images[0], path)
+                written.append((prompt, path))
+    if len(written) == count * len(args.validation_prompt):  # the sheet is drawn from the files
+        sheet = draw_progress(folder, rows=len(args.validation_prompt), last_step=state.global_step)
+        with only_noted(f"{folder / 'progress.png'} is not written"):
+            save_image(sheet, folder / "progress.png")
+        if state.global_step >= plan.max_train_steps:
+            shown["progress"].append(sheet)
+    with noted_logging(accelerator):
+        log_images(shown, state.global_step, accelerator)
+    return written
+
+
+def preview_untrained(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
+    """Draw what the model makes of the prompts before it is trained, in place of an earlier run's previews."""
+    if accelerator.is_main_process and args.validation_prompt and state.global_step == 0:
+        for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):
+            with only_noted(f"{earlier} of an earlier run stays"):
+                earlier.unlink()
+        make_previews(args, plan, state, accelerator)
+
+
+def make_pipeline(
+    transformer: diffusers.SD3Transformer2DModel, plan: Plan, args: Args, device: torch.device
+) -> diffusers.StableDiffusion3Pipeline:
+    """Return a pipeline of the transformer as it is and the VAE, without text encoders."""
+    vae = load_vae(args, plan.weight_dtype).to(device)
+    vae.enable_slicing()  # decodes images one by one
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(plan.base_model.noise_scheduler.config),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    # On the line of the bar around it, which it replaces for a while: two lines would need a terminal's cursor.
+    pipeline.set_progress_bar_config(desc="Generating", leave=False, position=0, disable=not sys.stderr.isatty())
+    return pipeline
+
+
+def guidance_of(args: Args, config: Any) -> float:
+    """Return --guidance_scale, or else what is published for the base model, from the transformer's config."""
+    if args.guidance_scale is not None:
+        return args.guidance_scale
+    return 4.5 if "v3.5" in architecture(config) else 7.0
+
+
+def generate_images(
+    pipeline: diffusers.StableDiffusion3Pipeline,
+    prompt: dict[str, Tensor],
+    negative_prompt: dict[str, Tensor],
+    generators: list[torch.Generator],
+    args: Args,
+) -> list[Image.Image]:
+    """Draw one image per generator, all at once. Raises FloatingPointError if pixels are not finite.
+
+    prompt and negative_prompt are embeddings: prompt_embeds (L, D) and pooled_prompt_embeds (P,).
+    """
+    transformer = pipeline.transformer
+
+    def for_each_image(embeds: Tensor) -> Tensor:
+        return torch.stack([embeds] * len(generators)).to(pipeline.vae.device, pipeline.vae.dtype)
+
+    transformer.eval()
+    pixels = pipeline(
+        prompt_embeds=for_each_image(prompt["prompt_embeds"]),
+        pooled_prompt_embeds=for_each_image(prompt["pooled_prompt_embeds"]),
+        negative_prompt_embeds=for_each_image(negative_prompt["prompt_embeds"]),
+        negative_pooled_prompt_embeds=for_each_image(negative_prompt["pooled_prompt_embeds"]),
+        height=max(args.resolution),
+        width=max(args.resolution),
+        guidance_scale=guidance_of(args, transformer.config),
+        num_inference_steps=args.num_inference_steps,
+        generator=generators,
+        output_type="np",
+    ).images  # (N, H, W, 3) in [0, 1]
+    transformer.train()
+    if not np.isfinite(pixels).all():
+        raise FloatingPointError("the image is not finite, so it would be black")
+    return pipeline.image_processor.numpy_to_pil(pixels)
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    with atomic_path(path) as partial:
+        image.save(partial)
+
+
+def log_images(shown: dict[str, list[Image.Image]], step: int, accelerator: Accelerator) -> None:
+    """Log images under their titles to the trackers that support images."""
+    values = {title: np.array(images) for title, images in shown.items()}
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images(values, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images(values, step=step)
+
+
+def draw_progress(folder: Path, rows: int, last_step: int) -> Image.Image:
+    """Draw a sheet with a row per prompt and a column per preview so far, at most 16; unreadable ones are left out."""
+    found = [int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png")]
+    steps = sorted(step for step in found if step <= last_step)  # later ones are of an earlier run
+    every = 1 + len(steps) // 15
+    columns = []
+    for step in [*steps[:-1:every], last_step]:
+        with suppress(UnreadableImageError):
+            column = []
+            for row in range(rows):
+                image, _ = read_image(folder / f"step-{step:06d}-prompt-{row}-0.png")
+                column.append(np.asarray(image.resize((256, 256))))
+            columns.append(np.vstack(column))
+    return Image.fromarray(np.hstack(columns))
+
+
+def class_folder(args: Args) -> Path:
+    """Return --class_data_dir, or a folder that another model, class prompt or resolution does not share."""
+    model = Path(args.pretrained_model_name_or_path).as_posix()  # without a slash at its end, as completion adds it
+    made_by = [model, args.revision, args.class_prompt, max(args.resolution)]
+    return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
+
+
+def make_class_images(
+    args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
+) -> list[Example]:
+    """Generate the class images that are missing, and return all of them; the transformer must not have a LoRA yet."""
+    folder = class_folder(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A user's own images count as well; what is missing gets the names that are free.
+    lacking = max(0, args.num_class_images - len(find_images(folder)))
+    number_of = {folder / f"class-{number:05}.png": number for number in range(args.num_class_images)}
+    missing = [path for path in number_of if not path.exists()][:lacking]
+    accelerator.wait_for_everyone()  # until every process has counted
+
+    # Each process makes its share of the batches.
+    batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
+    share = batches[accelerator.process_index :: accelerator.num_processes]
+    if share:
+        pipeline = make_pipeline(transformer, plan, args, accelerator.device)
+        prompt = plan.embeddings[str(args.class_prompt)]
+        is_local_main = accelerator.is_local_main_process
+        for batch in ProgressBar(share, "Class images", unit="batch", disable=not is_local_main):
+            generators = [seeded_generator(plan.seed, CLASS_IMAGE_STREAM, number_of[path]) for path in batch]
+            try:
+                images = generate_images(pipeline, prompt, plan.embeddings[""], generators, args)
+            except FloatingPointError as error:
+                fix = "Use another --mixed_precision, or images of your own."
+                raise SystemExit(f"Class images cannot be made: {error}. {fix}") from error
+            for path, image in zip(batch, images, strict=True):
+                save_image(image, path)
+        del pipeline
+    accelerator.wait_for_everyone()
+
+    problems = Problems(accelerator)
+    paths = find_images(folder)[: args.num_class_images]
+    found = find_examples(paths, args, plan.base_model, accelerator, problems)
+    problems.stop_if_any()
+    examples = []
+    for example in found:
+        examples.append(replace(example, prompt=str(args.class_prompt), loss_weight=args.prior_loss_weight))
+    return examples
+
+
+def with_class_images(plan: Plan, class_examples: list[Example], accelerator: Accelerator) -> Plan:
+    """Return the plan with the class images among its settings; note if a resumed run finds others than it had.
+
+    They are not refused: images that were lost are made again, the same but for a GPU's rounding.
+    """
+    found = digest([example.latents.name for example in class_examples])
+    before = plan.checkpoint.get("settings", {}).get("class images", found)
+    if before != found:
+        accelerator.print("note: the class images are not those that the checkpoint was trained with")
+    return replace(plan, settings=plan.settings | {"class images": found})
+
+
+# ----------------------------------------------------------------------------------------------- model card and Hub
+# The Hub is asked twice: preflight finds out whether the token is good, and before anything that takes long the
+# repository is created. The upload comes last; if it fails, everything is on disk.
+
+
+def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator, stop: StopRequest) -> None:
+    """Write the LoRA, its last previews and its card, report them, and upload them with --push_to_hub."""
+    path = args.output_dir / LORA_NAME
+    try:
+        with atomic_path(path) as partial:
+            write_lora(partial, state.transformer, plan.name, args)
+    except PermissionError as error:
+        checkpoint = args.output_dir / f"checkpoint-{state.global_step}"
+        where = f" The same LoRA is in {checkpoint / LORA_NAME}." if state.saved_step == state.global_step else ""
+        raise SystemExit(f"{error}.{where} To write it here, run {AGAIN}.") from error
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
+    stop.end_at_once()
+    previews = make_previews(args, plan, state, accelerator) if args.validation_prompt else []
+    with only_noted("README.md is not written"):
+        write_model_card(args, plan, state, previews)
+    print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
+    if args.push_to_hub:
+        push_to_hub(args, plan, previews)
+
+
+CARD_MARK = "<!-- written by train_dreambooth_sd3_lora_miniature.py -->"  # a card without it is somebody else's
+
+
+def write_model_card(args: Args, plan: Plan, state: TrainState, previews: list[tuple[str, Path]]) -> None:
+    """Write README.md for the Hub: base model, trigger words, gallery, how to load the LoRA, license and settings."""
+    path = args.output_dir / "README.md"
+    if path.exists() and CARD_MARK not in path.read_text("utf-8", errors="replace"):
+        print(f"note: {path} was written by somebody else and is left as it is")
+        return
+    base = args.pretrained_model_name_or_path
+    repository = None if Path(base).is_dir() else base
+    is_sd35 = "v3.5" in architecture(state.transformer.config)
+    family = "sd3.5" if is_sd35 else "sd3"
+    data = ModelCardData(
+        license="other",
+        license_name="stabilityai-ai-community" if base.startswith("stabilityai/") else "license-of-the-base-model",
+        license_link=f"https://huggingface.co/{base}/blob/main/LICENSE.md" if repository else None,
+        base_model=repository,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        instance_prompt=args.instance_prompt,
+        tags=[
+            "text-to-image",
+            "diffusers-training",
+            "diffusers",
+            "lora",
+            "template:sd-lora",  # diffusers' own cards have it
+            family,
+            f"{family}-diffusers",
+        ],
+        widget=[{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in previews],
+    )
+    with atomic_path(path) as partial:
+        partial.write_text(card_text(args, plan, state.global_step, data), "utf-8")
+
+
+def card_text(args: Args, plan: Plan, steps: int, data: ModelCardData) -> str:
+    """Return the card with its data; a base model that is a folder is named without its path."""
+    prompt = args.instance_prompt
+    settings = json.dumps(plan.settings, indent=2, ensure_ascii=False)
+    source = args.pretrained_model_name_or_path
+    base = f"[{source}](https://huggingface.co/{source})"
+    if Path(source).is_dir():
+        is_sd35 = "v3.5" in architecture(plan.base_model.skeleton.config)
+        family = "Stable Diffusion 3.5" if is_sd35 else "Stable Diffusion 3"
+        base = f"a local copy of {family} (`{Path(source).resolve().name}`)"
+        source = "FOLDER OR REPOSITORY OF THE BASE MODEL"
+    code = usage_code(args, plan, source)
+    files = "Files & versions"
+    if "/" in plan.name:  # a repository
+        files = f"[{files}](/{plan.name}/tree/main)"
+    return f"""---
+{data.to_yaml()}
+---
+
+{CARD_MARK}
+# {plan.name}
+
+<Gallery />
+
+This LoRA teaches {base} what **{prompt}** looks like. It was trained with DreamBooth.
+
+## Trigger words
+
+You should use `{prompt}` to trigger the image generation.
+
+## Download it
+
+`{LORA_NAME}` is under {files}.
+
+## Use it
+
+In ComfyUI at strength 1, or with diffusers 0.40 or later (before that, `dtype` was called `torch_dtype`). The file was
+tried with diffusers 0.31 and peft 0.15, with diffusers 0.42.1 and peft 0.21.2, and with versions in between.
+
+```python
+{code}
+```
+
+The license is that of the base model. Trained for {steps} steps with:
+
+```json
+{settings}
+```
+"""
+
+
+def usage_code(args: Args, plan: Plan, source: str) -> str:
+    """Return Python code that draws --instance_prompt with the LoRA, with what training and previews had.
+
+    That matters: diffusers pads a prompt to 256 T5 tokens unless it is told otherwise, and a LoRA that was trained on
+    fewer of them loses its likeness.
+    """
+    about = plan.embeddings.about
+    loading = [python_text(source), f"dtype={plan.weight_dtype}"]
+    if args.revision:
+        loading.append(f"revision={python_text(args.revision)}")
+    if args.variant:
+        loading.append(f"variant={python_text(args.variant)}")
+    if about.get("t5") == "none":
+        loading += ["text_encoder_3=None", "tokenizer_3=None"]
+
+    drawing = [python_text(args.instance_prompt)]
+    if args.negative_prompt:
+        drawing.append(f"negative_prompt={python_text(args.negative_prompt)}")
+    drawing += [
+        f"max_sequence_length={about.get('max_sequence_length')}",
+        f"guidance_scale={guidance_of(args, plan.base_model.skeleton.config)}",
+        f"num_inference_steps={args.num_inference_steps}",
+        f"height={max(args.resolution)}",
+        f"width={max(args.resolution)}",
+    ]
+    return f"""import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = {python_call("StableDiffusion3Pipeline.from_pretrained", loading)}
+pipeline.load_lora_weights({python_text(plan.name)}, weight_name="{LORA_NAME}")
+pipeline.enable_model_cpu_offload()
+image = {python_call("pipeline", drawing)}.images[0]"""
+
+
+def python_call(name: str, arguments: list[str]) -> str:
+    """Return the source of a call, with an argument a line."""
+    return f"{name}(\n    " + ",\n    ".join(arguments) + ",\n)"
+
+
+def python_text(text: str) -> str:
+    """Return the source of a string, with its letters as they are."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def create_repository(args: Args, plan: Plan, accelerator: Accelerator) -> Plan:
+    """Create the repository to push to, unless it exists; return the plan with its full name."""
+    problems = Problems(accelerator)
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            api = HfApi(token=args.hub_token)
+            created = api.create_repo(plan.name, private=args.hub_private_repo or None, exist_ok=True)
+            plan = replace(plan, name=created.repo_id)
+        except Exception as error:  # of the Hub or the network, which share no class
+            problems.add(hub_problem(error))
+    problems.stop_if_any()
+    return plan
+
+
+def check_hub_login(args: Args, accelerator: Accelerator, problems: Problems) -> None:
+    """Check that the Hub knows the token, if the LoRA is to be pushed."""
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            HfApi(token=args.hub_token).whoami()
+        except Exception as error:  # of the Hub or the network, which share no class
+            problems.add(hub_problem(error))
+
+
+def hub_problem(error: Exception) -> str:
+    return f"--push_to_hub: {first_line(error)}. With a token that has write access, run: hf auth login"
+
+
+def push_to_hub(args: Args, plan: Plan, previews: list[tuple[str, Path]]) -> None:
+    """Upload the LoRA, its card and its samples, and nothing else."""
+    files = [LORA_NAME, "README.md", *[f"samples/{file.name}" for _, file in previews]]
+    if previews:
+        files.append("samples/progress.png")
+    try:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=plan.name, folder_path=args.output_dir, allow_patterns=files, commit_message="Add a LoRA"
+        )
+    except Exception as error:  # whatever it was, the LoRA is on disk
+        includes = [f"--include={file}" for file in files]
+        command = shell_line(["hf", "upload", plan.name, str(args.output_dir), ".", *includes])
+        raise SystemExit(
+            f"The upload failed: {first_line(error)}\nNothing is lost. To upload it, run: {command}"
+        ) from error
+    print(f"pushed to {plan.name}")
+
+
+# -------------------------------------------------------------------------------------- part III: what can be asked
 # Each flag is declared once, as a field of Args: its group in --help, its default, its help, its limits, and what
 # another value does to a run that resumes. The parser, the checks of limits, the settings that checkpoints store and
 # compare, and the command line for compute_embeddings.py are all derived from these declarations.
+
 
 # What another value of a flag does to a run that resumes:
 REFUSED = "refused"  # the optimizer's state or the order of the samples would mean something else
 NOTED = "noted"  # it is followed from here on, and a note says so
 FREE = "free"  # it has no effect on the LoRA, or what follows from it is compared (see comparable_settings)
-
-
 FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what holds if it says nothing
     "minimum": None,  # lowest value of a number; None: 1 for integers, 1e-30 for real numbers
     "maximum": None,  # highest value of a number; None: 10 million for integers, 1e30 for real numbers
@@ -329,33 +1751,71 @@ class Args:
 # fmt: on
 
 
-class ForgivingStream:
-    """An output stream for which printing never fails.
-
-    Its reader, a pipe or a terminal, may go away, and its encoding, such as cp1252 on Windows, may lack characters:
-    that costs the output, or shows escapes such as \\u72ac, but not the result of the program.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        printable = text.encode(encoding, "backslashreplace").decode(encoding)
-        with suppress(OSError, ValueError):
-            self.stream.write(printable)
-            self.stream.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        """Do nothing: write() has flushed."""
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Parse the command line; all mistakes that can be seen in it alone end the program in one message."""
+    parser = Parser(Args, str(__doc__ or "").split("\n")[0])
+    values = parser.parse_values(argv)
+    values["resolution"] = tuple(sorted(set(values["resolution"])))
+    args = Args(**values)
+    problems = flag_problems(args) + combination_problems(args)
+    if problems:
+        parser.error("\n  ".join(problems))
+    return args
 
 
-# The Parser, the readers of images and a few helpers stand in compute_embeddings.py, too, word for word: each script
-# works alone. Change both; a test compares them.
+def combination_problems(args: Args) -> list[str]:
+    """Return what is wrong with flags that do not fit each other."""
+    problems = []
+    try:
+        training_shapes(args)
+    except ValueError:
+        given = f"--resolution {listed(args.resolution)}, --aspect_ratio_buckets {args.aspect_ratio_buckets}"
+        problems.append(f"{given}: sides must be multiples of 16, and shapes have the form height,width;height,width")
+    if len(args.resolution) > 1 and args.aspect_ratio_buckets not in (None, "auto"):
+        problems.append("--aspect_ratio_buckets with shapes of your own goes with a single --resolution")
+    if args.hub_token and args.report_to in ("wandb", "all"):
+        problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
+    if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
+        problems.append('--validation_prompt: prompts of several words need quotes, such as "a photo of sks dog"')
+    if args.lr_scheduler == "polynomial" and learning_rate_of(args) <= 1e-7:
+        problems.append(f"--lr_scheduler polynomial ends at 1e-07; --learning_rate {args.learning_rate} must be above")
+    if args.use_8bit_adam and not args.optimizer.startswith(("adamw", "paged_adamw")):
+        problems.append(f"--use_8bit_adam and --optimizer {args.optimizer} are two different optimizers: choose one")
+    if args.scale_lr and args.optimizer == "prodigy":
+        problems.append("--scale_lr scales a learning rate, but --optimizer prodigy finds it: leave one of them out")
+    if args.with_prior_preservation and not args.class_prompt:
+        problems.append('--with_prior_preservation needs --class_prompt, such as "a photo of a dog"')
+    if args.with_prior_preservation and class_folder(args).resolve() == args.instance_data_dir.resolve():
+        problems.append(f"--class_data_dir {args.class_data_dir} is the folder of the subject")
+    return problems
+
+
+def flag_problems(args: Args) -> list[str]:
+    """Return what is wrong with single flags: numbers outside of their limits, stray quotes, and no UTF-8."""
+    problems = []
+    for each in fields(args):
+        given = getattr(args, each.name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                low, high = each.metadata["minimum"], each.metadata["maximum"]
+                if low is None:
+                    low = 1 if isinstance(value, int) else 1e-30
+                if high is None:
+                    high = 10_000_000 if isinstance(value, int) else 1e30
+                if not low <= value <= high:  # this way around, since nan compares as False
+                    problems.append(f"--{each.name} {value} is not between {low} and {high}")
+            if re.fullmatch(r"['\u2018\u201c]\S*", str(value)):  # the first word of what such quotes were to hold
+                problems.append(f'--{each.name} {value} begins with a quote; "these quotes" work everywhere')
+            try:
+                str(value).encode()
+            except UnicodeEncodeError:
+                problems.append(f"--{each.name} is not UTF-8")
+    return problems
+
+
+def listed(values: tuple[object, ...]) -> str:
+    """Return several values of a flag as they are typed."""
+    return " ".join(str(value) for value in values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -420,6 +1880,35 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
+def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
+    """Return what add_argument needs for a flag: from its type, its default and its metadata."""
+    details = each.metadata
+    options: dict[str, Any] = {"help": details["help"]}
+    if each.default is MISSING:
+        options["required"] = True
+        options["help"] += " (required)"
+    else:
+        options["default"] = each.default
+        shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
+        if shown not in (None, "") and shown is not False:
+            options["help"] += f" (default: {shown})"
+    if kind is bool:
+        options["action"] = "store_true"
+        return options
+    inner_types = get_args(kind)  # (int, NoneType) of int | None, (str, ...) of tuple[str, ...], () of int
+    value_type = inner_types[0] if inner_types else kind
+    options["type"] = details["parse"] or value_type
+    options["choices"] = details["choices"]
+    if not details["choices"]:
+        options["metavar"] = details["metavar"] or {int: "N", float: "X"}.get(value_type, "NAME")
+    if Ellipsis in inner_types:
+        options["nargs"] = "+"
+    if details["const"] is not None:
+        options["nargs"] = "?"
+        options["const"] = details["const"]
+    return options
+
+
 def flags_of_other_script() -> list[str]:
     """Return the flags that the other script declares, if it lies beside this one: the two are easily mixed up."""
     path = Path(__file__).with_name(OTHER_SCRIPT)
@@ -466,1816 +1955,10 @@ def read_flag_file(path: Path) -> list[str]:
     return arguments
 
 
-def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
-    """Return what add_argument needs for a flag: from its type, its default and its metadata."""
-    details = each.metadata
-    options: dict[str, Any] = {"help": details["help"]}
-    if each.default is MISSING:
-        options["required"] = True
-        options["help"] += " (required)"
-    else:
-        options["default"] = each.default
-        shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
-        if shown not in (None, "") and shown is not False:
-            options["help"] += f" (default: {shown})"
-    if kind is bool:
-        options["action"] = "store_true"
-        return options
-    inner_types = get_args(kind)  # (int, NoneType) of int | None, (str, ...) of tuple[str, ...], () of int
-    value_type = inner_types[0] if inner_types else kind
-    options["type"] = details["parse"] or value_type
-    options["choices"] = details["choices"]
-    if not details["choices"]:
-        options["metavar"] = details["metavar"] or {int: "N", float: "X"}.get(value_type, "NAME")
-    if Ellipsis in inner_types:
-        options["nargs"] = "+"
-    if details["const"] is not None:
-        options["nargs"] = "?"
-        options["const"] = details["const"]
-    return options
-
-
-def flag_problems(args: Args) -> list[str]:
-    """Return what is wrong with single flags: numbers outside of their limits, stray quotes, and no UTF-8."""
-    problems = []
-    for each in fields(args):
-        given = getattr(args, each.name)
-        for value in given if isinstance(given, tuple) else (given,):
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                low, high = each.metadata["minimum"], each.metadata["maximum"]
-                if low is None:
-                    low = 1 if isinstance(value, int) else 1e-30
-                if high is None:
-                    high = 10_000_000 if isinstance(value, int) else 1e30
-                if not low <= value <= high:  # this way around, since nan compares as False
-                    problems.append(f"--{each.name} {value} is not between {low} and {high}")
-            if re.fullmatch(r"['\u2018\u201c]\S*", str(value)):  # the first word of what such quotes were to hold
-                problems.append(f'--{each.name} {value} begins with a quote; "these quotes" work everywhere')
-            try:
-                str(value).encode()
-            except UnicodeEncodeError:
-                problems.append(f"--{each.name} is not UTF-8")
-    return problems
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Parse the command line; all mistakes that can be seen in it alone end the program in one message."""
-    parser = Parser(Args, str(__doc__ or "").split("\n")[0])
-    values = parser.parse_values(argv)
-    values["resolution"] = tuple(sorted(set(values["resolution"])))
-    args = Args(**values)
-    problems = flag_problems(args) + combination_problems(args)
-    if problems:
-        parser.error("\n  ".join(problems))
-    return args
-
-
-def listed(values: tuple[object, ...]) -> str:
-    """Return several values of a flag as they are typed."""
-    return " ".join(str(value) for value in values)
-
-
-def combination_problems(args: Args) -> list[str]:
-    """Return what is wrong with flags that do not fit each other."""
-    problems = []
-    try:
-        training_shapes(args)
-    except ValueError:
-        given = f"--resolution {listed(args.resolution)}, --aspect_ratio_buckets {args.aspect_ratio_buckets}"
-        problems.append(f"{given}: sides must be multiples of 16, and shapes have the form height,width;height,width")
-    if len(args.resolution) > 1 and args.aspect_ratio_buckets not in (None, "auto"):
-        problems.append("--aspect_ratio_buckets with shapes of your own goes with a single --resolution")
-    if args.hub_token and args.report_to in ("wandb", "all"):
-        problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
-    if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
-        problems.append('--validation_prompt: prompts of several words need quotes, such as "a photo of sks dog"')
-    if args.lr_scheduler == "polynomial" and learning_rate_of(args) <= 1e-7:
-        problems.append(f"--lr_scheduler polynomial ends at 1e-07; --learning_rate {args.learning_rate} must be above")
-    if args.use_8bit_adam and not args.optimizer.startswith(("adamw", "paged_adamw")):
-        problems.append(f"--use_8bit_adam and --optimizer {args.optimizer} are two different optimizers: choose one")
-    if args.scale_lr and args.optimizer == "prodigy":
-        problems.append("--scale_lr scales a learning rate, but --optimizer prodigy finds it: leave one of them out")
-    if args.with_prior_preservation and not args.class_prompt:
-        problems.append('--with_prior_preservation needs --class_prompt, such as "a photo of a dog"')
-    if args.with_prior_preservation and class_folder(args).resolve() == args.instance_data_dir.resolve():
-        problems.append(f"--class_data_dir {args.class_data_dir} is the folder of the subject")
-    return problems
-
-
-def training_shapes(args: Args) -> dict[int, list[tuple[int, int]]]:
-    """Return for each training resolution the shapes of images, (height, width) in pixels.
-
-    It is the square or, with --aspect_ratio_buckets, several of the same area. Raises ValueError if a side is not a
-    multiple of 16: the VAE divides it by 8, the transformer's patches by 2.
-    """
-    shapes_of = {}
-    sides = list(args.resolution)  # the largest is that of previews and class images, whatever the buckets are
-    for resolution in args.resolution:
-        if args.aspect_ratio_buckets is None:
-            shapes = [(resolution, resolution)]
-        elif args.aspect_ratio_buckets == "auto":
-            shapes = diffusers.training_utils.generate_aspect_ratio_buckets(resolution)
-        else:
-            shapes = diffusers.training_utils.parse_buckets_string(args.aspect_ratio_buckets)
-        for height, width in shapes:
-            sides += [height, width]
-        shapes_of[resolution] = shapes
-    if any(side < 16 or side % 16 for side in sides):
-        raise ValueError(f"not all of {sides} are multiples of 16")
-    return shapes_of
-
-
-# ----------------------------------------------------------------------------------------------------------- records
-# Two records carry a run. Preflight makes the Plan, which never changes; the training loop changes the TrainState.
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training image at one training resolution."""
-
-    path: Path
-    sha256: str  # of the image file, by which the embeddings name it
-    latents: Path  # the safetensors file of its latents, which is written before training
-    size: tuple[int, int]  # (height, width) in pixels
-    shape: tuple[int, int]  # (height, width) in pixels that it is trained in
-    has_alpha: bool  # whether it has an alpha channel, which --alpha_mask can use
-    prompt: str = ""
-    loss_weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """What is known about the base model before its weights are loaded."""
-
-    skeleton: diffusers.SD3Transformer2DModel  # the transformer without weights, on the meta device
-    identity: str  # the commit of a repository, or a digest of a folder's weight files
-    noise_scheduler: diffusers.FlowMatchEulerDiscreteScheduler
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is known before anything is written."""
-
-    name: str  # of the LoRA: its repository, or its folder
-    seed: int
-    weight_dtype: torch.dtype  # of the frozen weights and the activations
-    base_model: BaseModel
-    embeddings: PromptEmbeddings
-    examples: list[Example]  # of the subject
-    start_lora: dict[str, Tensor]  # the weights of --pretrained_lora_path, or {}
-    checkpoint: dict[str, Any]  # the saved state to resume from, or {}
-    start: int  # number of this start among those that have left checkpoints in --output_dir
-    settings: dict[str, object]  # what a run that resumes this one is compared with
-    samples_per_step: int
-    max_train_steps: int
-    preview_steps: set[int]  # steps that are followed by previews; publish() draws those of the last step
-
-
-@dataclass
-class TrainState:
-    """Everything that training changes."""
-
-    transformer: diffusers.SD3Transformer2DModel
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    global_step: int  # optimizer steps that are done
-    saved_step: int = 0  # the last step of which this run has saved a checkpoint
-
-
-# ----------------------------------------------------------------------------------------------------------- helpers
-# Small things that the sections below share. Two habits of this program live here: a file appears under its name only
-# when it is complete, and problems are collected before they end a run.
-
-# Previews, class images and all choices about a sample are drawn from generators that are seeded by the run's seed,
-# one of these streams, and a number. The order of samples and the new LoRA use the run's seed itself, the LoRA's
-# dropout the seed plus a sample's number.
-SAMPLE_STREAM = 1
-PREVIEW_STREAM = 2
-CLASS_IMAGE_STREAM = 3
-
-
-def seeded_generator(*numbers: int) -> torch.Generator:
-    """Return a random generator that depends on these numbers and on nothing else."""
-    seed = int(digest(numbers), 16) >> 1  # 63 bits, as many as a generator takes
-    return torch.Generator().manual_seed(seed)
-
-
-def digest(value: object) -> str:
-    """Return a short name for the contents of something that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def why_no_images(folder: Path) -> str:
-    """Say why no image was found in a folder."""
-    try:
-        subfolders = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and find_images(path)]
-    except FileNotFoundError:
-        return f"{folder} does not exist."
-    except OSError as error:  # it is a file, or may not be read
-        return f"{folder} cannot be read: {error.strerror}."
-    reason = f"{folder} has no images ({', '.join(FORMATS)})."
-    reason = " ".join([reason, *packages_lacking(folder)])
-    if subfolders:
-        reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
-    return reason
-
-
-def packages_lacking(folder: Path) -> list[str]:
-    """Return a sentence for each package without which images directly in a folder cannot be read."""
-    format_of = Image.registered_extensions()
-    files_of: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("[!.]*")):
-        suffix = path.suffix.lower()
-        if suffix in READ_BY and format_of.get(suffix) not in FORMATS and not path.is_dir():
-            files_of.setdefault(READ_BY[suffix], []).append(path.name)
-    sentences = []
-    for package, names in files_of.items():
-        count = f"{len(names)} (first: {names[0]})"
-        sentences.append(f"Images in {folder} that need another package: {count}. Run: pip install -U {package}")
-    return sentences
-
-
-def check_regular_file(path: Path) -> None:
-    """Raise OSError if a path is not a regular file: reading from a pipe would wait forever."""
-    if not path.exists():
-        raise OSError("it does not exist")
-    if not path.is_file():
-        raise OSError("it is not a regular file")
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex: the embeddings name an image by it."""
-    check_regular_file(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def flush_to_disk(file: Any) -> None:
-    """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
-    cannot = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno not in cannot:  # the disk is full, or broken
-            raise OSError(error.errno, error.strerror, str(file.name)) from error
-
-
-# What save_file and torch.save raise in place of an OSError.
-REFUSED_WRITE = r"I/O error: .*os error|^File .* cannot be opened|^Parent directory .* does not exist"
-
-
-@contextmanager
-def atomic_path(final: Path) -> Iterator[Path]:
-    """Yield a path to write a file or folder to; if the block succeeds, it appears as `final`, whole and on disk."""
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent, ignore_cleanup_errors=True) as folder:
-        partial = Path(folder, final.name)
-        try:
-            yield partial
-        except (SafetensorError, RuntimeError) as error:
-            if not re.search(REFUSED_WRITE, str(error)):
-                raise
-            raise OSError(errno.EIO, first_line(error), str(final)) from error
-        for path in [partial, *partial.rglob("*")]:
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    flush_to_disk(file)
-        if partial.is_dir():
-            move_folder(partial, final)
-        else:
-            move_file(partial, final)
-
-
-def move_file(source: Path, target: Path) -> None:
-    """Rename a file over another one, after up to 2 s if that is open elsewhere.
-
-    Windows refuses it for as long as a virus scanner, a program that synchronizes or a viewer has the file open.
-    """
-    for _ in range(20):
-        with suppress(PermissionError):
-            os.replace(source, target)
-            return
-        time.sleep(0.1)
-    os.replace(source, target)
-
-
-def move_folder(source: Path, target: Path) -> None:
-    """Rename a folder; where there is one already, or a network drive renames no folders, rename its files.
-
-    By name, so that training_state.pt comes last: a checkpoint without it counts as incomplete. Nothing is removed, so
-    an earlier checkpoint of which a file is in use can still be resumed.
-    """
-    if target.is_symlink():
-        target.unlink()  # what it leads to stays
-    try:
-        os.replace(source, target)
-    except OSError:
-        target.mkdir(exist_ok=True)
-        for path in sorted(source.iterdir()):
-            move_file(path, target / path.name)
-
-
-@contextmanager
-def only_noted(failure: str) -> Iterator[None]:
-    """Turn an error of the file system into a note, for files that a run can do without. A full disk ends it."""
-    try:
-        yield
-    except OSError as error:
-        if is_full_disk(error):
-            raise
-        print(f"note: {failure}: {error}")
-
-
-@contextmanager
-def noted_logging(accelerator: Accelerator) -> Iterator[None]:
-    """Log no more, with one note, if a tracker's file cannot be written. A full disk ends the run."""
-    with only_noted("nothing more is logged"):
-        yield
-        return
-    accelerator.trackers.clear()  # TensorBoard would raise the same error at each step
-
-
-def count_of(number: int, noun: str) -> str:
-    """Return a number with its noun, such as "1 step" or "2 steps"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def shell_line(command: list[str]) -> str:
-    """Return a command as it is typed; Windows' cmd.exe knows double quotes alone."""
-    if os.name == "nt":
-        return subprocess.list2cmdline(command)
-    return shlex.join(command)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder, or only the link to it. What another program holds open stays: it ends no run."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message: the Hub's own words, where there are some."""
-    message = (getattr(error, "server_message", None) or str(error)).strip() or type(error).__name__
-    return message.splitlines()[0].rstrip(".")
-
-
-def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: object) -> T:
-    """Call `load`, a from_pretrained, for one part of the pipeline; if it fails, exit with one message."""
-    name = args.pretrained_model_name_or_path
-    try:
-        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
-        raise SystemExit(f"Cannot load {subfolder} of {name}: {first_line(error)}\n{advice_on_model(name)}") from error
-
-
-def advice_on_model(name: str) -> str:
-    """Return what to try if a model cannot be loaded."""
-    if Path(name).is_dir():
-        return "The folder must have diffusers' layout, with whole weight files in the safetensors format."
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        return "There is no such folder, and no repository can have this name."
-    return (
-        "There is no such folder. The repository may be gated: accept its license on "
-        f"https://huggingface.co/{name} and run: hf auth login\n"
-        "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
-    )
-
-
-def list_model_files(args: Args, token: str | None) -> list[str] | None:
-    """Return the names of the model's files, such as vae/config.json; None if the Hub cannot be asked."""
-    folder = Path(args.pretrained_model_name_or_path)
-    if folder.is_dir():
-        return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-    try:
-        return HfApi(token=token).list_repo_files(str(folder.as_posix()), revision=args.revision)
-    except Exception:  # of the Hub or the network, which share no class; what was downloaded before may be enough
-        return None
-
-
-def missing_weights(files: list[str], args: Args, subfolder: str) -> str:
-    """Return a message if a model has no weights of a part in the format and the variant that are loaded, or "".
-
-    They are NAME.safetensors or, in several files, NAME.safetensors.index.json, with the variant as one more suffix.
-    """
-    stem = "model" if subfolder.startswith("text_encoder") else "diffusion_pytorch_model"
-    present = [Path(file).name for file in files if Path(file).parent.name == subfolder]
-    for name in present:
-        suffixes = name.removeprefix(stem).split(".")
-        variant = [suffix for suffix in suffixes if suffix not in ("", "safetensors", "index", "json")]
-        if name.startswith(f"{stem}.") and "safetensors" in suffixes and ".".join(variant) == (args.variant or ""):
-            return ""
-    wanted = f"{stem}.{args.variant}.safetensors" if args.variant else f"{stem}.safetensors"
-    weights = [name for name in sorted(present) if "config" not in name]
-    has = f"It has: {', '.join(weights)}." if weights else "It has no weights at all."
-    fix = "Leave out --variant, or use one that is there." if args.variant else "See --variant."
-    return f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: there is no {wanted}. {has} {fix}"
-
-
-class ProgressBar(tqdm):
-    """A bar in a terminal; elsewhere, as in a log file, a plain line every 30 seconds and one at the end."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.in_terminal = sys.stderr.isatty()
-        self.shown = kwargs.get("initial", 0)
-        if not self.in_terminal:
-            kwargs["mininterval"] = 30
-            kwargs["leave"] = True  # else tqdm would not end the line
-            kwargs["bar_format"] = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        super().__init__(*args, **kwargs)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if self.in_terminal:
-            super().display(msg, pos)
-        elif self.n > self.shown:
-            end = "" if self.n == self.total else "\n"  # tqdm itself ends the last line
-            print(self, end=end, file=sys.stderr)
-            self.shown = self.n
-
-
-def peak_memory() -> str:
-    """Return the peak VRAM and RAM of this process so far; RAM includes mapped files, such as weights."""
-    vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
-    try:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    except ImportError:  # on Windows
-        ram = psutil.Process().memory_info().peak_wset
-    return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
-
-
-def vram_in_use() -> str:
-    """Return the peak VRAM of this process for the progress bar, or nothing without a GPU."""
-    if not torch.cuda.is_available():
-        return ""
-    return f", {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB"
-
-
-class Problems:
-    """What the checks of this process have to say: notes, and problems that end the run."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.problems: list[str] = []
-        self.notes: list[str] = []
-
-    def add(self, problem: str) -> None:
-        self.problems.append(problem)
-
-    def note(self, note: str) -> None:
-        self.notes.append(note)
-
-    def stop_if_any(self) -> None:
-        """Print the notes; if any process has a problem, end the run in all of them, with one message.
-
-        Every process must call it, since it waits for all of them.
-        """
-        for note in self.notes:
-            self.accelerator.print(f"note: {note}")
-        self.notes.clear()
-        problems = dict.fromkeys(gather_object(self.problems))  # each once, in the order they were found
-        if problems:
-            message = "".join(f"\n- {problem}" for problem in problems)
-            raise SystemExit(f"Cannot start:{message}" if self.accelerator.is_main_process else 1)
-
-
-# -------------------------------------------------------------------------------------------------------------- data
-# From image files to training samples. Each image is encoded by the VAE once, before training, into a file of latents
-# (with a few crops, since a random crop cannot be drawn afterwards). A SampleDataset then makes sample number n from
-# the latents, the embeddings and a random generator that is seeded by n.
-
-FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
-if "AVIF" in Image.registered_extensions().values():  # Pillow 11.3 and later have it in most builds
-    FORMATS.append("AVIF")
-with suppress(ImportError):  # the photos of many phones
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-    FORMATS.append("HEIF")
-MAX_PIXELS = 300_000_000  # phones make 200 million; to read those takes 2.5 GiB of RAM
-Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's own limit, which calls them an attack
-# Pillow raises any of these for a file that is no image, or a broken one.
-UNREADABLE = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError, RuntimeError, struct.error,
-)  # fmt: skip
-MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
-READ_BY = {  # by suffix, what reads images that not every Pillow reads
-    ".avif": "pillow",
-    ".heic": "pillow-heif",
-    ".heics": "pillow-heif",
-    ".heif": "pillow-heif",
-    ".heifs": "pillow-heif",
-    ".hif": "pillow-heif",
-}
-TURNS = {  # what makes an image of each EXIF orientation upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-CAPTIONS_IN_PREFLIGHT = 500  # 8 s; of more captions, those that a run will see are read before its training
-CROPS_PER_IMAGE = 4  # a random crop is one of this many places, since latents are encoded before training
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Return the image files directly in a folder, sorted by name, without masks and hidden files."""
-    format_of = Image.registered_extensions()
-    images = []
-    for path in sorted(folder.glob("[!.]*")):
-        if format_of.get(path.suffix.lower()) in FORMATS and not path.is_dir():
-            images.append(path)
-    stems = {comparable(image.stem) for image in images}
-    return [image for image in images if not is_mask(image, stems)]
-
-
-def comparable(name: object) -> str:
-    """Return a file's name as names are compared: in small letters, as on Windows, and in one Unicode form.
-
-    A Mac may have written accents apart from their letters (NFD), where other systems have one character (NFC).
-    """
-    return unicodedata.normalize("NFC", str(name)).casefold()
-
-
-def is_mask(path: Path, stems: set[str]) -> bool:
-    """Whether an image file is named as the mask of another one, given the comparable stems of all of them."""
-    name = comparable(path.name)
-    if comparable(path.stem).endswith(".mask"):
-        return True
-    return any(name.endswith(ending) and name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open an image without reading its pixels; raise one of UNREADABLE if it cannot be used."""
-    path.name.encode()  # a ValueError if it is not UTF-8
-    check_regular_file(path)
-    image = Image.open(path, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        megapixels = image.width * image.height / 1e6
-        raise ValueError(f"it has {megapixels:,.0f} megapixels; make it smaller, at most {MAX_PIXELS / 1e6:.0f}")
-    if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits per channel; save it with 8 or 16")
-    return image
-
-
-class UnreadableImageError(ValueError):
-    """A user's image that cannot be used; the message names the file and says why."""
-
-
-@contextmanager
-def reading_image(path: Path) -> Iterator[None]:
-    """Turn what Pillow raises for a broken file into an UnreadableImageError. Keep the block to reading alone."""
-    try:
-        yield
-    except UNREADABLE as error:
-        advice = "Repair it or remove it from the folder."
-        if "HEIF" not in FORMATS and is_heif(path):
-            advice = "It is a HEIC, whatever its name is; to read it, run: pip install pillow-heif"
-        raise UnreadableImageError(f"{path} is not a readable image ({error}). {advice}") from error
-
-
-def is_heif(path: Path) -> bool:
-    """Whether a file begins as the HEIC photos of phones do."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(12)
-    except OSError:
-        return False
-    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-
-
-def exif_orientation(image: Image.Image) -> int:
-    """Return an image's EXIF orientation, 1 to 8; 1 is upright, and what EXIF that cannot be read counts as."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except UNREADABLE:
-        return 1
-    return orientation if orientation in TURNS else 1
-
-
-def load_upright_image(path: Path, mode: str) -> Image.Image:
-    """Load an image with 8 bits per channel, turned as its EXIF orientation says.
-
-    ImageOps.exif_transpose would also write the rest of the EXIF anew, and fail on the odd tags of many phones.
-    """
-    image = open_image(path)
-    image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
-    transform = srgb_transform(image)  # a phone's Display P3, taken for sRGB, is pale
-    orientation = exif_orientation(image)
-    if orientation != 1:
-        image = image.transpose(TURNS[orientation])
-    if image.mode.startswith("I;16"):  # convert() would clip the values
-        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-    image = image.convert(mode)
-    if transform and mode == "RGBA":  # gray values are those of a mask, which are no colors
-        ImageCms.applyTransform(image, transform, inPlace=True)
-    return image
-
-
-def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
-    """Return what converts an image's RGBA pixels to sRGB; None without a profile, or if it is broken or sRGB itself.
-
-    sRGB goes by many names, so it is known by what it does to 729 colors: nothing but rounding.
-    """
-    if "icc_profile" not in image.info:
-        return None
-    levels = np.linspace(0, 255, 9).astype(np.uint8)
-    colors = np.stack(np.meshgrid(levels, levels, levels, [255]), axis=-1).reshape(27, 27, 4).astype(np.uint8)
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGBA", "RGBA")
-        converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
-    except (*UNREADABLE, ImageCms.PyCMSError):  # it is broken, or of grays or inks
-        return None
-    is_srgb = np.abs(converted.astype(int) - colors).max() <= 3
-    return None if is_srgb else transform
-
-
-def mask_path_of(image: Path) -> Path | None:
-    """Return the mask beside an image, or None if there is none."""
-    for ending in MASK_ENDINGS:
-        path = image.with_name(f"{image.stem}{ending}")
-        if path.exists():
-            return path
-    return masks_in(image.parent, image.parent.stat().st_mtime_ns).get(comparable(image.stem))
-
-
-@functools.lru_cache(maxsize=4)
-def masks_in(folder: Path, changed: int) -> dict[str, Path]:
-    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was.
-
-    A stem that is comparable to that of another image has none here: it is not clear which one a mask belongs to.
-    """
-    spellings: dict[str, set[str]] = {}
-    for image in find_images(folder):
-        spellings.setdefault(comparable(image.stem), set()).add(image.stem)
-    masks = {}
-    for ending in reversed(MASK_ENDINGS):  # the first one wins
-        for path in sorted(folder.glob("[!.]*")):
-            stem, found, rest = comparable(path.name).rpartition(ending)
-            if found and not rest and len(spellings.get(stem, ())) == 1:
-                masks[stem] = path
-    return masks
-
-
-def alpha_of_mask(path: Path) -> Image.Image | None:
-    """Return a mask file's alpha channel if that has a shape, as in a photo that is cut out, or else None."""
-    with open_image(path) as image:
-        if not image.has_transparency_data:
-            return None
-    alpha = load_upright_image(path, "RGBA").getchannel("A")
-    return None if alpha.getextrema() == (255, 255) else alpha
-
-
-def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
-    """Read an image in RGB, white where it is transparent, and its mask in L: a file or the alpha channel."""
-    with reading_image(path):
-        image = load_upright_image(path, "RGBA")
-    mask = image.getchannel("A")
-    mask_path = mask_path_of(path)
-    if mask_path:
-        with reading_image(mask_path):
-            mask = alpha_of_mask(mask_path) or load_upright_image(mask_path, "L")
-        if mask.size != image.size:
-            raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
-    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return on_white.convert("RGB"), mask
-
-
-def find_examples(
-    images: list[Path], args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems
-) -> list[Example]:
-    """Return an Example for each image and resolution, still without prompts; each process inspects its share."""
-    shapes_of = training_shapes(args)
-    identity = base_model.identity if base_model else ""
-    examples = []
-    for path in images[accelerator.process_index :: accelerator.num_processes]:
-        try:
-            examples += examples_of_image(path, shapes_of, identity, args)
-        except UnreadableImageError as error:
-            problems.add(str(error))
-    return sorted(gather_object(examples), key=lambda example: example.path)
-
-
-def examples_of_image(
-    path: Path, shapes_of: dict[int, list[tuple[int, int]]], model_identity: str, args: Args
-) -> list[Example]:
-    """Return an image's Examples: at the smallest resolution, and at larger ones for which it need not be enlarged.
-
-    The file of an Example's latents is named by a digest of all that the latents depend on. Raises
-    UnreadableImageError.
-    """
-    with reading_image(path), open_image(path) as image:
-        size = upright_size(image)
-        has_alpha = image.has_transparency_data
-        sha256 = sha256_of(path)
-        # Versions that took other colors for sRGB wrote other latents.
-        colors = [] if srgb_transform(image) is None else ["profile"]
-    mask = mask_identity(path) if args.alpha_mask else False
-    crops = True if args.center_crop else CROPS_PER_IMAGE
-    examples = []
-    for resolution, shapes in shapes_of.items():
-        shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
-        if resolution > min(shapes_of) and enlargement(size, shape) > 1:
-            continue
-        name = digest([sha256, mask, model_identity, shape, crops, args.random_flip, *colors])
-        latents = args.output_dir / "latents" / f"{name}.safetensors"
-        examples.append(Example(path, sha256, latents, size, shape, has_alpha))
-    return examples
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return the (height, width) that an image will have when it is upright; a TIFF's size is turned already."""
-    if exif_orientation(image) >= 5 and image.format != "TIFF":
-        return image.width, image.height
-    return image.height, image.width
-
-
-def mask_identity(image: Path) -> str | bool:
-    """Return what the latents of a masked image depend on: its mask file, or True if its alpha channel is the mask."""
-    path = mask_path_of(image)
-    if path is None:
-        return True
-    with reading_image(path):
-        # Versions that took the brightness of a mask with an alpha channel wrote other latents.
-        return sha256_of(path) + ("-alpha" if alpha_of_mask(path) else "")
-
-
-def enlargement(size: tuple[int, int], shape: tuple[int, int]) -> float:
-    """Return the factor by which an image is enlarged to fill a shape; both are (height, width)."""
-    return max(shape[0] / size[0], shape[1] / size[1])
-
-
-def shown_share(size: tuple[int, int], shape: tuple[int, int]) -> float:
-    """Return the share of an image that a crop to a shape shows; both are (height, width)."""
-    scales = (shape[0] / size[0], shape[1] / size[1])
-    return min(scales) / max(scales)
-
-
-def paths_of(examples: list[Example]) -> list[Path]:
-    """Return the files of examples, each of them once."""
-    return list(dict.fromkeys(example.path for example in examples))
-
-
-class PromptEmbeddings:
-    """Prompt embeddings by prompt, read from the Parquet file one row at a time: a row is a row group."""
-
-    TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
-
-    def __init__(self, path: Path) -> None:
-        """Open the file; raises OSError or ValueError if compute_embeddings.py has not written it."""
-        check_regular_file(path)
-        self.path = path
-        self.file = pq.ParquetFile(path, memory_map=True)
-        self.about = self.read_metadata()
-        self.row_of_prompt: dict[str, int] = {}
-        self.prompt_of_image: dict[str, str] = {}  # by SHA-256
-        for number, row in enumerate(self.file.read(["prompt", "image_hashes"]).to_pylist()):
-            self.row_of_prompt[row["prompt"]] = number
-            for sha256 in row["image_hashes"]:
-                self.prompt_of_image[sha256] = row["prompt"]
-
-    def __reduce__(self) -> tuple:
-        return PromptEmbeddings, (self.path,)  # worker processes open the file themselves
-
-    def read_metadata(self) -> dict[str, Any]:
-        """Return what compute_embeddings.py noted about the file; raises ValueError if the file has another form."""
-        schema = self.file.schema_arrow
-        for name in ("prompt", "image_hashes", *self.TENSORS):
-            if name not in schema.names:
-                raise ValueError(f"it has no column {name}")
-        for name in self.TENSORS:
-            if not isinstance(schema.field(name).type, pa.FixedShapeTensorType):
-                raise ValueError(f"its column {name} does not hold tensors of one shape")
-        hashes = schema.field("image_hashes").type
-        if not (pa.types.is_list(hashes) and pa.types.is_string(hashes.value_type)):
-            raise ValueError("its column image_hashes does not hold lists of texts")
-        about = json.loads((schema.metadata or {}).get(b"sd3_embeddings", b"null"))
-        rows = self.file.metadata.num_rows
-        if not isinstance(about, dict) or rows == 0 or self.file.num_row_groups != rows:
-            raise ValueError("it was not written by compute_embeddings.py")
-        return about
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - reading takes 14 ms; the object lives as long as the program
-    def __getitem__(self, prompt: str) -> dict[str, Tensor]:
-        """Return prompt_embeds (L, D) and pooled_prompt_embeds (P,) of a prompt, in fp16."""
-        row = self.file.read_row_group(self.row_of_prompt[prompt], list(self.TENSORS), use_threads=False)
-        embeds = {}
-        for name in self.TENSORS:
-            embeds[name] = torch.from_numpy(row[name].chunk(0).to_numpy_ndarray()[0].copy())
-            if not embeds[name].isfinite().all():
-                raise ValueError(f"the embeddings of {prompt!r} are not finite")
-        return embeds
-
-
-def check_embeddings(
-    examples: list[Example], embeddings: PromptEmbeddings, args: Args, accelerator: Accelerator, problems: Problems
-) -> None:
-    """Check that the prompts of these examples have finite embeddings; each process reads its share, 16 ms each."""
-    known = [example.prompt for example in examples if example.prompt in embeddings.row_of_prompt]
-    prompts = list(dict.fromkeys(known))  # each once; what is not known is a problem already
-    for prompt in prompts[accelerator.process_index :: accelerator.num_processes]:
-        try:
-            embeddings[prompt]
-        except (OSError, ValueError, pa.ArrowException) as error:
-            problems.add(f"{embeddings.path}: {first_line(error)}. Run: {embeddings_command(args, embeddings.about)}")
-
-
-def load_vae(args: Args, dtype: torch.dtype) -> diffusers.AutoencoderKL:
-    """Load the VAE in a dtype."""
-    load = diffusers.AutoencoderKL.from_pretrained
-    return load_part(load, args, "vae", variant=args.variant, dtype=dtype, use_safetensors=True, token=args.hub_token)
-
-
-def crop_centers(image: Image.Image, shape: tuple[int, int], center_crop: bool) -> list[float]:
-    """Return where an image is cropped to a shape, (height, width): 0 is its top or left end, 1 the other one."""
-    height, width = shape
-    ratio = image.width * height / (image.height * width)  # above 1: the image is wider than the shape
-    surplus = max(width * (ratio - 1), height * (1 / ratio - 1))  # pixels of the side that is too long
-    if center_crop or surplus < 8:  # a latent pixel is 8 pixels wide
-        return [0.5]
-    return list(np.linspace(0, 1, CROPS_PER_IMAGE))
-
-
-def encode_crop(vae: diffusers.AutoencoderKL, crop: Image.Image, mask: Image.Image) -> dict[str, Tensor]:
-    """Return the posterior of a crop's latents, mean and std (16, H/8, W/8), as SD3 scales them, and the mask."""
-    pixels = torch.from_numpy(np.array(crop))  # (H, W, 3), 0 to 255
-    pixel_values = pixels.permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W) in [-1, 1]
-    posterior = vae.encode(pixel_values.to(vae.device)).latent_dist  # of (1, 16, H/8, W/8)
-    return {
-        "mean": (posterior.mean[0] - vae.config.shift_factor) * vae.config.scaling_factor,
-        "std": posterior.std[0] * vae.config.scaling_factor,
-        "mask": torch.from_numpy(np.array(mask))[None] / 255,  # (1, H/8, W/8) in [0, 1]
-    }
-
-
-@torch.inference_mode()
-def encode_image(vae: diffusers.AutoencoderKL, example: Example, args: Args) -> dict[str, Tensor]:
-    """Encode an image: mean and std (V, 16, H/8, W/8) and mask (V, 1, H/8, W/8), in fp16.
-
-    The V variants are its crops and, with --random_flip, the mirror image of each.
-    """
-    image, mask = read_image(example.path)
-    if not args.alpha_mask:
-        mask = Image.new("L", image.size, "white")
-    height, width = example.shape
-    variants = []
-    for center in crop_centers(image, example.shape, args.center_crop):
-        place = (center, center)  # across and down; only one of the two sides is too long
-        crop = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=place)
-        mask_crop = ImageOps.fit(mask, (width // 8, height // 8), Image.Resampling.BOX, centering=place)
-        variants.append(encode_crop(vae, crop, mask_crop))
-        if args.random_flip:
-            variants.append(encode_crop(vae, ImageOps.mirror(crop), ImageOps.mirror(mask_crop)))
-    return {name: tensor.half().cpu() for name, tensor in default_collate(variants).items()}
-
-
-def are_latents(path: Path) -> bool:
-    """Whether a file of latents exists and is whole: opening it compares its header with its length."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {"mean", "std", "mask"} <= set(file.keys())
-    except (OSError, SafetensorError):
-        return False
-
-
-def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
-    """Write the latents that do not exist yet, one safetensors file per Example; each process encodes its share.
-
-    A file that was cut short is written again. In fp32, as `force_upcast` in the VAE's config demands, and untiled:
-    tiles change latents by 11 to 34 % of their standard deviation.
-    """
-    problems = Problems(accelerator)
-    share = examples[accelerator.process_index :: accelerator.num_processes]
-    missing = [example for example in share if not are_latents(example.latents)]
-    if missing:
-        vae = load_vae(args, torch.float32)
-        del vae.decoder  # 0.2 GB that encoding does not need
-        vae.to(accelerator.device)
-        is_local_main = accelerator.is_local_main_process
-        for example in ProgressBar(missing, "Encoding images", unit="image", disable=not is_local_main):
-            try:
-                latents = encode_image(vae, example, args)
-            except UnreadableImageError as error:
-                problems.add(str(error))
-                continue
-            with atomic_path(example.latents) as partial:
-                save_file(latents, partial)
-        del vae
-    diffusers.training_utils.free_memory()
-    problems.stop_if_any()
-    if not all(example.latents.exists() for example in examples):  # each process has seen that its share is whole
-        raise SystemExit(f"The latents are not visible here: all machines must share --output_dir {args.output_dir}.")
-
-
-def check_encoded_masks(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
-    """Note images whose masks are dark all over, since nothing of them is learned; end the run if all of them are."""
-    if not args.alpha_mask:
-        return
-    problems = Problems(accelerator)
-    dark = []
-    for example in examples:
-        with safe_open(example.latents, "pt") as file:
-            if file.get_tensor("mask").max() < 0.5:
-                dark.append(example)
-    if dark:
-        count = f"{len(paths_of(dark))} (first: {dark[0].path})"
-        found = (
-            f"images whose mask is nowhere brighter than 127 of 255: {count}; it must be white where the subject is"
-        )
-        if len(dark) == len(examples):
-            problems.add(f"--alpha_mask: {found}.")
-        else:
-            problems.note(found)
-    problems.stop_if_any()
-
-
-class Deck:
-    """Deals its items in a random order, each of them once, then all again in another order, and so on."""
-
-    def __init__(self, items: Sequence[Any], rng: random.Random) -> None:
-        self.items = items
-        self.rng = rng
-        self.left: list[Any] = []
-
-    def deal(self) -> Any:
-        if not self.left:
-            self.left = self.rng.sample(self.items, len(self.items))
-            self.left.reverse()  # so that pop(), which takes the last one, deals them in the order drawn
-        return self.left.pop()
-
-
-def sample_order(
-    kinds: list[list[Example]], class_every: int, seed: int, micro_batch: int, length: int
-) -> list[Example]:
-    """Return which image each sample of the run shows: each image of a shape comes once before any comes again.
-
-    kinds: the images of the subject and perhaps those of its class. The subject takes class_every - 1 turns, then the
-    class takes one. A turn is a sample or, where shapes differ, a micro-batch, which holds images of one shape. Shapes
-    get turns in proportion to their images.
-    """
-    turns = [0] * (class_every - 1) + [1] if len(kinds) > 1 else [0]  # of the kinds, over and over
-    rng = random.Random(seed)
-    shapes = {example.shape for kind in kinds for example in kind}
-    samples_per_turn = micro_batch if len(shapes) > 1 else 1
-    # For each kind, a deck of its images' shapes, which says whose turn it is, and a deck of images for each shape.
-    shape_decks = []
-    image_decks = []
-    for kind in kinds:
-        shape_decks.append(Deck([example.shape for example in kind], rng))
-        image_decks.append({shape: Deck([each for each in kind if each.shape == shape], rng) for shape in shapes})
-    order: list[Example] = []
-    while len(order) < length:
-        for kind_number in turns:
-            shape = shape_decks[kind_number].deal()
-            deck = image_decks[kind_number][shape]
-            for _ in range(samples_per_turn):
-                order.append(deck.deal())
-    return order[:length]
-
-
-def check_order(order: list[Example], args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
-    """End the run if a caption that the training will show has no finite embeddings, unless preflight has read all."""
-    captions = {example.prompt for example in plan.examples}
-    problems = Problems(accelerator)
-    if len(captions) > CAPTIONS_IN_PREFLIGHT:
-        samples_left = order[state.global_step * plan.samples_per_step :]
-        check_embeddings(samples_left, plan.embeddings, args, accelerator, problems)
-    problems.stop_if_any()
-
-
-@dataclass
-class SampleDataset(Dataset):
-    """Training samples by number. Every random choice about a sample is a function of (seed, sample number)."""
-
-    order: list[Example]
-    embeddings: PromptEmbeddings
-    sigmas: Tensor  # of the noise schedule, from 1 down
-    args: Args
-    seed: int
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """Return latents and noise (16, H/8, W/8), mask (1, H/8, W/8), sigma (), loss_weight () and embeddings."""
-        args = self.args
-        example = self.order[number]
-        generator = seeded_generator(self.seed, SAMPLE_STREAM, number)
-
-        # The latents: one variant of the image, drawn from the VAE's posterior, and the noise that is added to it.
-        variants = load_file(example.latents)  # memory-mapped: the other variants are not read
-        variant = int(torch.randint(len(variants["mean"]), (), generator=generator))
-        mean = variants["mean"][variant].float()
-        std = variants["std"][variant].float()
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        noise = torch.randn(mean.shape, generator=generator)
-
-        # The noise level: where in the schedule this sample is.
-        # Schemes other than logit_normal and mode draw it uniformly, and differ in the weighting of the loss.
-        quantile = diffusers.training_utils.compute_density_for_timestep_sampling(
-            args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
-        )
-        index = min(int(quantile * len(self.sigmas)), len(self.sigmas) - 1)  # `mode` can give exactly 1
-
-        # The prompt, or the empty one.
-        is_dropped = torch.rand((), generator=generator) < args.caption_dropout
-        sample = {
-            "latents": latents,
-            "noise": noise,
-            "mask": variants["mask"][variant].float(),
-            "sigma": self.sigmas[index],
-            "sample_number": torch.tensor(number),
-            "loss_weight": torch.tensor(example.loss_weight),
-        }
-        return sample | self.embeddings["" if is_dropped else example.prompt]
-
-
-# ---------------------------------------------------------------------------------------------------- model and LoRA
-# The frozen transformer is loaded straight in the training dtype. PEFT adds the LoRA, in fp32; its forward pass is
-# replaced by one that makes fewer passes over memory. The LoRA's parameters are all that the optimizer sees.
-
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def load_transformer(args: Args, weight_dtype: torch.dtype) -> diffusers.SD3Transformer2DModel:
-    """Load the transformer, frozen and in the training dtype."""
-    kwargs: dict[str, Any] = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True}
-    if args.quantize_base:  # linear layers in 4 bits, everything else in weight_dtype
-        kwargs["quantization_config"] = diffusers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=weight_dtype
-        )
-    load = diffusers.SD3Transformer2DModel.from_pretrained
-    transformer = load_part(load, args, "transformer", token=args.hub_token, **kwargs)
-    return transformer.requires_grad_(False).train()
-
-
-def lora_targets(transformer: nn.Module, layers: str) -> list[str]:
-    """Return the full names of the linear layers that --lora_layers means, by ends of names or by patterns."""
-    linear = [f".{name}" for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    targets: set[str] = set()
-    for layer in layers.split(","):
-        targets.update(fnmatch.filter(linear, f"*.{layer.strip()}"))
-    return sorted(name.removeprefix(".") for name in targets)
-
-
-def add_lora(transformer: diffusers.SD3Transformer2DModel, args: Args, seed: int) -> None:
-    """Add a new LoRA to the transformer, in fp32, whatever the transformer's dtype is."""
-    from peft import LoraConfig  # takes 2 s, which a wrong command line should not cost
-    from peft.tuners.lora import LoraLayer
-
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha or args.rank,
-        lora_dropout=args.lora_dropout,
-        target_modules=lora_targets(transformer, args.lora_layers),
-        init_lora_weights="gaussian",
-    )
-    transformer.add_adapter(config)
-    diffusers.training_utils.cast_training_params(transformer, dtype=torch.float32)
-    if not args.lora_dropout:
-        for layer in transformer.modules():
-            if isinstance(layer, LoraLayer):
-                layer.forward = fused_forward(layer, layer.forward)
-
-
-def fused_forward(layer: Any, peft_forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a forward pass for a LoRA layer: base(x) + (x Aᵀ)(scale · Bᵀ), two products in the dtype of x.
-
-    PEFT's own makes six passes over the activations, and keeps a copy of x in fp32 for the backward pass.
-    """
-
-    def forward(x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if layer.disable_adapters:
-            return peft_forward(x)
-        down = layer.lora_A["default"].weight.to(x.dtype)  # (rank, in)
-        up = (layer.lora_B["default"].weight * layer.scaling["default"]).to(x.dtype)  # (out, rank)
-        rows = x.flatten(0, -2)  # (N, in)
-        result = layer.base_layer(rows).addmm_(rows @ down.T, up.T)  # in place, which saves a copy
-        return result.view(*x.shape[:-1], -1)
-
-    return forward
-
-
-def lora_shapes(transformer: nn.Module) -> dict[str, torch.Size]:
-    """Return the names and shapes of the LoRA's weights, as PEFT stores them."""
-    from peft import get_peft_model_state_dict
-
-    return {name: weight.shape for name, weight in get_peft_model_state_dict(transformer).items()}
-
-
-def set_lora(transformer: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Set the LoRA's weights, all of them; PEFT alone passes over names that are missing or unknown in silence."""
-    from peft import set_peft_model_state_dict
-
-    result = set_peft_model_state_dict(transformer, weights)
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        raise ValueError(f"the LoRA lacks {missing}, and the model has no {result.unexpected_keys}")
-
-
-def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the LoRA's parameters in a module."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def blocks_in_backward(transformer: diffusers.SD3Transformer2DModel) -> list[nn.Module]:
-    """Return the blocks that the backward pass goes through, which keep activations: from the first LoRA on."""
-    blocks = list(transformer.transformer_blocks)
-    for embedder in (transformer.pos_embed, transformer.context_embedder, transformer.time_text_embed):
-        if trainable_parameters(embedder):
-            return blocks
-    while blocks and not trainable_parameters(blocks[0]):
-        blocks.pop(0)
-    return blocks
-
-
-def recompute_blocks(transformer: diffusers.SD3Transformer2DModel, count: int) -> None:
-    """Recompute activations in the backward pass instead of keeping them, in the first `count` of its blocks.
-
-    enable_gradient_checkpointing hands every block to `call`, which decides.
-    """
-    recomputed = set(blocks_in_backward(transformer)[:count])
-
-    def call(block: nn.Module, *inputs: object) -> object:
-        if block in recomputed:
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-    transformer.enable_gradient_checkpointing(call)
-
-
-def learning_rate_of(args: Args) -> float:
-    """Return --learning_rate, or else the default of its optimizer; --scale_lr comes on top."""
-    if args.learning_rate is not None:
-        return args.learning_rate
-    return 1.0 if args.optimizer == "prodigy" else 1e-4
-
-
-def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step: int) -> torch.optim.Optimizer:
-    """Return AdamW, fused or with its states in 8 bits, or Prodigy. A new one goes here and into the choices."""
-    kwargs: dict[str, Any] = {
-        "lr": learning_rate_of(args) * samples_per_step if args.scale_lr else learning_rate_of(args),
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.adam_weight_decay,
-    }
-    name = "adamw_8bit" if args.use_8bit_adam and args.optimizer == "adamw" else args.optimizer
-    if name == "paged_adamw_8bit":
-        from bitsandbytes.optim import PagedAdamW8bit
-
-        return PagedAdamW8bit(lora_params, **kwargs)
-    if name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(lora_params, **kwargs)
-    if name == "prodigy":  # as in diffusers' scripts; arXiv 2306.06101
-        from prodigyopt import Prodigy
-
-        with redirect_stdout(None):  # it prints what kind of weight decay it has
-            return Prodigy(lora_params, use_bias_correction=True, safeguard_warmup=True, **kwargs)
-    return torch.optim.AdamW(lora_params, fused=True, **kwargs)
-
-
-# -------------------------------------------------------------------------------------------------------------- loss
-# Rectified flow: noisy = (1 - sigma) * latents + sigma * noise, and the transformer learns the velocity along that
-# line, noise - latents. Another loss goes here. Another weighting goes into flow_matching_loss and the choices of
-# --weighting_scheme; SampleDataset then draws its noise levels uniformly.
-
-
-def flow_matching_loss(error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str, precondition: bool) -> Tensor:
-    """Return the per-sample weighted squared error of the velocity, (B,). Rectified flow, arXiv 2403.03206, §3.1.
-
-    error (B, 16, H/8, W/8), sigmas (B, 1, 1, 1). mask (B, 1, H/8, W/8) multiplies the squared error; the mean is over
-    all pixels, so a small subject counts less. With precondition it is the reference's error, that of the latents
-    which the velocity implies, noisy - sigma * velocity: sigma² times the squared error of the velocity.
-    """
-    weighting = diffusers.training_utils.compute_loss_weighting_for_sd3(scheme, sigmas)
-    if precondition:
-        weighting = weighting * sigmas**2
-    return (weighting * mask * error**2).mean(dim=(1, 2, 3))
-
-
-def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> Tensor:
-    """Return the mean loss of one micro-batch, ()."""
-    latents, noise = batch["latents"], batch["noise"]  # (B, 16, H/8, W/8)
-    sigmas = batch["sigma"].view(-1, 1, 1, 1)
-    noisy_latents = (1 - sigmas) * latents + sigmas * noise
-    velocity_pred = model(
-        hidden_states=noisy_latents.to(dtype),
-        timestep=1000 * batch["sigma"],
-        encoder_hidden_states=batch["prompt_embeds"].to(dtype),  # (B, L, D)
-        pooled_projections=batch["pooled_prompt_embeds"].to(dtype),  # (B, P)
-    ).sample
-    error = velocity_pred.float() - (noise - latents)
-    precondition = bool(args.precondition_outputs)
-    losses = flow_matching_loss(error, sigmas, batch["mask"], args.weighting_scheme, precondition)  # (B,)
-    return (batch["loss_weight"] * losses).mean()
-
-
-# ----------------------------------------------------------------------------------------------------- training loop
-# Before the loop one real micro-batch finds out how much memory a step takes. The loop itself knows no epochs: the
-# data loader holds exactly the samples that are left, in order.
-
-ADAM_STATES = 2  # room for two moments in fp32 per parameter; 8-bit optimizers need less
-PRODIGY_STATES = 4  # Adam's two, the parameter's first value, and a sum of gradients
-LATER_KERNELS = 256 * 2**20  # bytes of GPU memory: bitsandbytes' are loaded in the first optimizer step
-MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high, which costs a few steps
-NOT_FINITE = (
-    f"The gradients of too many steps were not finite: {MAX_SKIPPED_STEPS} in a row, or so many that fp16's loss "
-    "scale fell below 1, where small gradients become zero. None of these steps was applied. Usual causes: a learning "
-    "rate that is too high, fp16 where the model needs bf16, embeddings of another model. Earlier checkpoints are "
-    "unaffected. Start again with a lower --learning_rate or another --mixed_precision."
-)
-STOPPED = "Stopped after step {}; a checkpoint is saved. To continue, add --resume_from_checkpoint latest."
-AGAIN = "the same command again, with --resume_from_checkpoint latest"
-NOT_SAVED = "Stopped after step {}; its checkpoint could not be saved: see the note above."
-
-
-def choose_recomputation(
-    args: Args, plan: Plan, state: TrainState, dataset: SampleDataset, accelerator: Accelerator
-) -> float:
-    """Let as few blocks as possible recompute activations: none, half or all. Return a micro-batch's mean seconds.
-
-    Each choice is tried on a micro-batch of the largest shape, with room reserved for the optimizer's states; its
-    gradients are dropped. Which blocks recompute does not change a bit of the result, so each process decides for
-    itself.
-    """
-    areas = [math.prod(example.shape) for example in dataset.order]
-    largest = int(np.argmax(areas))
-    batch = default_collate([dataset[largest]] * args.train_batch_size)
-    batch = send_to_device(batch, accelerator.device)
-    lora_params = trainable_parameters(state.transformer)
-    states = PRODIGY_STATES if args.optimizer == "prodigy" else ADAM_STATES
-    optimizer_states = [torch.empty_like(parameter) for parameter in lora_params * states]
-    blocks = len(blocks_in_backward(state.transformer))
-    counts = [blocks] if args.gradient_checkpointing else sorted({0, blocks // 2, blocks})
-    if accelerator.device.type == "cuda":
-        limit_gpu_memory(accelerator.device, plan.weight_dtype)
-    for count in counts:
-        recompute_blocks(state.transformer, count)
-        if count != counts[0] and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # the try that failed had filled the card
-        try:
-            seconds = time_micro_batch(state.transformer, batch, plan.weight_dtype, args)
-            break
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or count == blocks:
-                raise
-        finally:
-            state.transformer.zero_grad()
-            diffusers.training_utils.free_memory()
-    del optimizer_states  # only their room was wanted
-    total = len(state.transformer.transformer_blocks)
-    recomputed = {0: "off", total: f"all {total} blocks"}.get(count, f"{count} of {total} blocks")
-    accelerator.print(f"gradient checkpointing: {recomputed}, {peak_memory()}")
-    return seconds * float(np.mean(areas)) / max(areas)  # smaller shapes take less, roughly by their pixels
-
-
-def limit_gpu_memory(device: torch.device, dtype: torch.dtype) -> None:
-    """Let torch allocate what is free on the GPU, less a reserve for kernels that are loaded later.
-
-    The driver of Windows and WSL2 would go on in RAM, where every try fits and a step takes minutes.
-    """
-    ones = torch.ones(32, 32, device=device, dtype=dtype, requires_grad=True)
-    (ones @ ones).sum().backward()  # creates cuBLAS's handles, which live outside of torch's allocator
-    free, total = torch.cuda.mem_get_info()
-    limit = (free + torch.cuda.memory_reserved() - LATER_KERNELS) / total
-    with suppress(AttributeError):  # a device that only answers for CUDA may have no limit to set
-        torch.cuda.set_per_process_memory_fraction(max(limit, 0.0))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that the GPU is full; what is allocated beside torch's allocator has other errors."""
-    pattern = "CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_ALLOC_FAILED|out of memory"
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(pattern, str(error)))
-
-
-def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> float:
-    """Return the seconds that a forward and a backward pass take."""
-    for _ in range(2 if batch["latents"].is_cuda else 1):  # on a GPU, the first one loads kernels
-        started = time.monotonic()
-        loss = training_loss(model, batch, dtype, args)
-        loss.backward()
-        loss.item()  # waits for the GPU
-    return time.monotonic() - started
-
-
-def finish_gradients(
-    lora_params: list[nn.Parameter], loss: Tensor, args: Args, accelerator: Accelerator, stop: StopRequest
-) -> tuple[bool, float, bool]:
-    """Clip the gradients; return what all processes agree on: all are finite, the mean loss, whether to stop.
-
-    One reduce for all three, the step's only wait for the GPU (but bitsandbytes' optimizers and Prodigy wait for each
-    parameter).
-    """
-    norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
-    values = torch.stack([norm.isfinite().float(), loss, loss.new_tensor(stop.requested)])
-    finite_share, mean_loss, stopping_share = accelerator.reduce(values, "mean").tolist()
-    return finite_share == 1, mean_loss, stopping_share > 0
-
-
-def train(
-    args: Args,
-    plan: Plan,
-    state: TrainState,
-    model: nn.Module,
-    dataloader: DataLoader,
-    accelerator: Accelerator,
-    stop: StopRequest,
-) -> None:
-    """Train on every micro-batch of the data loader once, and save checkpoints and previews on the way.
-
-    model is the transformer as accelerate prepared it (DistributedDataParallel on several GPUs). A stop that is
-    requested saves a checkpoint after the current step and ends the run.
-    """
-    is_main = accelerator.is_main_process
-    lora_params = trainable_parameters(state.transformer)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    skipped_in_a_row = 0
-    progress = ProgressBar(
-        desc="Training",
-        total=plan.max_train_steps,
-        initial=state.global_step,
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-    )
-    for batch in dataloader:
-        # A micro-batch. accumulate() knows which one completes an optimizer step; before it, gradients only add up,
-        # and optimizer.step() and zero_grad() do nothing.
-        with accelerator.accumulate(model):
-            if args.lora_dropout:  # the only randomness inside the model
-                torch.manual_seed(plan.seed + int(batch["sample_number"][0]))
-            loss = training_loss(model, batch, plan.weight_dtype, args)
-            accelerator.backward(loss)
-            loss_sum += loss.detach() / args.gradient_accumulation_steps
-            if accelerator.sync_gradients:
-                finite, mean_loss, stopping = finish_gradients(lora_params, loss_sum, args, accelerator, stop)
-                loss_sum.zero_()
-                skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-                if not finite:  # without gradients the optimizer skips its step; fp16's loss scale is halved
-                    state.optimizer.zero_grad()
-                    scale = accelerator.scaler.get_scale() if accelerator.scaler else math.inf
-                    if skipped_in_a_row == MAX_SKIPPED_STEPS or scale <= 1:
-                        raise SystemExit(NOT_FINITE if is_main else 1)
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-
-        # An optimizer step is complete.
-        state.global_step += 1
-        prodigy_factor = state.optimizer.param_groups[0].get("d", 1)
-        learning_rate = state.lr_scheduler.get_last_lr()[0] * prodigy_factor
-        with noted_logging(accelerator):
-            accelerator.log({"loss": mean_loss, "lr": learning_rate}, step=state.global_step)
-        state.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
-        progress.set_postfix_str(f"loss {mean_loss:.4f}{vram_in_use()}", refresh=False)
-        progress.update()
-
-        # Save before previews, which take long and may be interrupted; and the last step, so that the run can be
-        # continued to more steps.
-        is_last = state.global_step == plan.max_train_steps
-        has_previews = state.global_step in plan.preview_steps
-        if is_main and (stopping or is_last or has_previews or state.global_step % args.checkpointing_steps == 0):
-            save_checkpoint(args, plan, state, accelerator)
-        if stopping:
-            accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
-            message = STOPPED if state.saved_step == state.global_step else NOT_SAVED
-            raise SystemExit(message.format(state.global_step) if is_main else 1)
-        if is_main and has_previews:
-            make_previews(args, plan, state, accelerator)
-    progress.close()
-
-
-def ignore_end_signals(_: int) -> None:
-    """Let a data worker live when Ctrl-C reaches it too: the step that a signal waits for needs its samples.
-
-    A worker that Python spawns, as on Windows, does not inherit what StopRequest has set. SIGTERM ends it as before.
-    """
-    for number in END_SIGNALS - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def prepare_training(
-    args: Args, plan: Plan, state: TrainState, dataset: SampleDataset, accelerator: Accelerator
-) -> tuple[nn.Module, DataLoader]:
-    """Choose the recomputation, and let accelerate prepare model, optimizer and a data loader of what is left."""
-    samples_left = range(state.global_step * plan.samples_per_step, len(dataset.order))  # empty if the run is over
-    steps_left = len(samples_left) // plan.samples_per_step
-    accelerator.print(f"{count_of(steps_left, 'step')} to train, from step {state.global_step}")
-    if steps_left:
-        seconds = choose_recomputation(args, plan, state, dataset, accelerator) * args.gradient_accumulation_steps
-        minutes = math.ceil(steps_left * seconds / 60)
-        where = " on a CPU" if accelerator.device.type == "cpu" else ""
-        accelerator.print(f"about {seconds:.2g} s per step{where}, {count_of(minutes, 'minute')} in all")
-    dataloader = DataLoader(
-        Subset(dataset, samples_left),  # a resumed run starts after the samples that it has seen
-        args.train_batch_size,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=ignore_end_signals,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    model, state.optimizer, dataloader = accelerator.prepare(state.transformer, state.optimizer, dataloader)
-    # Previews and checkpoints use the transformer inside DDP's wrapper, in weight_dtype.
-    state.transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    return model, dataloader
-
-
-# ------------------------------------------------------------------------------------------------------- checkpoints
-# A checkpoint is a folder checkpoint-N with two files: a LoRA that can be used as it is, and training_state.pt with
-# all that training needs to continue to the same result.
-
-
-def architecture(config: Any) -> str:
-    """Return the base model's name in Stability's ModelSpec, from the transformer's config."""
-    if config.num_layers > 30:
-        return "stable-diffusion-v3.5-large"
-    if config.dual_attention_layers:
-        return "stable-diffusion-v3.5-medium"
-    return "stable-diffusion-v3-medium"
-
-
-def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: str, args: Args) -> None:
-    """Write the LoRA in diffusers' layout, with alpha / rank multiplied into lora_B and alpha set to the rank.
-
-    Programs disagree about where alpha belongs, and ComfyUI knows none in this layout; this way they all apply the
-    same strength. Of PEFT's config only those fields are written that every version knows: an older PEFT answers an
-    unknown one with a TypeError.
-    """
-    from peft import get_peft_model_state_dict
-
-    config = transformer.peft_config["default"]
-    scale = config.lora_alpha / config.r
-    lora = {}
-    for key, value in get_peft_model_state_dict(transformer).items():
-        if not value.isfinite().all():
-            raise SystemExit(f"The LoRA has weights that are not finite and is not saved. {path} stays as it was.")
-        lora[f"transformer.{key}"] = value * scale if "lora_B" in key else value
-    adapter = {
-        "transformer.r": config.r,
-        "transformer.lora_alpha": config.r,
-        "transformer.target_modules": sorted(config.target_modules),
-        "transformer.rank_pattern": {},
-        "transformer.alpha_pattern": {},
-    }
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps(adapter, indent=2),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture(transformer.config)}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": name,
-        "modelspec.trigger_phrase": args.instance_prompt,
-        "modelspec.resolution": f"{max(args.resolution)}x{max(args.resolution)}",
-        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    save_file(lora, path, metadata)
-    with suppress(OSError):  # a drive of Windows or in the cloud has no modes
-        path.chmod(0o644)  # safetensors makes files that only their owner can read
-
-
-def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
-    """Write checkpoint-N and its step into the state; remove the oldest ones beyond --checkpoints_total_limit.
-
-    If an earlier checkpoint-N is in use, it stays, with a note: that must not cost the training that it interrupts.
-    """
-    from peft import get_peft_model_state_dict
-
-    scaler = accelerator.scaler
-    saved = {
-        "global_step": state.global_step,
-        "start": plan.start,
-        "settings": plan.settings,
-        "lora": get_peft_model_state_dict(state.transformer),  # exact: alpha is not multiplied in
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": scaler.state_dict() if scaler else None,
-    }
-    folder = args.output_dir / f"checkpoint-{state.global_step}"
-    try:
-        with atomic_path(folder) as partial:
-            partial.mkdir()
-            write_lora(partial / LORA_NAME, state.transformer, plan.name, args)
-            torch.save(saved, partial / STATE_NAME)
-    except PermissionError as error:
-        print(f"note: {folder} is not saved: {error}")
-        return
-    state.saved_step = state.global_step
-    if args.checkpoints_total_limit:
-        with only_noted("no old checkpoint is removed"):
-            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                remove_folder(old)
-
-
-def read_state(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Return a checkpoint's training state, or {} if it is missing, incomplete or not ours. It cannot run code.
-
-    With mmap, tensors stay on disk, and the file stays open as long as they live. OSError if the file is there but
-    cannot be read now: a lock, a drive in the cloud. A run that took it for incomplete would overwrite it.
-    """
-    path = folder / STATE_NAME
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        if error.errno == errno.EINVAL and error.filename is None:  # a broken file makes torch seek outside of it
-            return {}
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except Exception:  # a file that is cut short, or is no pickle of tensors, fails in many ways inside torch
-        return {}
-    return state if is_training_state(state) else {}
-
-
-def is_training_state(state: Any) -> bool:
-    """Whether a saved object has what save_checkpoint writes."""
-    types = {"global_step": int, "settings": dict, "lora": dict, "optimizer": dict, "scaler": dict | None}
-    if not isinstance(state, dict) or not isinstance(state.get("start", 0), int):
-        return False
-    for name, kind in types.items():
-        if name not in state or not isinstance(state[name], kind):
-            return False
-    has_seed = isinstance(state["settings"].get("seed"), int)
-    has_moments = isinstance(state["optimizer"].get("state"), dict)
-    groups = state["optimizer"].get("param_groups")
-    has_group = isinstance(groups, list) and len(groups) == 1 and isinstance(groups[0], dict)
-    has_weights = all(isinstance(weight, Tensor) for weight in state["lora"].values())
-    return has_seed and has_moments and has_group and has_weights
-
-
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """Return the folders that have a checkpoint's name and a training state, whole or not."""
-    states = sorted(folder.glob(f"checkpoint-*/{STATE_NAME}"))
-    return [path.parent for path in states if re.fullmatch(r"checkpoint-[0-9]+", path.parent.name)]
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in a folder in the order they were saved.
-
-    They say themselves when that was: the start of the program and the step. Copies, archives and the Hub do not keep
-    a file's time, and the step alone is not enough, since an earlier start may have left higher ones. Checkpoints
-    of versions without a number of the start come first.
-    """
-    found = []
-    for path in checkpoint_folders(folder):
-        state = read_state(path, mmap=True)
-        if state:
-            found.append((state.get("start", 0), state["global_step"], path))
-    return [path for *_, path in sorted(found)]
-
-
-def next_start(folder: Path) -> int:
-    """Return the number of a start of the program that is newer than all checkpoints in a folder."""
-    existing = list_checkpoints(folder)
-    return read_state(existing[-1], mmap=True).get("start", 0) + 1 if existing else 1
-
-
-def start_or_resume(
-    args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
-) -> TrainState:
-    """Load the LoRA's weights, and make optimizer and schedule: new, or as the checkpoint left them."""
-    saved = plan.checkpoint
-    if saved or plan.start_lora:
-        set_lora(transformer, saved["lora"] if saved else plan.start_lora)
-    lora_params = trainable_parameters(transformer)
-    accelerator.print(f"{sum(parameter.numel() for parameter in lora_params):,} parameters to train")
-    optimizer = make_optimizer(lora_params, args, plan.samples_per_step)
-    lr_scheduler = diffusers.optimization.get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=plan.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-    if not saved:
-        return TrainState(transformer, optimizer, lr_scheduler, global_step=0)
-
-    # The optimizer's state is the checkpoint's, with what Prodigy has found; what the flags set is this run's.
-    [group] = optimizer.state_dict()["param_groups"]
-    [saved_group] = saved["optimizer"]["param_groups"]
-    from_flags = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
-    group |= {name: value for name, value in saved_group.items() if name not in from_flags}
-    optimizer.load_state_dict(saved["optimizer"] | {"param_groups": [group]})
-    # Every schedule is a function of the step alone: set it one step back, and let it make that step.
-    lr_scheduler.last_epoch = saved["global_step"] - 1
-    lr_scheduler.step()
-    if accelerator.scaler and saved["scaler"]:
-        accelerator.scaler.load_state_dict(saved["scaler"])
-    return TrainState(transformer, optimizer, lr_scheduler, saved["global_step"])
-
-
-# ----------------------------------------------------------------------------------------- previews and class images
-# Both are drawn by diffusers' pipeline from stored embeddings, without text encoders: previews by the transformer as
-# it is being trained, class images by the transformer before it has a LoRA.
-
-
-def make_pipeline(
-    transformer: diffusers.SD3Transformer2DModel, plan: Plan, args: Args, device: torch.device
-) -> diffusers.StableDiffusion3Pipeline:
-    """Return a pipeline of the transformer as it is and the VAE, without text encoders."""
-    vae = load_vae(args, plan.weight_dtype).to(device)
-    vae.enable_slicing()  # decodes images one by one
-    pipeline = diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
-        vae=vae,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(plan.base_model.noise_scheduler.config),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-    # On the line of the bar around it, which it replaces for a while: two lines would need a terminal's cursor.
-    pipeline.set_progress_bar_config(desc="Generating", leave=False, position=0, disable=not sys.stderr.isatty())
-    return pipeline
-
-
-def guidance_of(args: Args, config: Any) -> float:
-    """Return --guidance_scale, or else what is published for the base model, from the transformer's config."""
-    if args.guidance_scale is not None:
-        return args.guidance_scale
-    return 4.5 if "v3.5" in architecture(config) else 7.0
-
-
-def generate_images(
-    pipeline: diffusers.StableDiffusion3Pipeline,
-    prompt: dict[str, Tensor],
-    negative_prompt: dict[str, Tensor],
-    generators: list[torch.Generator],
-    args: Args,
-) -> list[Image.Image]:
-    """Draw one image per generator, all at once. Raises FloatingPointError if pixels are not finite.
-
-    prompt and negative_prompt are embeddings: prompt_embeds (L, D) and pooled_prompt_embeds (P,).
-    """
-    transformer = pipeline.transformer
-
-    def for_each_image(embeds: Tensor) -> Tensor:
-        return torch.stack([embeds] * len(generators)).to(pipeline.vae.device, pipeline.vae.dtype)
-
-    transformer.eval()
-    pixels = pipeline(
-        prompt_embeds=for_each_image(prompt["prompt_embeds"]),
-        pooled_prompt_embeds=for_each_image(prompt["pooled_prompt_embeds"]),
-        negative_prompt_embeds=for_each_image(negative_prompt["prompt_embeds"]),
-        negative_pooled_prompt_embeds=for_each_image(negative_prompt["pooled_prompt_embeds"]),
-        height=max(args.resolution),
-        width=max(args.resolution),
-        guidance_scale=guidance_of(args, transformer.config),
-        num_inference_steps=args.num_inference_steps,
-        generator=generators,
-        output_type="np",
-    ).images  # (N, H, W, 3) in [0, 1]
-    transformer.train()
-    if not np.isfinite(pixels).all():
-        raise FloatingPointError("the image is not finite, so it would be black")
-    return pipeline.image_processor.numpy_to_pil(pixels)
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    with atomic_path(path) as partial:
-        image.save(partial)
-
-
-def class_folder(args: Args) -> Path:
-    """Return --class_data_dir, or a folder that another model, class prompt or resolution does not share."""
-    model = Path(args.pretrained_model_name_or_path).as_posix()  # without a slash at its end, as completion adds it
-    made_by = [model, args.revision, args.class_prompt, max(args.resolution)]
-    return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
-
-
-def make_class_images(
-    args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
-) -> list[Example]:
-    """Generate the class images that are missing, and return all of them; the transformer must not have a LoRA yet."""
-    folder = class_folder(args)
-    folder.mkdir(parents=True, exist_ok=True)
-    # A user's own images count as well; what is missing gets the names that are free.
-    lacking = max(0, args.num_class_images - len(find_images(folder)))
-    number_of = {folder / f"class-{number:05}.png": number for number in range(args.num_class_images)}
-    missing = [path for path in number_of if not path.exists()][:lacking]
-    accelerator.wait_for_everyone()  # until every process has counted
-
-    # Each process makes its share of the batches.
-    batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
-    share = batches[accelerator.process_index :: accelerator.num_processes]
-    if share:
-        pipeline = make_pipeline(transformer, plan, args, accelerator.device)
-        prompt = plan.embeddings[str(args.class_prompt)]
-        is_local_main = accelerator.is_local_main_process
-        for batch in ProgressBar(share, "Class images", unit="batch", disable=not is_local_main):
-            generators = [seeded_generator(plan.seed, CLASS_IMAGE_STREAM, number_of[path]) for path in batch]
-            try:
-                images = generate_images(pipeline, prompt, plan.embeddings[""], generators, args)
-            except FloatingPointError as error:
-                fix = "Use another --mixed_precision, or images of your own."
-                raise SystemExit(f"Class images cannot be made: {error}. {fix}") from error
-            for path, image in zip(batch, images, strict=True):
-                save_image(image, path)
-        del pipeline
-    accelerator.wait_for_everyone()
-
-    problems = Problems(accelerator)
-    paths = find_images(folder)[: args.num_class_images]
-    found = find_examples(paths, args, plan.base_model, accelerator, problems)
-    problems.stop_if_any()
-    examples = []
-    for example in found:
-        examples.append(replace(example, prompt=str(args.class_prompt), loss_weight=args.prior_loss_weight))
-    return examples
-
-
-def with_class_images(plan: Plan, class_examples: list[Example], accelerator: Accelerator) -> Plan:
-    """Return the plan with the class images among its settings; note if a resumed run finds others than it had.
-
-    They are not refused: images that were lost are made again, the same but for a GPU's rounding.
-    """
-    found = digest([example.latents.name for example in class_examples])
-    before = plan.checkpoint.get("settings", {}).get("class images", found)
-    if before != found:
-        accelerator.print("note: the class images are not those that the checkpoint was trained with")
-    return replace(plan, settings=plan.settings | {"class images": found})
-
-
-def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> list[tuple[str, Path]]:
-    """Write samples/*.png and progress.png; return the prompt and the file of each sample."""
-    folder = args.output_dir / "samples"
-    pipeline = make_pipeline(state.transformer, plan, args, accelerator.device)
-    count = args.num_validation_images if state.global_step else 1  # of the untrained model one is enough
-    negative_prompt = plan.embeddings[args.negative_prompt]
-    written: list[tuple[str, Path]] = []
-    shown: dict[str, list[Image.Image]] = defaultdict(list)
-    for row, prompt in enumerate(args.validation_prompt):
-        for number in range(count):
-            generator = seeded_generator(plan.seed, PREVIEW_STREAM, number)  # the same noise in each preview
-            try:
-                images = generate_images(pipeline, plan.embeddings[prompt], negative_prompt, [generator], args)
-            except FloatingPointError as error:
-                print(f"note: no preview of {prompt!r} after step {state.global_step}: {error}")
-                continue
-            path = folder / f"step-{state.global_step:06d}-prompt-{row}-{number}.png"
-            shown[prompt].append(images[0])
-            with only_noted(f"{path} is not written"):
-                save_image(images[0], path)
-                written.append((prompt, path))
-    if len(written) == count * len(args.validation_prompt):  # the sheet is drawn from the files
-        sheet = draw_progress(folder, rows=len(args.validation_prompt), last_step=state.global_step)
-        with only_noted(f"{folder / 'progress.png'} is not written"):
-            save_image(sheet, folder / "progress.png")
-        if state.global_step >= plan.max_train_steps:
-            shown["progress"].append(sheet)
-    with noted_logging(accelerator):
-        log_images(shown, state.global_step, accelerator)
-    return written
-
-
-def preview_untrained(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
-    """Draw what the model makes of the prompts before it is trained, in place of an earlier run's previews."""
-    if accelerator.is_main_process and args.validation_prompt and state.global_step == 0:
-        for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):
-            with only_noted(f"{earlier} of an earlier run stays"):
-                earlier.unlink()
-        make_previews(args, plan, state, accelerator)
-
-
-def log_images(shown: dict[str, list[Image.Image]], step: int, accelerator: Accelerator) -> None:
-    """Log images under their titles to the trackers that support images."""
-    values = {title: np.array(images) for title, images in shown.items()}
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images(values, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images(values, step=step)
-
-
-def draw_progress(folder: Path, rows: int, last_step: int) -> Image.Image:
-    """Draw a sheet with a row per prompt and a column per preview so far, at most 16; unreadable ones are left out."""
-    found = [int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png")]
-    steps = sorted(step for step in found if step <= last_step)  # later ones are of an earlier run
-    every = 1 + len(steps) // 15
-    columns = []
-    for step in [*steps[:-1:every], last_step]:
-        with suppress(UnreadableImageError):
-            column = []
-            for row in range(rows):
-                image, _ = read_image(folder / f"step-{step:06d}-prompt-{row}-0.png")
-                column.append(np.asarray(image.resize((256, 256))))
-            columns.append(np.vstack(column))
-    return Image.fromarray(np.hstack(columns))
-
-
-# --------------------------------------------------------------------------------------------------------- preflight
+# ----------------------------------------------------------------------------------- part IV: what is checked first
 # Everything that can be checked in seconds is checked before anything is written. A check returns what it found out
 # and adds what is wrong to the Problems; it writes nothing, prints nothing, and does not end the run. So all problems
 # of a run, in all its processes, come in one message.
-
-COMMON_WORDS = {"a", "an", "the", "of", "in", "on", "at", "with", "and"}
-COMMON_WORDS |= {"photo", "picture", "image", "painting", "drawing", "style"}
 
 
 def preflight(args: Args, accelerator: Accelerator) -> Plan:
@@ -2344,9 +2027,32 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     return plan
 
 
-def is_bf16_slow_on_cpu() -> bool:
-    """Whether this CPU lacks the instructions with which oneDNN, torch's library for CPUs, multiplies in bf16."""
-    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+class Problems:
+    """What the checks of this process have to say: notes, and problems that end the run."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def add(self, problem: str) -> None:
+        self.problems.append(problem)
+
+    def note(self, note: str) -> None:
+        self.notes.append(note)
+
+    def stop_if_any(self) -> None:
+        """Print the notes; if any process has a problem, end the run in all of them, with one message.
+
+        Every process must call it, since it waits for all of them.
+        """
+        for note in self.notes:
+            self.accelerator.print(f"note: {note}")
+        self.notes.clear()
+        problems = dict.fromkeys(gather_object(self.problems))  # each once, in the order they were found
+        if problems:
+            message = "".join(f"\n- {problem}" for problem in problems)
+            raise SystemExit(f"Cannot start:{message}" if self.accelerator.is_main_process else 1)
 
 
 def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> None:
@@ -2378,6 +2084,11 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
             nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
                 problems.add(f"{folder} cannot be written: {nearest} is not a folder, or is not writable.")
+
+
+def is_bf16_slow_on_cpu() -> bool:
+    """Whether this CPU lacks the instructions with which oneDNN, torch's library for CPUs, multiplies in bf16."""
+    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_libraries(args: Args, problems: Problems) -> None:
@@ -2528,30 +2239,6 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
     return start_lora
 
 
-def embeddings_command(args: Args, about: dict[str, Any]) -> str:
-    """Return the command line that computes the embeddings of this run; about is that of the existing file, or {}."""
-    command = ["python", "compute_embeddings.py"]
-    for each in fields(args):
-        name = each.metadata["embeddings_flag"]
-        value = getattr(args, each.name)
-        if name == "max_sequence_length":
-            value = value or about.get("max_sequence_length")
-        if name and value:
-            values = value if isinstance(value, tuple) else [value]
-            command += [f"--{name}", *[str(each_value) for each_value in values]]
-    if about.get("t5"):
-        command += ["--t5_precision", about["t5"]]
-    return shell_line(command)
-
-
-def wanted_prompts(args: Args) -> set[str]:
-    """Return the prompts that a run needs embeddings of, besides the captions of its images."""
-    prompts = {"", args.instance_prompt, args.negative_prompt, *args.validation_prompt}
-    if args.with_prior_preservation and args.class_prompt:
-        prompts.add(args.class_prompt)
-    return prompts
-
-
 def open_embeddings(args: Args, base_model: BaseModel | None, problems: Problems) -> PromptEmbeddings | None:
     """Return the embeddings, if the file is whole and has every prompt; what is missing comes with the command."""
     path = args.data_df_path
@@ -2582,6 +2269,30 @@ def open_embeddings(args: Args, base_model: BaseModel | None, problems: Problems
     return embeddings
 
 
+def wanted_prompts(args: Args) -> set[str]:
+    """Return the prompts that a run needs embeddings of, besides the captions of its images."""
+    prompts = {"", args.instance_prompt, args.negative_prompt, *args.validation_prompt}
+    if args.with_prior_preservation and args.class_prompt:
+        prompts.add(args.class_prompt)
+    return prompts
+
+
+def embeddings_command(args: Args, about: dict[str, Any]) -> str:
+    """Return the command line that computes the embeddings of this run; about is that of the existing file, or {}."""
+    command = ["python", "compute_embeddings.py"]
+    for each in fields(args):
+        name = each.metadata["embeddings_flag"]
+        value = getattr(args, each.name)
+        if name == "max_sequence_length":
+            value = value or about.get("max_sequence_length")
+        if name and value:
+            values = value if isinstance(value, tuple) else [value]
+            command += [f"--{name}", *[str(each_value) for each_value in values]]
+    if about.get("t5"):
+        command += ["--t5_precision", about["t5"]]
+    return shell_line(command)
+
+
 def with_prompts(
     examples: list[Example], embeddings: PromptEmbeddings | None, args: Args, problems: Problems
 ) -> list[Example]:
@@ -2606,6 +2317,32 @@ def with_prompts(
     return examples
 
 
+def check_embeddings(
+    examples: list[Example], embeddings: PromptEmbeddings, args: Args, accelerator: Accelerator, problems: Problems
+) -> None:
+    """Check that the prompts of these examples have finite embeddings; each process reads its share, 16 ms each."""
+    known = [example.prompt for example in examples if example.prompt in embeddings.row_of_prompt]
+    prompts = list(dict.fromkeys(known))  # each once; what is not known is a problem already
+    for prompt in prompts[accelerator.process_index :: accelerator.num_processes]:
+        try:
+            embeddings[prompt]
+        except (OSError, ValueError, pa.ArrowException) as error:
+            problems.add(f"{embeddings.path}: {first_line(error)}. Run: {embeddings_command(args, embeddings.about)}")
+
+
+CAPTIONS_IN_PREFLIGHT = 500  # 8 s; of more captions, those that a run will see are read before its training
+
+
+def check_order(order: list[Example], args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
+    """End the run if a caption that the training will show has no finite embeddings, unless preflight has read all."""
+    captions = {example.prompt for example in plan.examples}
+    problems = Problems(accelerator)
+    if len(captions) > CAPTIONS_IN_PREFLIGHT:
+        samples_left = order[state.global_step * plan.samples_per_step :]
+        check_embeddings(samples_left, plan.embeddings, args, accelerator, problems)
+    problems.stop_if_any()
+
+
 def check_masks(images: list[Path], examples: list[Example], args: Args, problems: Problems) -> None:
     """Check that some image has a mask, if --alpha_mask is to mean something."""
     if not args.alpha_mask:
@@ -2614,6 +2351,28 @@ def check_masks(images: list[Path], examples: list[Example], args: Args, problem
     if not has_masks:
         folder, endings = args.instance_data_dir, ", NAME".join(MASK_ENDINGS)
         problems.add(f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{endings}.")
+
+
+def check_encoded_masks(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
+    """Note images whose masks are dark all over, since nothing of them is learned; end the run if all of them are."""
+    if not args.alpha_mask:
+        return
+    problems = Problems(accelerator)
+    dark = []
+    for example in examples:
+        with safe_open(example.latents, "pt") as file:
+            if file.get_tensor("mask").max() < 0.5:
+                dark.append(example)
+    if dark:
+        count = f"{len(paths_of(dark))} (first: {dark[0].path})"
+        found = (
+            f"images whose mask is nowhere brighter than 127 of 255: {count}; it must be white where the subject is"
+        )
+        if len(dark) == len(examples):
+            problems.add(f"--alpha_mask: {found}.")
+        else:
+            problems.note(found)
+    problems.stop_if_any()
 
 
 def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems) -> None:
@@ -2650,6 +2409,21 @@ def note_odd_sizes(examples: list[Example], args: Args, problems: Problems) -> N
         )
 
 
+def shown_share(size: tuple[int, int], shape: tuple[int, int]) -> float:
+    """Return the share of an image that a crop to a shape shows; both are (height, width)."""
+    scales = (shape[0] / size[0], shape[1] / size[1])
+    return min(scales) / max(scales)
+
+
+def paths_of(examples: list[Example]) -> list[Path]:
+    """Return the files of examples, each of them once."""
+    return list(dict.fromkeys(example.path for example in examples))
+
+
+COMMON_WORDS = {"a", "an", "the", "of", "in", "on", "at", "with", "and"}
+COMMON_WORDS |= {"photo", "picture", "image", "painting", "drawing", "style"}
+
+
 def note_captions_without_rare_word(examples: list[Example], args: Args, problems: Problems) -> None:
     """Note captions without any of the words that are to stand for the subject."""
     common = COMMON_WORDS | words_of(args.class_prompt or "")
@@ -2661,6 +2435,11 @@ def note_captions_without_rare_word(examples: list[Example], args: Args, problem
             f"captions without any of the words {words}: {len(without)} (first: that of {without[0]}); these images "
             "do not teach what --instance_prompt means"
         )
+
+
+def words_of(prompt: str) -> set[str]:
+    """Return the words of a prompt in small letters."""
+    return set(re.findall(r"\w+", prompt.lower()))
 
 
 def note_newer_captions(examples: list[Example], embeddings: PromptEmbeddings, args: Args, problems: Problems) -> None:
@@ -2677,11 +2456,6 @@ def note_newer_captions(examples: list[Example], embeddings: PromptEmbeddings, a
         problems.note(f"captions newer than {embeddings.path}: {len(newer)} (first: {newer[0]}); {fix}")
 
 
-def words_of(prompt: str) -> set[str]:
-    """Return the words of a prompt in small letters."""
-    return set(re.findall(r"\w+", prompt.lower()))
-
-
 def choose_seed(args: Args, checkpoint: dict[str, Any], drawn_seed: int) -> int:
     """Return --seed, or else the checkpoint's seed, or else the one that was drawn."""
     if args.seed is not None:
@@ -2691,18 +2465,18 @@ def choose_seed(args: Args, checkpoint: dict[str, Any], drawn_seed: int) -> int:
     return drawn_seed
 
 
+def count_steps(args: Args, examples: list[Example], samples_per_step: int) -> int:
+    """Return --max_train_steps, or the steps of --num_train_epochs."""
+    samples = args.num_train_epochs * samples_per_epoch(args, examples)
+    return args.max_train_steps or math.ceil(samples / samples_per_step)
+
+
 def samples_per_epoch(args: Args, examples: list[Example]) -> int:
     """Return how many samples show every image of the subject once, at each resolution."""
     if not args.with_prior_preservation:
         return len(examples)
     every = args.class_every_n_samples
     return math.ceil(len(examples) * every / (every - 1))
-
-
-def count_steps(args: Args, examples: list[Example], samples_per_step: int) -> int:
-    """Return --max_train_steps, or the steps of --num_train_epochs."""
-    samples = args.num_train_epochs * samples_per_epoch(args, examples)
-    return args.max_train_steps or math.ceil(samples / samples_per_step)
 
 
 def find_preview_steps(args: Args, examples: list[Example], samples_per_step: int, max_train_steps: int) -> set[int]:
@@ -2751,26 +2525,6 @@ def meant_values(settings: dict[str, Any]) -> dict[str, Any]:
     return meant
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "momentum_buffer")  # in the words of torch and bitsandbytes
-
-
-def has_moments_of(optimizer: dict[str, Any], shapes: list[torch.Size]) -> bool:
-    """Whether an optimizer's saved state has the moments of each parameter, in its shape.
-
-    It is empty as long as every step was skipped, since Adam makes its states in the first one.
-    """
-    states = optimizer["state"]
-    if states and list(states) != list(range(len(shapes))):
-        return False
-    for number, state in states.items():
-        tensors = state.get("__bnb_optimizer_quant_state__", state)  # where bitsandbytes has them
-        moments = [tensors[name] for name in MOMENTS if name in tensors]
-        if not moments or any(moment.shape != shapes[number] for moment in moments):
-            return False
-    kinds = {tuple(sorted(state)) for state in states.values()}
-    return len(kinds) <= 1  # or some parameter lacks what the others have
-
-
 def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
     if not plan.checkpoint:
@@ -2813,6 +2567,26 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
         problems.add(problem)
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "momentum_buffer")  # in the words of torch and bitsandbytes
+
+
+def has_moments_of(optimizer: dict[str, Any], shapes: list[torch.Size]) -> bool:
+    """Whether an optimizer's saved state has the moments of each parameter, in its shape.
+
+    It is empty as long as every step was skipped, since Adam makes its states in the first one.
+    """
+    states = optimizer["state"]
+    if states and list(states) != list(range(len(shapes))):
+        return False
+    for number, state in states.items():
+        tensors = state.get("__bnb_optimizer_quant_state__", state)  # where bitsandbytes has them
+        moments = [tensors[name] for name in MOMENTS if name in tensors]
+        if not moments or any(moment.shape != shapes[number] for moment in moments):
+            return False
+    kinds = {tuple(sorted(state)) for state in states.values()}
+    return len(kinds) <= 1  # or some parameter lacks what the others have
+
+
 def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     """Note the size of the run, old checkpoints that it will remove and, in a dry run, what becomes of each image."""
     if args.dry_run:
@@ -2836,276 +2610,437 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
         problems.note(f"{args.output_dir} has {existing} checkpoints: {kept}")
 
 
-# ----------------------------------------------------------------------------------------------- model card and Hub
-# The Hub is asked twice: preflight finds out whether the token is good, and before anything that takes long the
-# repository is created. The upload comes last; if it fails, everything is on disk.
+# ----------------------------------------------------------------------------- part V: what the world does to a run
+# Images as people have them, files, models, and what surrounds a run: accelerate, signals, errors and output.
 
-CARD_MARK = "<!-- written by train_dreambooth_sd3_lora_miniature.py -->"  # a card without it is somebody else's
+# ----------------------------------------------------------------------------------------------- images and masks
+
+FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
+if "AVIF" in Image.registered_extensions().values():  # Pillow 11.3 and later have it in most builds
+    FORMATS.append("AVIF")
+with suppress(ImportError):  # the photos of many phones
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS.append("HEIF")
+MAX_PIXELS = 300_000_000  # phones make 200 million; to read those takes 2.5 GiB of RAM
+Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's own limit, which calls them an attack
+# Pillow raises any of these for a file that is no image, or a broken one.
+UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError, RuntimeError, struct.error,
+)  # fmt: skip
+MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
+READ_BY = {  # by suffix, what reads images that not every Pillow reads
+    ".avif": "pillow",
+    ".heic": "pillow-heif",
+    ".heics": "pillow-heif",
+    ".heif": "pillow-heif",
+    ".heifs": "pillow-heif",
+    ".hif": "pillow-heif",
+}
+TURNS = {  # what makes an image of each EXIF orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def check_hub_login(args: Args, accelerator: Accelerator, problems: Problems) -> None:
-    """Check that the Hub knows the token, if the LoRA is to be pushed."""
-    if args.push_to_hub and accelerator.is_main_process:
+def find_images(folder: Path) -> list[Path]:
+    """Return the image files directly in a folder, sorted by name, without masks and hidden files."""
+    format_of = Image.registered_extensions()
+    images = []
+    for path in sorted(folder.glob("[!.]*")):
+        if format_of.get(path.suffix.lower()) in FORMATS and not path.is_dir():
+            images.append(path)
+    stems = {comparable(image.stem) for image in images}
+    return [image for image in images if not is_mask(image, stems)]
+
+
+def why_no_images(folder: Path) -> str:
+    """Say why no image was found in a folder."""
+    try:
+        subfolders = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and find_images(path)]
+    except FileNotFoundError:
+        return f"{folder} does not exist."
+    except OSError as error:  # it is a file, or may not be read
+        return f"{folder} cannot be read: {error.strerror}."
+    reason = f"{folder} has no images ({', '.join(FORMATS)})."
+    reason = " ".join([reason, *packages_lacking(folder)])
+    if subfolders:
+        reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
+    return reason
+
+
+def packages_lacking(folder: Path) -> list[str]:
+    """Return a sentence for each package without which images directly in a folder cannot be read."""
+    format_of = Image.registered_extensions()
+    files_of: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("[!.]*")):
+        suffix = path.suffix.lower()
+        if suffix in READ_BY and format_of.get(suffix) not in FORMATS and not path.is_dir():
+            files_of.setdefault(READ_BY[suffix], []).append(path.name)
+    sentences = []
+    for package, names in files_of.items():
+        count = f"{len(names)} (first: {names[0]})"
+        sentences.append(f"Images in {folder} that need another package: {count}. Run: pip install -U {package}")
+    return sentences
+
+
+def comparable(name: object) -> str:
+    """Return a file's name as names are compared: in small letters, as on Windows, and in one Unicode form.
+
+    A Mac may have written accents apart from their letters (NFD), where other systems have one character (NFC).
+    """
+    return unicodedata.normalize("NFC", str(name)).casefold()
+
+
+def is_mask(path: Path, stems: set[str]) -> bool:
+    """Whether an image file is named as the mask of another one, given the comparable stems of all of them."""
+    name = comparable(path.name)
+    if comparable(path.stem).endswith(".mask"):
+        return True
+    return any(name.endswith(ending) and name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image without reading its pixels; raise one of UNREADABLE if it cannot be used."""
+    path.name.encode()  # a ValueError if it is not UTF-8
+    check_regular_file(path)
+    image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        megapixels = image.width * image.height / 1e6
+        raise ValueError(f"it has {megapixels:,.0f} megapixels; make it smaller, at most {MAX_PIXELS / 1e6:.0f}")
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits per channel; save it with 8 or 16")
+    return image
+
+
+class UnreadableImageError(ValueError):
+    """A user's image that cannot be used; the message names the file and says why."""
+
+
+@contextmanager
+def reading_image(path: Path) -> Iterator[None]:
+    """Turn what Pillow raises for a broken file into an UnreadableImageError. Keep the block to reading alone."""
+    try:
+        yield
+    except UNREADABLE as error:
+        advice = "Repair it or remove it from the folder."
+        if "HEIF" not in FORMATS and is_heif(path):
+            advice = "It is a HEIC, whatever its name is; to read it, run: pip install pillow-heif"
+        raise UnreadableImageError(f"{path} is not a readable image ({error}). {advice}") from error
+
+
+def is_heif(path: Path) -> bool:
+    """Whether a file begins as the HEIC photos of phones do."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return an image's EXIF orientation, 1 to 8; 1 is upright, and what EXIF that cannot be read counts as."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the (height, width) that an image will have when it is upright; a TIFF's size is turned already."""
+    if exif_orientation(image) >= 5 and image.format != "TIFF":
+        return image.width, image.height
+    return image.height, image.width
+
+
+def load_upright_image(path: Path, mode: str) -> Image.Image:
+    """Load an image with 8 bits per channel, turned as its EXIF orientation says.
+
+    ImageOps.exif_transpose would also write the rest of the EXIF anew, and fail on the odd tags of many phones.
+    """
+    image = open_image(path)
+    image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
+    transform = srgb_transform(image)  # a phone's Display P3, taken for sRGB, is pale
+    orientation = exif_orientation(image)
+    if orientation != 1:
+        image = image.transpose(TURNS[orientation])
+    if image.mode.startswith("I;16"):  # convert() would clip the values
+        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+    image = image.convert(mode)
+    if transform and mode == "RGBA":  # gray values are those of a mask, which are no colors
+        ImageCms.applyTransform(image, transform, inPlace=True)
+    return image
+
+
+def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """Return what converts an image's RGBA pixels to sRGB; None without a profile, or if it is broken or sRGB itself.
+
+    sRGB goes by many names, so it is known by what it does to 729 colors: nothing but rounding.
+    """
+    if "icc_profile" not in image.info:
+        return None
+    levels = np.linspace(0, 255, 9).astype(np.uint8)
+    colors = np.stack(np.meshgrid(levels, levels, levels, [255]), axis=-1).reshape(27, 27, 4).astype(np.uint8)
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGBA", "RGBA")
+        converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
+    except (*UNREADABLE, ImageCms.PyCMSError):  # it is broken, or of grays or inks
+        return None
+    is_srgb = np.abs(converted.astype(int) - colors).max() <= 3
+    return None if is_srgb else transform
+
+
+def mask_path_of(image: Path) -> Path | None:
+    """Return the mask beside an image, or None if there is none."""
+    for ending in MASK_ENDINGS:
+        path = image.with_name(f"{image.stem}{ending}")
+        if path.exists():
+            return path
+    return masks_in(image.parent, image.parent.stat().st_mtime_ns).get(comparable(image.stem))
+
+
+@functools.lru_cache(maxsize=4)
+def masks_in(folder: Path, changed: int) -> dict[str, Path]:
+    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was.
+
+    A stem that is comparable to that of another image has none here: it is not clear which one a mask belongs to.
+    """
+    spellings: dict[str, set[str]] = {}
+    for image in find_images(folder):
+        spellings.setdefault(comparable(image.stem), set()).add(image.stem)
+    masks = {}
+    for ending in reversed(MASK_ENDINGS):  # the first one wins
+        for path in sorted(folder.glob("[!.]*")):
+            stem, found, rest = comparable(path.name).rpartition(ending)
+            if found and not rest and len(spellings.get(stem, ())) == 1:
+                masks[stem] = path
+    return masks
+
+
+def alpha_of_mask(path: Path) -> Image.Image | None:
+    """Return a mask file's alpha channel if that has a shape, as in a photo that is cut out, or else None."""
+    with open_image(path) as image:
+        if not image.has_transparency_data:
+            return None
+    alpha = load_upright_image(path, "RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
+    """Read an image in RGB, white where it is transparent, and its mask in L: a file or the alpha channel."""
+    with reading_image(path):
+        image = load_upright_image(path, "RGBA")
+    mask = image.getchannel("A")
+    mask_path = mask_path_of(path)
+    if mask_path:
+        with reading_image(mask_path):
+            mask = alpha_of_mask(mask_path) or load_upright_image(mask_path, "L")
+        if mask.size != image.size:
+            raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
+    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return on_white.convert("RGB"), mask
+
+
+# ------------------------------------------------------------------------------------------------ files and models
+
+
+def check_regular_file(path: Path) -> None:
+    """Raise OSError if a path is not a regular file: reading from a pipe would wait forever."""
+    if not path.exists():
+        raise OSError("it does not exist")
+    if not path.is_file():
+        raise OSError("it is not a regular file")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex: the embeddings name an image by it."""
+    check_regular_file(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flush_to_disk(file: Any) -> None:
+    """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
+    cannot = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in cannot:  # the disk is full, or broken
+            raise OSError(error.errno, error.strerror, str(file.name)) from error
+
+
+# What save_file and torch.save raise in place of an OSError.
+REFUSED_WRITE = r"I/O error: .*os error|^File .* cannot be opened|^Parent directory .* does not exist"
+
+
+@contextmanager
+def atomic_path(final: Path) -> Iterator[Path]:
+    """Yield a path to write a file or folder to; if the block succeeds, it appears as `final`, whole and on disk."""
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent, ignore_cleanup_errors=True) as folder:
+        partial = Path(folder, final.name)
         try:
-            HfApi(token=args.hub_token).whoami()
-        except Exception as error:  # of the Hub or the network, which share no class
-            problems.add(hub_problem(error))
+            yield partial
+        except (SafetensorError, RuntimeError) as error:
+            if not re.search(REFUSED_WRITE, str(error)):
+                raise
+            raise OSError(errno.EIO, first_line(error), str(final)) from error
+        for path in [partial, *partial.rglob("*")]:
+            if path.is_file():
+                with open(path, "rb+") as file:
+                    flush_to_disk(file)
+        if partial.is_dir():
+            move_folder(partial, final)
+        else:
+            move_file(partial, final)
 
 
-def create_repository(args: Args, plan: Plan, accelerator: Accelerator) -> Plan:
-    """Create the repository to push to, unless it exists; return the plan with its full name."""
-    problems = Problems(accelerator)
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            api = HfApi(token=args.hub_token)
-            created = api.create_repo(plan.name, private=args.hub_private_repo or None, exist_ok=True)
-            plan = replace(plan, name=created.repo_id)
-        except Exception as error:  # of the Hub or the network, which share no class
-            problems.add(hub_problem(error))
-    problems.stop_if_any()
-    return plan
+def move_file(source: Path, target: Path) -> None:
+    """Rename a file over another one, after up to 2 s if that is open elsewhere.
+
+    Windows refuses it for as long as a virus scanner, a program that synchronizes or a viewer has the file open.
+    """
+    for _ in range(20):
+        with suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(0.1)
+    os.replace(source, target)
 
 
-def hub_problem(error: Exception) -> str:
-    return f"--push_to_hub: {first_line(error)}. With a token that has write access, run: hf auth login"
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder; where there is one already, or a network drive renames no folders, rename its files.
+
+    By name, so that training_state.pt comes last: a checkpoint without it counts as incomplete. Nothing is removed, so
+    an earlier checkpoint of which a file is in use can still be resumed.
+    """
+    if target.is_symlink():
+        target.unlink()  # what it leads to stays
+    try:
+        os.replace(source, target)
+    except OSError:
+        target.mkdir(exist_ok=True)
+        for path in sorted(source.iterdir()):
+            move_file(path, target / path.name)
 
 
-def write_model_card(args: Args, plan: Plan, state: TrainState, previews: list[tuple[str, Path]]) -> None:
-    """Write README.md for the Hub: base model, trigger words, gallery, how to load the LoRA, license and settings."""
-    path = args.output_dir / "README.md"
-    if path.exists() and CARD_MARK not in path.read_text("utf-8", errors="replace"):
-        print(f"note: {path} was written by somebody else and is left as it is")
-        return
-    base = args.pretrained_model_name_or_path
-    repository = None if Path(base).is_dir() else base
-    is_sd35 = "v3.5" in architecture(state.transformer.config)
-    family = "sd3.5" if is_sd35 else "sd3"
-    data = ModelCardData(
-        license="other",
-        license_name="stabilityai-ai-community" if base.startswith("stabilityai/") else "license-of-the-base-model",
-        license_link=f"https://huggingface.co/{base}/blob/main/LICENSE.md" if repository else None,
-        base_model=repository,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        instance_prompt=args.instance_prompt,
-        tags=[
-            "text-to-image",
-            "diffusers-training",
-            "diffusers",
-            "lora",
-            "template:sd-lora",  # diffusers' own cards have it
-            family,
-            f"{family}-diffusers",
-        ],
-        widget=[{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in previews],
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, or only the link to it. What another program holds open stays: it ends no run."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def only_noted(failure: str) -> Iterator[None]:
+    """Turn an error of the file system into a note, for files that a run can do without. A full disk ends it."""
+    try:
+        yield
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        print(f"note: {failure}: {error}")
+
+
+def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: object) -> T:
+    """Call `load`, a from_pretrained, for one part of the pipeline; if it fails, exit with one message."""
+    name = args.pretrained_model_name_or_path
+    try:
+        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
+        raise SystemExit(f"Cannot load {subfolder} of {name}: {first_line(error)}\n{advice_on_model(name)}") from error
+
+
+def advice_on_model(name: str) -> str:
+    """Return what to try if a model cannot be loaded."""
+    if Path(name).is_dir():
+        return "The folder must have diffusers' layout, with whole weight files in the safetensors format."
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        return "There is no such folder, and no repository can have this name."
+    return (
+        "There is no such folder. The repository may be gated: accept its license on "
+        f"https://huggingface.co/{name} and run: hf auth login\n"
+        "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
     )
-    with atomic_path(path) as partial:
-        partial.write_text(card_text(args, plan, state.global_step, data), "utf-8")
 
 
-def python_call(name: str, arguments: list[str]) -> str:
-    """Return the source of a call, with an argument a line."""
-    return f"{name}(\n    " + ",\n    ".join(arguments) + ",\n)"
-
-
-def python_text(text: str) -> str:
-    """Return the source of a string, with its letters as they are."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def usage_code(args: Args, plan: Plan, source: str) -> str:
-    """Return Python code that draws --instance_prompt with the LoRA, with what training and previews had.
-
-    That matters: diffusers pads a prompt to 256 T5 tokens unless it is told otherwise, and a LoRA that was trained on
-    fewer of them loses its likeness.
-    """
-    about = plan.embeddings.about
-    loading = [python_text(source), f"dtype={plan.weight_dtype}"]
-    if args.revision:
-        loading.append(f"revision={python_text(args.revision)}")
-    if args.variant:
-        loading.append(f"variant={python_text(args.variant)}")
-    if about.get("t5") == "none":
-        loading += ["text_encoder_3=None", "tokenizer_3=None"]
-
-    drawing = [python_text(args.instance_prompt)]
-    if args.negative_prompt:
-        drawing.append(f"negative_prompt={python_text(args.negative_prompt)}")
-    drawing += [
-        f"max_sequence_length={about.get('max_sequence_length')}",
-        f"guidance_scale={guidance_of(args, plan.base_model.skeleton.config)}",
-        f"num_inference_steps={args.num_inference_steps}",
-        f"height={max(args.resolution)}",
-        f"width={max(args.resolution)}",
-    ]
-    return f"""import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = {python_call("StableDiffusion3Pipeline.from_pretrained", loading)}
-pipeline.load_lora_weights({python_text(plan.name)}, weight_name="{LORA_NAME}")
-pipeline.enable_model_cpu_offload()
-image = {python_call("pipeline", drawing)}.images[0]"""
-
-
-def card_text(args: Args, plan: Plan, steps: int, data: ModelCardData) -> str:
-    """Return the card with its data; a base model that is a folder is named without its path."""
-    prompt = args.instance_prompt
-    settings = json.dumps(plan.settings, indent=2, ensure_ascii=False)
-    source = args.pretrained_model_name_or_path
-    base = f"[{source}](https://huggingface.co/{source})"
-    if Path(source).is_dir():
-        is_sd35 = "v3.5" in architecture(plan.base_model.skeleton.config)
-        family = "Stable Diffusion 3.5" if is_sd35 else "Stable Diffusion 3"
-        base = f"a local copy of {family} (`{Path(source).resolve().name}`)"
-        source = "FOLDER OR REPOSITORY OF THE BASE MODEL"
-    code = usage_code(args, plan, source)
-    files = "Files & versions"
-    if "/" in plan.name:  # a repository
-        files = f"[{files}](/{plan.name}/tree/main)"
-    return f"""---
-{data.to_yaml()}
----
-
-{CARD_MARK}
-# {plan.name}
-
-<Gallery />
-
-This LoRA teaches {base} what **{prompt}** looks like. It was trained with DreamBooth.
-
-## Trigger words
-
-You should use `{prompt}` to trigger the image generation.
-
-## Download it
-
-`{LORA_NAME}` is under {files}.
-
-## Use it
-
-In ComfyUI at strength 1, or with diffusers 0.40 or later (before that, `dtype` was called `torch_dtype`). The file was
-tried with diffusers 0.31 and peft 0.15, with diffusers 0.42.1 and peft 0.21.2, and with versions in between.
-
-```python
-{code}
-```
-
-The license is that of the base model. Trained for {steps} steps with:
-
-```json
-{settings}
-```
-"""
-
-
-def push_to_hub(args: Args, plan: Plan, previews: list[tuple[str, Path]]) -> None:
-    """Upload the LoRA, its card and its samples, and nothing else."""
-    files = [LORA_NAME, "README.md", *[f"samples/{file.name}" for _, file in previews]]
-    if previews:
-        files.append("samples/progress.png")
+def list_model_files(args: Args, token: str | None) -> list[str] | None:
+    """Return the names of the model's files, such as vae/config.json; None if the Hub cannot be asked."""
+    folder = Path(args.pretrained_model_name_or_path)
+    if folder.is_dir():
+        return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     try:
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=plan.name, folder_path=args.output_dir, allow_patterns=files, commit_message="Add a LoRA"
-        )
-    except Exception as error:  # whatever it was, the LoRA is on disk
-        includes = [f"--include={file}" for file in files]
-        command = shell_line(["hf", "upload", plan.name, str(args.output_dir), ".", *includes])
-        raise SystemExit(
-            f"The upload failed: {first_line(error)}\nNothing is lost. To upload it, run: {command}"
-        ) from error
-    print(f"pushed to {plan.name}")
+        return HfApi(token=token).list_repo_files(str(folder.as_posix()), revision=args.revision)
+    except Exception:  # of the Hub or the network, which share no class; what was downloaded before may be enough
+        return None
 
 
-def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator, stop: StopRequest) -> None:
-    """Write the LoRA, its last previews and its card, report them, and upload them with --push_to_hub."""
-    path = args.output_dir / LORA_NAME
-    try:
-        with atomic_path(path) as partial:
-            write_lora(partial, state.transformer, plan.name, args)
-    except PermissionError as error:
-        checkpoint = args.output_dir / f"checkpoint-{state.global_step}"
-        where = f" The same LoRA is in {checkpoint / LORA_NAME}." if state.saved_step == state.global_step else ""
-        raise SystemExit(f"{error}.{where} To write it here, run {AGAIN}.") from error
-    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
-    stop.end_at_once()
-    previews = make_previews(args, plan, state, accelerator) if args.validation_prompt else []
-    with only_noted("README.md is not written"):
-        write_model_card(args, plan, state, previews)
-    print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
-    if args.push_to_hub:
-        push_to_hub(args, plan, previews)
+def missing_weights(files: list[str], args: Args, subfolder: str) -> str:
+    """Return a message if a model has no weights of a part in the format and the variant that are loaded, or "".
 
-
-# -------------------------------------------------------------------------------------------------------------- main
-# What surrounds a run: accelerate, the lock on the output folder, signals, errors and output. Then main().
-
-SIGHUP = 1  # which Windows does not have
-SIGBREAK = getattr(signal, "SIGBREAK", signal.SIGINT)  # Ctrl-Break, which only Windows has
-END_SIGNALS = signal.valid_signals() & {SIGHUP, SIGBREAK, signal.SIGINT, signal.SIGTERM}
-SAME_SIGNAL = 2.0  # seconds: a terminal, a shell and a launcher each send the signal that one Ctrl-C makes
-
-
-class StopRequest:
-    """Whether the run is to end: after Ctrl-C, SIGTERM or a lost terminal, or because its launcher is gone.
-
-    While `saves_first` holds, the training loop looks at `requested` and ends after its step, with a checkpoint; else
-    a signal ends the run as Ctrl-C does. What follows within two seconds is the same signal, sent by somebody else; a
-    later one ends the process at once.
+    They are NAME.safetensors or, in several files, NAME.safetensors.index.json, with the variant as one more suffix.
     """
-
-    def __init__(self) -> None:
-        self.saves_first = False
-        self.first_signal: float | None = None  # when it came
-        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate launch always sets it
-        self.launcher = os.getppid() if is_launched else None
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has come, or the launcher is gone: an orphan would keep the GPU, out of anybody's reach."""
-        is_orphan = self.launcher is not None and os.getppid() != self.launcher
-        return self.first_signal is not None or is_orphan
-
-    def listen(self) -> None:
-        """Take the signals from here on, but for those that are ignored, as nohup ignores SIGHUP."""
-        for number in END_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.note)
-
-    def end_at_once(self) -> None:
-        """From here on there is nothing that a signal should save first; one that has come already ends the run."""
-        self.saves_first = False
-        if self.requested:
-            raise KeyboardInterrupt
-
-    def note(self, number: int, _: object) -> None:
-        now = time.monotonic()
-        if self.first_signal is None:
-            self.first_signal = now
-            if not self.saves_first:
-                raise KeyboardInterrupt
-        elif now - self.first_signal > SAME_SIGNAL:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+    stem = "model" if subfolder.startswith("text_encoder") else "diffusion_pytorch_model"
+    present = [Path(file).name for file in files if Path(file).parent.name == subfolder]
+    for name in present:
+        suffixes = name.removeprefix(stem).split(".")
+        variant = [suffix for suffix in suffixes if suffix not in ("", "safetensors", "index", "json")]
+        if name.startswith(f"{stem}.") and "safetensors" in suffixes and ".".join(variant) == (args.variant or ""):
+            return ""
+    wanted = f"{stem}.{args.variant}.safetensors" if args.variant else f"{stem}.safetensors"
+    weights = [name for name in sorted(present) if "config" not in name]
+    has = f"It has: {', '.join(weights)}." if weights else "It has no weights at all."
+    fix = "Leave out --variant, or use one that is there." if args.variant else "See --variant."
+    return f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: there is no {wanted}. {has} {fix}"
 
 
-def silence_libraries() -> None:
-    """Hide what the libraries say at the start of a normal run; their errors stay."""
-    import transformers  # takes 1 s, which --help and a wrong command line should not cost
-
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*broadcast_buffers")  # a flag that accelerate passes on to DDP
-    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # which diffusers passes on to huggingface_hub
-    # fp16's loss scaler skips optimizer steps at first, so the schedule seems to come too early.
-    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
-    threading.excepthook = report_thread_error
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message: the Hub's own words, where there are some."""
+    message = (getattr(error, "server_message", None) or str(error)).strip() or type(error).__name__
+    return message.splitlines()[0].rstrip(".")
 
 
-def report_thread_error(failure: threading.ExceptHookArgs) -> None:
-    """Report an error of a thread, but not of the file system: TensorBoard raises that again, in the main thread."""
-    if not isinstance(failure.exc_value, OSError):
-        threading.__excepthook__(failure)
+# ------------------------------------------------------------------------------------------- launch, signals, errors
+
+
+def make_accelerator(args: Args) -> Accelerator:
+    """Return accelerate's engine, with the precision of --mixed_precision or else the launcher's."""
+    refuse_unsupported_launch()
+    try:
+        with announced_wait():
+            accelerator = Accelerator(
+                mixed_precision=args.mixed_precision,
+                # As a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win over the plain argument.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
+                dynamo_backend="no",  # the keys of a compiled model are not those that a LoRA file has
+                log_with=None if args.report_to == "none" else args.report_to,
+                project_dir=args.output_dir / args.logging_dir,
+                # On a Mac, copies that do not block can deliver wrong data.
+                dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
+                kwargs_handlers=[
+                    AutocastKwargs(enabled=False),  # everything has the training dtype; the LoRA casts for itself
+                    DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
+                    InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # others wait for previews and the upload
+                ],
+            )
+    # A precision that this device or this torch cannot do, an unknown tracker, a broken environment.
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise SystemExit(f"Cannot start: {first_line(error)}.") from error
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and accelerator.num_processes == 1:
+        torch.set_num_threads(usable_cpus())  # the launcher allows one
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on H100 its backward pass has given NaN (pytorch issue 196678)
+    return accelerator
 
 
 # What accelerate's configuration can ask for that would put something else in the place of the model, its layers or
@@ -3164,34 +3099,24 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def make_accelerator(args: Args) -> Accelerator:
-    """Return accelerate's engine, with the precision of --mixed_precision or else the launcher's."""
-    refuse_unsupported_launch()
-    try:
-        with announced_wait():
-            accelerator = Accelerator(
-                mixed_precision=args.mixed_precision,
-                # As a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win over the plain argument.
-                gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
-                dynamo_backend="no",  # the keys of a compiled model are not those that a LoRA file has
-                log_with=None if args.report_to == "none" else args.report_to,
-                project_dir=args.output_dir / args.logging_dir,
-                # On a Mac, copies that do not block can deliver wrong data.
-                dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
-                kwargs_handlers=[
-                    AutocastKwargs(enabled=False),  # everything has the training dtype; the LoRA casts for itself
-                    DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
-                    InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # others wait for previews and the upload
-                ],
-            )
-    # A precision that this device or this torch cannot do, an unknown tracker, a broken environment.
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise SystemExit(f"Cannot start: {first_line(error)}.") from error
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and accelerator.num_processes == 1:
-        torch.set_num_threads(usable_cpus())  # the launcher allows one
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    torch.backends.cuda.enable_cudnn_sdp(False)  # on H100 its backward pass has given NaN (pytorch issue 196678)
-    return accelerator
+def silence_libraries() -> None:
+    """Hide what the libraries say at the start of a normal run; their errors stay."""
+    import transformers  # takes 1 s, which --help and a wrong command line should not cost
+
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*broadcast_buffers")  # a flag that accelerate passes on to DDP
+    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # which diffusers passes on to huggingface_hub
+    # fp16's loss scaler skips optimizer steps at first, so the schedule seems to come too early.
+    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
+    threading.excepthook = report_thread_error
+
+
+def report_thread_error(failure: threading.ExceptHookArgs) -> None:
+    """Report an error of a thread, but not of the file system: TensorBoard raises that again, in the main thread."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def start_tracker(args: Args, plan: Plan, accelerator: Accelerator) -> None:
@@ -3207,6 +3132,15 @@ def start_tracker(args: Args, plan: Plan, accelerator: Accelerator) -> None:
         except Exception as error:  # trackers' errors share no class
             problems.add(f"--report_to {args.report_to}: {first_line(error)}. To train without it: --report_to none")
     problems.stop_if_any()
+
+
+@contextmanager
+def noted_logging(accelerator: Accelerator) -> Iterator[None]:
+    """Log no more, with one note, if a tracker's file cannot be written. A full disk ends the run."""
+    with only_noted("nothing more is logged"):
+        yield
+        return
+    accelerator.trackers.clear()  # TensorBoard would raise the same error at each step
 
 
 @contextmanager
@@ -3237,13 +3171,62 @@ def lock_output_dir(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         lock.release()
 
 
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error means that a disk or a quota is full."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    # safetensors and torch.save raise errors of their own, which have no errno.
-    pattern = "No space left|File too large|quota exceeded|PytorchStreamWriter|inline_container"
-    return bool(re.search(pattern, str(error)))
+SIGHUP = 1  # which Windows does not have
+SIGBREAK = getattr(signal, "SIGBREAK", signal.SIGINT)  # Ctrl-Break, which only Windows has
+END_SIGNALS = signal.valid_signals() & {SIGHUP, SIGBREAK, signal.SIGINT, signal.SIGTERM}
+SAME_SIGNAL = 2.0  # seconds: a terminal, a shell and a launcher each send the signal that one Ctrl-C makes
+
+
+class StopRequest:
+    """Whether the run is to end: after Ctrl-C, SIGTERM or a lost terminal, or because its launcher is gone.
+
+    While `saves_first` holds, the training loop looks at `requested` and ends after its step, with a checkpoint; else
+    a signal ends the run as Ctrl-C does. What follows within two seconds is the same signal, sent by somebody else; a
+    later one ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.saves_first = False
+        self.first_signal: float | None = None  # when it came
+        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate launch always sets it
+        self.launcher = os.getppid() if is_launched else None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come, or the launcher is gone: an orphan would keep the GPU, out of anybody's reach."""
+        is_orphan = self.launcher is not None and os.getppid() != self.launcher
+        return self.first_signal is not None or is_orphan
+
+    def listen(self) -> None:
+        """Take the signals from here on, but for those that are ignored, as nohup ignores SIGHUP."""
+        for number in END_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.note)
+
+    def end_at_once(self) -> None:
+        """From here on there is nothing that a signal should save first; one that has come already ends the run."""
+        self.saves_first = False
+        if self.requested:
+            raise KeyboardInterrupt
+
+    def note(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if self.first_signal is None:
+            self.first_signal = now
+            if not self.saves_first:
+                raise KeyboardInterrupt
+        elif now - self.first_signal > SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+def ignore_end_signals(_: int) -> None:
+    """Let a data worker live when Ctrl-C reaches it too: the step that a signal waits for needs its samples.
+
+    A worker that Python spawns, as on Windows, does not inherit what StopRequest has set. SIGTERM ends it as before.
+    """
+    for number in END_SIGNALS - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -3270,59 +3253,91 @@ def explained_errors() -> Iterator[None]:
         raise
 
 
-def main(args: Args) -> None:
-    """Train a LoRA and publish it: the order in which everything happens."""
-    silence_libraries()
-    accelerator = make_accelerator(args)
-    stop = StopRequest()
-    with (
-        redirect_stdout(ForgivingStream(sys.stdout)),
-        redirect_stderr(ForgivingStream(sys.stderr)),
-        explained_errors(),
-    ):
-        stop.listen()
-        plan = preflight(args, accelerator)
-        if args.dry_run:
-            accelerator.end_training()
-            return
-        with lock_output_dir(args.output_dir, accelerator):
-            plan = create_repository(args, plan, accelerator)
-            start_tracker(args, plan, accelerator)
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error means that a disk or a quota is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # safetensors and torch.save raise errors of their own, which have no errno.
+    pattern = "No space left|File too large|quota exceeded|PytorchStreamWriter|inline_container"
+    return bool(re.search(pattern, str(error)))
 
-            # Latents first: the VAE is gone before the transformer comes.
-            encode_latents(plan.examples, args, accelerator)
-            check_encoded_masks(plan.examples, args, accelerator)
-            transformer = load_transformer(args, plan.weight_dtype).to(accelerator.device)
 
-            # Class images show what the model knew before, so they are made while it has no LoRA.
-            kinds = [plan.examples]
-            if args.with_prior_preservation:
-                class_examples = make_class_images(args, plan, transformer, accelerator)
-                plan = with_class_images(plan, class_examples, accelerator)
-                encode_latents(class_examples, args, accelerator)
-                kinds.append(class_examples)
+class ForgivingStream:
+    """An output stream for which printing never fails.
 
-            add_lora(transformer, args, plan.seed)
-            state = start_or_resume(args, plan, transformer, accelerator)
+    Its reader, a pipe or a terminal, may go away, and its encoding, such as cp1252 on Windows, may lack characters:
+    that costs the output, or shows escapes such as \\u72ac, but not the result of the program.
+    """
 
-            # The whole run's samples, in order; a resumed run trains the rest of them.
-            micro_batch = args.train_batch_size * accelerator.num_processes
-            length = plan.max_train_steps * plan.samples_per_step
-            order = sample_order(kinds, args.class_every_n_samples, plan.seed, micro_batch, length)
-            check_order(order, args, plan, state, accelerator)
-            dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
-            model, dataloader = prepare_training(args, plan, state, dataset, accelerator)
-            preview_untrained(args, plan, state, accelerator)
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
 
-            # While there is something to save, a signal ends the training after its step, with a checkpoint.
-            stop.saves_first = True
-            train(args, plan, state, model, dataloader, accelerator, stop)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
-            if accelerator.is_main_process:
-                publish(args, plan, state, accelerator, stop)
-            accelerator.wait_for_everyone()  # a process that left would end the others' process group
-        with noted_logging(accelerator):
-            accelerator.end_training()
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        with suppress(OSError, ValueError):
+            self.stream.write(printable)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: write() has flushed."""
+
+
+class ProgressBar(tqdm):
+    """A bar in a terminal; elsewhere, as in a log file, a plain line every 30 seconds and one at the end."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.in_terminal = sys.stderr.isatty()
+        self.shown = kwargs.get("initial", 0)
+        if not self.in_terminal:
+            kwargs["mininterval"] = 30
+            kwargs["leave"] = True  # else tqdm would not end the line
+            kwargs["bar_format"] = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        super().__init__(*args, **kwargs)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.in_terminal:
+            super().display(msg, pos)
+        elif self.n > self.shown:
+            end = "" if self.n == self.total else "\n"  # tqdm itself ends the last line
+            print(self, end=end, file=sys.stderr)
+            self.shown = self.n
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 step" or "2 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def shell_line(command: list[str]) -> str:
+    """Return a command as it is typed; Windows' cmd.exe knows double quotes alone."""
+    if os.name == "nt":
+        return subprocess.list2cmdline(command)
+    return shlex.join(command)
+
+
+def peak_memory() -> str:
+    """Return the peak VRAM and RAM of this process so far; RAM includes mapped files, such as weights."""
+    vram = f"peak VRAM {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB, " if torch.cuda.is_available() else ""
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except ImportError:  # on Windows
+        ram = psutil.Process().memory_info().peak_wset
+    return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
+
+
+def vram_in_use() -> str:
+    """Return the peak VRAM of this process for the progress bar, or nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return ""
+    return f", {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB"
 
 
 if __name__ == "__main__":
