@@ -49,6 +49,7 @@ import threading
 import time
 import unicodedata
 import warnings
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -73,6 +74,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors.torch
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import (
@@ -86,7 +88,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
@@ -199,7 +201,6 @@ class Plan:
     examples: list[Example]  # of the subject
     start_lora: dict[str, Tensor]  # the weights of --pretrained_lora_path, or {}
     checkpoint: dict[str, Any]  # the saved state to resume from, or {}
-    start: int  # number of this start among those that have left checkpoints in --output_dir
     settings: dict[str, object]  # what a run that resumes this one is compared with
     samples_per_step: int
     max_train_steps: int
@@ -214,7 +215,6 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     global_step: int  # optimizer steps that are done
-    saved_step: int = 0  # the last step of which this run has saved a checkpoint
 
 
 # Previews, class images and all choices about a sample are drawn from generators that are seeded by the run's seed,
@@ -351,8 +351,7 @@ def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator
             except UnreadableImageError as error:
                 problems.add(str(error))
                 continue
-            with atomic_path(example.latents) as partial:
-                save_file(latents, partial)
+            write_file(example.latents, safetensors.torch.save(latents))
         del vae
     diffusers.training_utils.free_memory()
     problems.stop_if_any()
@@ -723,7 +722,6 @@ NOT_FINITE = (
 )
 STOPPED = "Stopped after step {}; a checkpoint is saved. To continue, add --resume_from_checkpoint latest."
 AGAIN = "the same command again, with --resume_from_checkpoint latest"
-NOT_SAVED = "Stopped after step {}; its checkpoint could not be saved: see the note above."
 
 
 def prepare_training(
@@ -817,8 +815,7 @@ def train(
             save_checkpoint(args, plan, state, accelerator)
         if stopping:
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
-            message = STOPPED if state.saved_step == state.global_step else NOT_SAVED
-            raise SystemExit(message.format(state.global_step) if is_main else 1)
+            raise SystemExit(STOPPED.format(state.global_step) if is_main else 1)
         if is_main and has_previews:
             make_previews(args, plan, state, accelerator)
     progress.close()
@@ -940,7 +937,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 # A checkpoint is a folder checkpoint-N with two files: a LoRA that can be used as it is, and training_state.pt with
-# all that training needs to continue to the same result.
+# all that training needs to continue to the same result. That one is written last: with it the checkpoint is complete.
 
 
 def start_or_resume(
@@ -979,35 +976,38 @@ def start_or_resume(
 
 
 def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
-    """Write checkpoint-N and its step into the state; remove the oldest ones beyond --checkpoints_total_limit.
+    """Write checkpoint-N, then remove those that it replaces.
 
-    If an earlier checkpoint-N is in use, it stays, with a note: that must not cost the training that it interrupts.
+    These are the oldest ones beyond --checkpoints_total_limit and, after a resume from an earlier checkpoint, the later
+    ones, from which this run has parted.
     """
     from peft import get_peft_model_state_dict
 
     scaler = accelerator.scaler
+    lora = {}  # exact: alpha is not multiplied in
+    for name, weight in get_peft_model_state_dict(state.transformer).items():
+        lora[name] = weight.detach().to("cpu", copy=True)
     saved = {
         "global_step": state.global_step,
-        "start": plan.start,
         "settings": plan.settings,
-        "lora": get_peft_model_state_dict(state.transformer),  # exact: alpha is not multiplied in
+        "lora": lora,
         "optimizer": state.optimizer.state_dict(),
         "scaler": scaler.state_dict() if scaler else None,
     }
+    content = io.BytesIO()
+    torch.save(saved, content)
     folder = args.output_dir / f"checkpoint-{state.global_step}"
-    try:
-        with atomic_path(folder) as partial:
-            partial.mkdir()
-            write_lora(partial / LORA_NAME, state.transformer, plan.name, args)
-            torch.save(saved, partial / STATE_NAME)
-    except PermissionError as error:
-        print(f"note: {folder} is not saved: {error}")
-        return
-    state.saved_step = state.global_step
+    folder.mkdir(exist_ok=True)
+    write_lora(folder / LORA_NAME, state.transformer, plan.name, args)
+    write_file(folder / STATE_NAME, content.getbuffer())
+
+    checkpoints = list_checkpoints(args.output_dir)
+    place = checkpoints.index(folder)
+    for later in checkpoints[place + 1 :]:
+        remove_checkpoint(later)
     if args.checkpoints_total_limit:
-        with only_noted("no old checkpoint is removed"):
-            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                remove_folder(old)
+        for old in checkpoints[: place + 1][: -args.checkpoints_total_limit]:
+            remove_checkpoint(old)
 
 
 def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: str, args: Args) -> None:
@@ -1044,9 +1044,7 @@ def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: s
         "modelspec.resolution": f"{max(args.resolution)}x{max(args.resolution)}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    save_file(lora, path, metadata)
-    with suppress(OSError):  # a drive of Windows or in the cloud has no modes
-        path.chmod(0o644)  # safetensors makes files that only their owner can read
+    write_file(path, safetensors.torch.save(lora, metadata))
 
 
 def architecture(config: Any) -> str:
@@ -1058,67 +1056,28 @@ def architecture(config: Any) -> str:
     return "stable-diffusion-v3-medium"
 
 
-def read_state(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Return a checkpoint's training state, or {} if it is missing, incomplete or not ours. It cannot run code.
-
-    With mmap, tensors stay on disk, and the file stays open as long as they live. OSError if the file is there but
-    cannot be read now: a lock, a drive in the cloud. A run that took it for incomplete would overwrite it.
-    """
-    path = folder / STATE_NAME
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        if error.errno == errno.EINVAL and error.filename is None:  # a broken file makes torch seek outside of it
-            return {}
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except Exception:  # a file that is cut short, or is no pickle of tensors, fails in many ways inside torch
-        return {}
-    return state if is_training_state(state) else {}
-
-
-def is_training_state(state: Any) -> bool:
-    """Whether a saved object has what save_checkpoint writes."""
-    types = {"global_step": int, "settings": dict, "lora": dict, "optimizer": dict, "scaler": dict | None}
-    if not isinstance(state, dict) or not isinstance(state.get("start", 0), int):
-        return False
-    for name, kind in types.items():
-        if name not in state or not isinstance(state[name], kind):
-            return False
-    has_seed = isinstance(state["settings"].get("seed"), int)
-    has_moments = isinstance(state["optimizer"].get("state"), dict)
-    groups = state["optimizer"].get("param_groups")
-    has_group = isinstance(groups, list) and len(groups) == 1 and isinstance(groups[0], dict)
-    has_weights = all(isinstance(weight, Tensor) for weight in state["lora"].values())
-    return has_seed and has_moments and has_group and has_weights
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in a folder in the order they were saved.
-
-    They say themselves when that was: the start of the program and the step. Copies, archives and the Hub do not keep
-    a file's time, and the step alone is not enough, since an earlier start may have left higher ones. Checkpoints
-    of versions without a number of the start come first.
-    """
-    found = []
-    for path in checkpoint_folders(folder):
-        state = read_state(path, mmap=True)
-        if state:
-            found.append((state.get("start", 0), state["global_step"], path))
-    return [path for *_, path in sorted(found)]
+    """Return the complete checkpoints in a folder, ordered by their step."""
+    found = {}
+    for path in folder.glob(f"checkpoint-*/{STATE_NAME}"):
+        if re.fullmatch("checkpoint-[0-9]+", path.parent.name):
+            found[step_of(path.parent)] = path.parent
+    return [found[step] for step in sorted(found)]
 
 
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """Return the folders that have a checkpoint's name and a training state, whole or not."""
-    states = sorted(folder.glob(f"checkpoint-*/{STATE_NAME}"))
-    return [path.parent for path in states if re.fullmatch(r"checkpoint-[0-9]+", path.parent.name)]
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was saved, from its name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def next_start(folder: Path) -> int:
-    """Return the number of a start of the program that is newer than all checkpoints in a folder."""
-    existing = list_checkpoints(folder)
-    return read_state(existing[-1], mmap=True).get("start", 0) + 1 if existing else 1
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's training state. It cannot run code. Raises an error of any class if it is not whole."""
+    path = checkpoint / STATE_NAME
+    check_regular_file(path)
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():  # torch.load does not look at the archive's checksums
+            raise ValueError("it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # ------------------------------------------------------------------ on a first reading, stop here: the job is complete
@@ -1163,11 +1122,8 @@ def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accele
 
 
 def preview_untrained(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
-    """Draw what the model makes of the prompts before it is trained, in place of an earlier run's previews."""
+    """Draw what the model makes of the prompts before it is trained."""
     if accelerator.is_main_process and args.validation_prompt and state.global_step == 0:
-        for earlier in (args.output_dir / "samples").glob("step-*-prompt-*.png"):
-            with only_noted(f"{earlier} of an earlier run stays"):
-                earlier.unlink()
         make_previews(args, plan, state, accelerator)
 
 
@@ -1236,8 +1192,9 @@ def generate_images(
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    with atomic_path(path) as partial:
-        image.save(partial)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_file(path, content.getbuffer())
 
 
 def log_images(shown: dict[str, list[Image.Image]], step: int, accelerator: Accelerator) -> None:
@@ -1253,7 +1210,7 @@ def log_images(shown: dict[str, list[Image.Image]], step: int, accelerator: Acce
 def draw_progress(folder: Path, rows: int, last_step: int) -> Image.Image:
     """Draw a sheet with a row per prompt and a column per preview so far, at most 16; unreadable ones are left out."""
     found = [int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png")]
-    steps = sorted(step for step in found if step <= last_step)  # later ones are of an earlier run
+    steps = sorted(step for step in found if step <= last_step)  # later ones are those of a run that was resumed
     every = 1 + len(steps) // 15
     columns = []
     for step in [*steps[:-1:every], last_step]:
@@ -1334,13 +1291,7 @@ def with_class_images(plan: Plan, class_examples: list[Example], accelerator: Ac
 def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator, stop: StopRequest) -> None:
     """Write the LoRA, its last previews and its card, report them, and upload them with --push_to_hub."""
     path = args.output_dir / LORA_NAME
-    try:
-        with atomic_path(path) as partial:
-            write_lora(partial, state.transformer, plan.name, args)
-    except PermissionError as error:
-        checkpoint = args.output_dir / f"checkpoint-{state.global_step}"
-        where = f" The same LoRA is in {checkpoint / LORA_NAME}." if state.saved_step == state.global_step else ""
-        raise SystemExit(f"{error}.{where} To write it here, run {AGAIN}.") from error
+    write_lora(path, state.transformer, plan.name, args)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
     stop.end_at_once()
     previews = make_previews(args, plan, state, accelerator) if args.validation_prompt else []
@@ -1383,8 +1334,7 @@ def write_model_card(args: Args, plan: Plan, state: TrainState, previews: list[t
         ],
         widget=[{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in previews],
     )
-    with atomic_path(path) as partial:
-        partial.write_text(card_text(args, plan, state.global_step, data), "utf-8")
+    write_file(path, card_text(args, plan, state.global_step, data).encode())
 
 
 def card_text(args: Args, plan: Plan, steps: int, data: ModelCardData) -> str:
@@ -1971,13 +1921,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     check_machine(args, accelerator, problems)
     check_libraries(args, problems)
     check_hub_login(args, accelerator, problems)
-    checkpoint: dict[str, Any] = {}
-    start = 1
-    try:
-        checkpoint = find_checkpoint(args, problems)
-        start = next_start(args.output_dir)
-    except OSError as error:
-        problems.add(f"A checkpoint exists but cannot be read now: {error}. Try again, or move it elsewhere.")
+    checkpoint = find_checkpoint(args, problems)
 
     # The base model without its weights, and what must fit it: the LoRA to start from, the images, the embeddings.
     base_model = inspect_base_model(args, problems)
@@ -2013,7 +1957,6 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
             examples=examples,
             start_lora=start_lora,
             checkpoint=checkpoint,
-            start=start,
             samples_per_step=samples_per_step,
             max_train_steps=max_train_steps,
             preview_steps=find_preview_steps(args, examples, samples_per_step, max_train_steps),
@@ -2106,30 +2049,38 @@ def check_libraries(args: Args, problems: Problems) -> None:
 
 
 def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
-    """Return the training state to resume from, or {} to start from the beginning."""
+    """Return the training state to resume from, or {} to start from the beginning: in a folder without checkpoints."""
     wanted = args.resume_from_checkpoint
-    if not wanted:
-        return {}
     existing = list_checkpoints(args.output_dir)
-    if wanted == "latest":
-        candidates = existing[-1:]
-        for path in checkpoint_folders(args.output_dir):
-            if path not in existing:
-                problems.note(f"skipped, since it is not a complete checkpoint: {path}")
+    if not wanted:
+        if existing:
+            problems.add(
+                f"{args.output_dir} has checkpoints of an earlier run, the last one after step {step_of(existing[-1])}. "
+                "To go on with it, add --resume_from_checkpoint latest. For a new run, choose another --output_dir."
+            )
+        return {}
+    if wanted != "latest":
+        path = Path(wanted) if Path(wanted).exists() else args.output_dir / wanted
+    elif existing:
+        path = existing[-1]
     else:
-        candidates = [Path(wanted), args.output_dir / wanted]
-    for path in candidates:
-        state = read_state(path)
-        if state:
-            return state
-    if wanted == "latest":
         problems.note(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
-    else:
-        names = ", ".join(path.name for path in existing) or "none"
-        found = any(path.exists() for path in candidates)
-        reason = "is not a complete checkpoint" if found else "does not exist"
-        problems.add(f"--resume_from_checkpoint {wanted} {reason}. {args.output_dir} has: {names}.")
-    return {}
+        return {}
+    try:
+        checkpoint = read_state(path)
+    except Exception as error:  # a file that is missing, locked or damaged fails in many ways
+        names = ", ".join(each.name for each in existing) or "none"
+        problems.add(
+            f"--resume_from_checkpoint {wanted}: {path} cannot be read ({first_line(error)}). {args.output_dir} has: "
+            f"{names}."
+        )
+        return {}
+    later = [each.name for each in existing if step_of(each) > checkpoint["global_step"]]
+    if later:
+        problems.note(
+            f"the first checkpoint that is saved replaces {', '.join(later)}; another --output_dir keeps them"
+        )
+    return checkpoint
 
 
 def inspect_base_model(args: Args, problems: Problems) -> BaseModel | None:
@@ -2556,39 +2507,12 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
             changed.append(f"{name} {before} -> {value}")
     if changed:
         problems.note(f"continuing with changed settings: {', '.join(changed)}")
-    lora = plan.checkpoint["lora"]
-    if not refused:  # with the same settings all of it fits, if it is whole
-        misfit = misfit_of_lora(lora, args, plan.base_model)
-        if not misfit and not has_moments_of(plan.checkpoint["optimizer"], [each.shape for each in lora.values()]):
-            misfit = "the optimizer's state"
-        if misfit:
-            refused.append(f"The checkpoint does not fit the model: see {misfit}. Resume from an earlier one.")
     for problem in refused:
         problems.add(problem)
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "momentum_buffer")  # in the words of torch and bitsandbytes
-
-
-def has_moments_of(optimizer: dict[str, Any], shapes: list[torch.Size]) -> bool:
-    """Whether an optimizer's saved state has the moments of each parameter, in its shape.
-
-    It is empty as long as every step was skipped, since Adam makes its states in the first one.
-    """
-    states = optimizer["state"]
-    if states and list(states) != list(range(len(shapes))):
-        return False
-    for number, state in states.items():
-        tensors = state.get("__bnb_optimizer_quant_state__", state)  # where bitsandbytes has them
-        moments = [tensors[name] for name in MOMENTS if name in tensors]
-        if not moments or any(moment.shape != shapes[number] for moment in moments):
-            return False
-    kinds = {tuple(sorted(state)) for state in states.values()}
-    return len(kinds) <= 1  # or some parameter lacks what the others have
-
-
 def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
-    """Note the size of the run, old checkpoints that it will remove and, in a dry run, what becomes of each image."""
+    """Note the size of the run and, in a dry run, what becomes of each image."""
     if args.dry_run:
         for example in plan.examples:
             height, width = example.shape
@@ -2603,11 +2527,6 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     if args.validation_prompt or args.with_prior_preservation:
         guidance = guidance_of(args, plan.base_model.skeleton.config)
         problems.note(f"previews and class images: {args.num_inference_steps} steps, --guidance_scale {guidance:g}")
-    existing = len(checkpoint_folders(args.output_dir))
-    limit = args.checkpoints_total_limit
-    if limit and existing > limit:  # earlier versions kept all of them
-        kept = f"the first save keeps the newest {limit}; --checkpoints_total_limit 0 keeps all"
-        problems.note(f"{args.output_dir} has {existing} checkpoints: {kept}")
 
 
 # ----------------------------------------------------------------------------- part V: what the world does to a run
@@ -2873,33 +2792,26 @@ def flush_to_disk(file: Any) -> None:
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in cannot:  # the disk is full, or broken
-            raise OSError(error.errno, error.strerror, str(file.name)) from error
+        if error.errno not in cannot:
+            raise
 
 
-# What save_file and torch.save raise in place of an OSError.
-REFUSED_WRITE = r"I/O error: .*os error|^File .* cannot be opened|^Parent directory .* does not exist"
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that appears under its name whole and on disk, or not at all.
 
-
-@contextmanager
-def atomic_path(final: Path) -> Iterator[Path]:
-    """Yield a path to write a file or folder to; if the block succeeds, it appears as `final`, whole and on disk."""
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent, ignore_cleanup_errors=True) as folder:
-        partial = Path(folder, final.name)
+    The content is made in memory first: where Python writes it, an error says what is wrong; torch and safetensors
+    only say that something is.
+    """
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        partial = Path(folder, path.name)
         try:
-            yield partial
-        except (SafetensorError, RuntimeError) as error:
-            if not re.search(REFUSED_WRITE, str(error)):
-                raise
-            raise OSError(errno.EIO, first_line(error), str(final)) from error
-        for path in [partial, *partial.rglob("*")]:
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    flush_to_disk(file)
-        if partial.is_dir():
-            move_folder(partial, final)
-        else:
-            move_file(partial, final)
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                flush_to_disk(file)
+        except OSError as error:  # the disk is full, or broken
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        move_file(partial, path)
 
 
 def move_file(source: Path, target: Path) -> None:
@@ -2915,28 +2827,11 @@ def move_file(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def move_folder(source: Path, target: Path) -> None:
-    """Rename a folder; where there is one already, or a network drive renames no folders, rename its files.
-
-    By name, so that training_state.pt comes last: a checkpoint without it counts as incomplete. Nothing is removed, so
-    an earlier checkpoint of which a file is in use can still be resumed.
-    """
-    if target.is_symlink():
-        target.unlink()  # what it leads to stays
-    try:
-        os.replace(source, target)
-    except OSError:
-        target.mkdir(exist_ok=True)
-        for path in sorted(source.iterdir()):
-            move_file(path, target / path.name)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder, or only the link to it. What another program holds open stays: it ends no run."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, beginning with the file without which it counts as none; what is in use elsewhere stays."""
+    with suppress(OSError):
+        (folder / STATE_NAME).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -3163,7 +3058,7 @@ def lock_output_dir(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     problems.stop_if_any()
     try:
         if accelerator.is_main_process:
-            for part in (".", "latents", "samples", "class_images-*"):
+            for part in (".", "latents", "samples", "checkpoint-*", "class_images-*"):
                 for unfinished in folder.glob(f"{part}/.unfinished-*"):  # of a run that was killed
                     shutil.rmtree(unfinished, ignore_errors=True)
         yield
@@ -3255,11 +3150,7 @@ def explained_errors() -> Iterator[None]:
 
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error means that a disk or a quota is full."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    # safetensors and torch.save raise errors of their own, which have no errno.
-    pattern = "No space left|File too large|quota exceeded|PytorchStreamWriter|inline_container"
-    return bool(re.search(pattern, str(error)))
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ForgivingStream:
