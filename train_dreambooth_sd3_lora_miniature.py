@@ -30,6 +30,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -87,7 +88,7 @@ from accelerate.utils import (
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData
 from PIL import ExifTags, Image, ImageCms, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -344,14 +345,14 @@ def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator
         vae = load_vae(args, torch.float32)
         del vae.decoder  # 0.2 GB that encoding does not need
         vae.to(accelerator.device)
-        is_local_main = accelerator.is_local_main_process
-        for example in ProgressBar(missing, "Encoding images", unit="image", disable=not is_local_main):
+        for example in tqdm(missing, "Encoding images", unit="image", disable=no_bar(accelerator)):
             try:
                 latents = encode_image(vae, example, args)
             except UnreadableImageError as error:
                 problems.add(str(error))
                 continue
-            write_file(example.latents, safetensors.torch.save(latents))
+            proof = {"name": example.latents.stem, "sha256": digest_of_tensors(latents)}
+            write_file(example.latents, safetensors.torch.save(latents, proof))
         del vae
     diffusers.training_utils.free_memory()
     problems.stop_if_any()
@@ -403,12 +404,22 @@ def encode_crop(vae: diffusers.AutoencoderKL, crop: Image.Image, mask: Image.Ima
 
 
 def are_latents(path: Path) -> bool:
-    """Whether a file of latents exists and is whole: opening it compares its header with its length."""
+    """Whether a file of latents is there, whole, and the one of its name."""
     try:
+        check_regular_file(path)
         with safe_open(path, "pt") as file:
-            return {"mean", "std", "mask"} <= set(file.keys())
-    except (OSError, SafetensorError):
+            proof = file.metadata()
+        return proof == {"name": path.stem, "sha256": digest_of_tensors(load_file(path))}
+    except Exception:  # a missing, short or damaged file fails in many ways; it is written again
         return False
+
+
+def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of the tensors' bytes, in the order of their names."""
+    content = hashlib.sha256()
+    for name in sorted(tensors):
+        content.update(tensors[name].contiguous().numpy())
+    return content.hexdigest()
 
 
 class PromptEmbeddings:
@@ -578,7 +589,7 @@ def add_lora(transformer: diffusers.SD3Transformer2DModel, args: Args, seed: int
     torch.manual_seed(seed)
     config = LoraConfig(
         r=args.rank,
-        lora_alpha=args.lora_alpha or args.rank,
+        lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=lora_targets(transformer, args.lora_layers),
         init_lora_weights="gaussian",
@@ -640,36 +651,45 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+@dataclass(frozen=True)
+class OptimizerKind:
+    """What an optimizer is; all that depends on it follows from this."""
+
+    module: str  # where it is imported from, and what is to be installed
+    name: str
+    learning_rate: float = 1e-4  # if --learning_rate is not given
+    states: int = 2  # numbers that it keeps per parameter, each of at most 32 bits
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# A new optimizer goes here. It must take lr, betas, eps and weight_decay.
+OPTIMIZERS = {
+    "adamw": OptimizerKind("torch.optim", "AdamW", options={"fused": True}),
+    "adamw_8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit"),
+    "paged_adamw_8bit": OptimizerKind("bitsandbytes.optim", "PagedAdamW8bit"),
+    "prodigy": OptimizerKind(  # as in diffusers' scripts; arXiv 2306.06101. It multiplies the rate by what it finds.
+        "prodigyopt",
+        "Prodigy",
+        learning_rate=1.0,
+        states=4,
+        options={"use_bias_correction": True, "safeguard_warmup": True},
+    ),
+}
+
+
 def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step: int) -> torch.optim.Optimizer:
-    """Return AdamW, fused or with its states in 8 bits, or Prodigy. A new one goes here and into the choices."""
-    kwargs: dict[str, Any] = {
-        "lr": learning_rate_of(args) * samples_per_step if args.scale_lr else learning_rate_of(args),
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.adam_weight_decay,
-    }
-    name = "adamw_8bit" if args.use_8bit_adam and args.optimizer == "adamw" else args.optimizer
-    if name == "paged_adamw_8bit":
-        from bitsandbytes.optim import PagedAdamW8bit
-
-        return PagedAdamW8bit(lora_params, **kwargs)
-    if name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(lora_params, **kwargs)
-    if name == "prodigy":  # as in diffusers' scripts; arXiv 2306.06101
-        from prodigyopt import Prodigy
-
-        with redirect_stdout(None):  # it prints what kind of weight decay it has
-            return Prodigy(lora_params, use_bias_correction=True, safeguard_warmup=True, **kwargs)
-    return torch.optim.AdamW(lora_params, fused=True, **kwargs)
-
-
-def learning_rate_of(args: Args) -> float:
-    """Return --learning_rate, or else the default of its optimizer; --scale_lr comes on top."""
-    if args.learning_rate is not None:
-        return args.learning_rate
-    return 1.0 if args.optimizer == "prodigy" else 1e-4
+    """Return the --optimizer of these parameters."""
+    kind = OPTIMIZERS[args.optimizer]
+    constructor = getattr(importlib.import_module(kind.module), kind.name)
+    with redirect_stdout(None):  # Prodigy prints what kind of weight decay it has
+        return constructor(
+            lora_params,
+            lr=args.learning_rate * samples_per_step if args.scale_lr else args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.adam_weight_decay,
+            **kind.options,
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -714,12 +734,6 @@ def flow_matching_loss(error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str,
 
 
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high, which costs a few steps
-NOT_FINITE = (
-    f"The gradients of too many steps were not finite: {MAX_SKIPPED_STEPS} in a row, or so many that fp16's loss "
-    "scale fell below 1, where small gradients become zero. None of these steps was applied. Usual causes: a learning "
-    "rate that is too high, fp16 where the model needs bf16, embeddings of another model. Earlier checkpoints are "
-    "unaffected. Start again with a lower --learning_rate or another --mixed_precision."
-)
 STOPPED = "Stopped after step {}; a checkpoint is saved. To continue, add --resume_from_checkpoint latest."
 AGAIN = "the same command again, with --resume_from_checkpoint latest"
 
@@ -767,12 +781,14 @@ def train(
     lora_params = trainable_parameters(state.transformer)
     loss_sum = torch.zeros((), device=accelerator.device)
     skipped_in_a_row = 0
-    progress = ProgressBar(
+    started = time.monotonic()
+    first_step = state.global_step
+    progress = tqdm(
         desc="Training",
         total=plan.max_train_steps,
         initial=state.global_step,
         unit="step",
-        disable=not accelerator.is_local_main_process,
+        disable=no_bar(accelerator),
     )
     for batch in dataloader:
         # A micro-batch. accumulate() knows which one completes an optimizer step; before it, gradients only add up,
@@ -784,14 +800,14 @@ def train(
             accelerator.backward(loss)
             loss_sum += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                finite, mean_loss, stopping = finish_gradients(lora_params, loss_sum, args, accelerator, stop)
+                report = finish_gradients(lora_params, loss_sum, args, accelerator, stop)
                 loss_sum.zero_()
-                skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-                if not finite:  # without gradients the optimizer skips its step; fp16's loss scale is halved
+                skipped_in_a_row = 0 if report.is_finite else skipped_in_a_row + 1
+                if not report.is_finite:  # without gradients the optimizer skips its step; fp16's loss scale is halved
                     state.optimizer.zero_grad()
                     scale = accelerator.scaler.get_scale() if accelerator.scaler else math.inf
                     if skipped_in_a_row == MAX_SKIPPED_STEPS or scale <= 1:
-                        raise SystemExit(NOT_FINITE if is_main else 1)
+                        raise SystemExit(diverged(args, skipped_in_a_row) if is_main else 1)
             state.optimizer.step()
             state.optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -802,18 +818,23 @@ def train(
         prodigy_factor = state.optimizer.param_groups[0].get("d", 1)
         learning_rate = state.lr_scheduler.get_last_lr()[0] * prodigy_factor
         with noted_logging(accelerator):
-            accelerator.log({"loss": mean_loss, "lr": learning_rate}, step=state.global_step)
+            accelerator.log({"loss": report.loss, "lr": learning_rate}, step=state.global_step)
         state.lr_scheduler.step()  # not prepared by accelerate, which would step it once per process
-        progress.set_postfix_str(f"loss {mean_loss:.4f}{vram_in_use()}", refresh=False)
+        progress.set_postfix_str(f"loss {report.loss:.4f}{vram_in_use()}", refresh=False)
         progress.update()
 
         # Save before previews, which take long and may be interrupted; and the last step, so that the run can be
         # continued to more steps.
         is_last = state.global_step == plan.max_train_steps
+        if is_last and skipped_in_a_row:
+            raise SystemExit(diverged(args, skipped_in_a_row) if is_main else 1)
         has_previews = state.global_step in plan.preview_steps
-        if is_main and (stopping or is_last or has_previews or state.global_step % args.checkpointing_steps == 0):
+        is_due = state.global_step % args.checkpointing_steps == 0
+        if is_main and (report.stops or is_last or has_previews or is_due):
             save_checkpoint(args, plan, state, accelerator)
-        if stopping:
+            seconds = (time.monotonic() - started) / (state.global_step - first_step)
+            tqdm.write(f"step {state.global_step}: loss {report.loss:.4f}, {seconds:.2g} s per step, checkpoint saved")
+        if report.stops:
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
             raise SystemExit(STOPPED.format(state.global_step) if is_main else 1)
         if is_main and has_previews:
@@ -821,22 +842,42 @@ def train(
     progress.close()
 
 
+def diverged(args: Args, skipped: int) -> str:
+    """Return the message that ends a run whose loss or gradients are not finite."""
+    good = list_checkpoints(args.output_dir)
+    where = f"The last good checkpoint is {good[-1]}." if good else "There is no checkpoint."
+    return (
+        f"The training has diverged: the last {count_of(skipped, 'step')} had a loss or gradients that are not finite, "
+        "or so many had that fp16's loss scale fell below 1, where small gradients become zero. These steps were "
+        "skipped. Usual causes: a learning rate that is too high, fp16 where the model needs bf16, embeddings of "
+        f"another model. {where} Start again with a lower --learning_rate or another --mixed_precision."
+    )
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What all processes agree on at the end of a step."""
+
+    is_finite: bool  # the loss and all gradients, in every process
+    loss: float  # the mean over the step's samples
+    stops: bool  # whether some process has been asked to stop
+
+
 def finish_gradients(
     lora_params: list[nn.Parameter], loss: Tensor, args: Args, accelerator: Accelerator, stop: StopRequest
-) -> tuple[bool, float, bool]:
-    """Clip the gradients; return what all processes agree on: all are finite, the mean loss, whether to stop.
+) -> StepReport:
+    """Clip the gradients, and let the processes agree.
 
-    One reduce for all three, the step's only wait for the GPU (but bitsandbytes' optimizers and Prodigy wait for each
+    One reduce for all of it, the step's only wait for the GPU (but bitsandbytes' optimizers and Prodigy wait for each
     parameter).
     """
     norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
-    values = torch.stack([norm.isfinite().float(), loss, loss.new_tensor(stop.requested)])
+    is_finite = norm.isfinite() & loss.isfinite()
+    values = torch.stack([is_finite.float(), loss, loss.new_tensor(stop.requested)])
     finite_share, mean_loss, stopping_share = accelerator.reduce(values, "mean").tolist()
-    return finite_share == 1, mean_loss, stopping_share > 0
+    return StepReport(finite_share == 1, mean_loss, stopping_share > 0)
 
 
-ADAM_STATES = 2  # room for two moments in fp32 per parameter; 8-bit optimizers need less
-PRODIGY_STATES = 4  # Adam's two, the parameter's first value, and a sum of gradients
 LATER_KERNELS = 256 * 2**20  # bytes of GPU memory: bitsandbytes' are loaded in the first optimizer step
 
 
@@ -854,7 +895,7 @@ def choose_recomputation(
     batch = default_collate([dataset[largest]] * args.train_batch_size)
     batch = send_to_device(batch, accelerator.device)
     lora_params = trainable_parameters(state.transformer)
-    states = PRODIGY_STATES if args.optimizer == "prodigy" else ADAM_STATES
+    states = OPTIMIZERS[args.optimizer].states
     optimizer_states = [torch.empty_like(parameter) for parameter in lora_params * states]
     blocks = len(blocks_in_backward(state.transformer))
     counts = [blocks] if args.gradient_checkpointing else sorted({0, blocks // 2, blocks})
@@ -978,8 +1019,8 @@ def start_or_resume(
 def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
     """Write checkpoint-N, then remove those that it replaces.
 
-    These are the oldest ones beyond --checkpoints_total_limit and, after a resume from an earlier checkpoint, the later
-    ones, from which this run has parted.
+    These are the oldest ones beyond --checkpoints_total_limit and, after a resume from an earlier checkpoint, the
+    later ones: this run has parted from them.
     """
     from peft import get_peft_model_state_dict
 
@@ -1248,8 +1289,7 @@ def make_class_images(
     if share:
         pipeline = make_pipeline(transformer, plan, args, accelerator.device)
         prompt = plan.embeddings[str(args.class_prompt)]
-        is_local_main = accelerator.is_local_main_process
-        for batch in ProgressBar(share, "Class images", unit="batch", disable=not is_local_main):
+        for batch in tqdm(share, "Class images", unit="batch", disable=no_bar(accelerator)):
             generators = [seeded_generator(plan.seed, CLASS_IMAGE_STREAM, number_of[path]) for path in batch]
             try:
                 images = generate_images(pipeline, prompt, plan.embeddings[""], generators, args)
@@ -1587,7 +1627,7 @@ class Args:
         "LoRA", None, "LoRA to start from: a file, a folder or a repository; unset: a new one", metavar="LORA",
         on_resume=FREE)
     rank: int = flag("LoRA", 4, "rank of the update matrices", maximum=4096, on_resume=REFUSED)
-    lora_alpha: float | None = flag(
+    lora_alpha: float = flag(
         "LoRA", None, "updates are scaled by alpha / rank; unset: the rank, for a scale of 1", on_resume=REFUSED)
     lora_dropout: float = flag(
         "LoRA", 0.0, "dropout probability of the LoRA's input; above 0, a step is slower", minimum=0, maximum=0.999999)
@@ -1610,7 +1650,7 @@ class Args:
     gradient_accumulation_steps: int = flag("training", 1, "forward passes per optimizer step", on_resume=FREE)
     num_train_epochs: int = flag("training", 1, "epochs over the images, unless --max_train_steps is given")
     max_train_steps: int | None = flag("training", None, "optimizer steps; unset: from --num_train_epochs")
-    learning_rate: float | None = flag(
+    learning_rate: float = flag(
         "training", None, "peak learning rate; unset: 1e-4, or 1 for prodigy, which multiplies it by what it finds")
     scale_lr: bool = flag("training", False, "multiply the learning rate by the number of images per optimizer step")
     lr_scheduler: str = flag(
@@ -1635,8 +1675,8 @@ class Args:
         "training", "adamw", "the 8-bit ones need bitsandbytes; the paged one can move its state to RAM when the GPU "
         "is full, from rank 66 on; prodigy finds the learning rate itself, needs `pip install prodigyopt`, and goes "
         "best with a constant schedule",
-        choices=("adamw", "adamw_8bit", "paged_adamw_8bit", "prodigy"), parse=str.lower, on_resume=REFUSED)
-    use_8bit_adam: bool = flag("training", False, "the same as --optimizer adamw_8bit", on_resume=REFUSED)
+        choices=tuple(OPTIMIZERS), parse=str.lower, on_resume=REFUSED)
+    use_8bit_adam: bool = flag("training", False, "the same as --optimizer adamw_8bit", on_resume=FREE)
     adam_beta1: float = flag("training", 0.9, "decay rate of the first moment", minimum=0, maximum=0.999999)
     adam_beta2: float = flag("training", 0.999, "decay rate of the second moment", minimum=0, maximum=0.999999)
     adam_weight_decay: float = flag("training", 1e-4, "weight decay", minimum=0)
@@ -1706,6 +1746,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     parser = Parser(Args, str(__doc__ or "").split("\n")[0])
     values = parser.parse_values(argv)
     values["resolution"] = tuple(sorted(set(values["resolution"])))
+    if values["use_8bit_adam"] and values["optimizer"] == "adamw":
+        values["optimizer"] = "adamw_8bit"
+    if values["learning_rate"] is None:
+        values["learning_rate"] = OPTIMIZERS[values["optimizer"]].learning_rate
+    if values["lora_alpha"] is None:
+        values["lora_alpha"] = values["rank"]
     args = Args(**values)
     problems = flag_problems(args) + combination_problems(args)
     if problems:
@@ -1727,7 +1773,7 @@ def combination_problems(args: Args) -> list[str]:
         problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
         problems.append('--validation_prompt: prompts of several words need quotes, such as "a photo of sks dog"')
-    if args.lr_scheduler == "polynomial" and learning_rate_of(args) <= 1e-7:
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         problems.append(f"--lr_scheduler polynomial ends at 1e-07; --learning_rate {args.learning_rate} must be above")
     if args.use_8bit_adam and not args.optimizer.startswith(("adamw", "paged_adamw")):
         problems.append(f"--use_8bit_adam and --optimizer {args.optimizer} are two different optimizers: choose one")
@@ -2055,8 +2101,8 @@ def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
     if not wanted:
         if existing:
             problems.add(
-                f"{args.output_dir} has checkpoints of an earlier run, the last one after step {step_of(existing[-1])}. "
-                "To go on with it, add --resume_from_checkpoint latest. For a new run, choose another --output_dir."
+                f"{args.output_dir} has checkpoints of an earlier run, up to {existing[-1].name}. To go on with it, add "
+                "--resume_from_checkpoint latest. For a new run, choose another --output_dir."
             )
         return {}
     if wanted != "latest":
@@ -2183,7 +2229,7 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
     except ValueError as error:
         problems.add(f"--pretrained_lora_path {path} does not say how strong it is: {error}.")
         return {}
-    factor = alpha / (args.lora_alpha or args.rank)  # lora_B is scaled by this run's alpha from now on
+    factor = alpha / args.lora_alpha  # lora_B is scaled by this run's alpha from now on
     start_lora = {}
     for name, weight in weights.items():
         start_lora[name] = weight.float() * (factor if "lora_B" in name else 1)
@@ -2447,11 +2493,7 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
     for each in fields(args):
         if each.metadata["on_resume"] != FREE and not each.metadata["secret"]:
             settings[each.name] = getattr(args, each.name)
-    settings["learning_rate"] = learning_rate_of(args)
-    if len(args.resolution) == 1:  # a number, as in earlier versions' checkpoints; trackers take no tuple
-        settings["resolution"] = args.resolution[0]
-    else:
-        settings["resolution"] = listed(args.resolution)
+    settings["resolution"] = listed(args.resolution)  # trackers take no tuple
     about = plan.embeddings.about
     per_micro_batch = args.train_batch_size * accelerator.num_processes
     one_shape_each = args.aspect_ratio_buckets or len(args.resolution) > 1  # of micro-batches
@@ -2467,15 +2509,6 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
     }
 
 
-def meant_values(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with what flags mean in place of what they say, where the same can be said in two ways."""
-    meant = dict(settings)
-    if meant.pop("use_8bit_adam", False) and meant["optimizer"] == "adamw":
-        meant["optimizer"] = "adamw_8bit"
-    meant["lora_alpha"] = meant["lora_alpha"] or meant["rank"]
-    return meant
-
-
 def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
     if not plan.checkpoint:
@@ -2487,12 +2520,11 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
         layers = str(plan.settings["lora_layers"])
         if lora_targets(skeleton, before_settings["lora_layers"]) == lora_targets(skeleton, layers):
             before_settings["lora_layers"] = layers
-    current = meant_values(plan.settings)
-    saved = meant_values(plan.settings | before_settings)  # what is newer than the checkpoint counts as unchanged
+    defaults = {each.name: each.default for each in fields(Args)}  # what a flag was before there was one
     refused = []
     changed = []
-    for name, value in current.items():
-        before = saved[name]
+    for name, value in plan.settings.items():
+        before = before_settings.get(name, defaults.get(name, value))
         if before == value:
             continue
         if name == "images and captions":
@@ -2938,53 +2970,8 @@ def make_accelerator(args: Args) -> Accelerator:
     return accelerator
 
 
-# What accelerate's configuration can ask for that would put something else in the place of the model, its layers or
-# the optimizer, by the variable in which the launcher passes it on.
-UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
-    "ACCELERATE_FP8_BACKEND": "FP8",
-}
-# What a launcher tells a process about the others.
-LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = 20  # seconds that a process waits for the others of its launch before it says so
-
-
-def refuse_unsupported_launch() -> None:
-    """Exit if accelerate is configured for something that this program does not support."""
-    asked = []
-    for variable, name in UNSUPPORTED.items():
-        value = os.environ.get(variable, "")
-        if value.lower() not in ("", "0", "false", "no"):
-            asked.append(f"{name} ({variable}={value})")
-    if asked:
-        raise SystemExit(
-            f"Cannot start: accelerate is configured for {', '.join(asked)}, which this program does not support. "
-            "Start it with `python` on one GPU, or with `accelerate launch --multi_gpu` on several."
-        )
-
-
-@contextmanager
-def announced_wait() -> Iterator[None]:
-    """Say for whom this process waits, if the block takes longer than PATIENCE.
-
-    Variables that an earlier launch has left in the environment make accelerate wait for processes that never come.
-    """
-    told = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ)
-    message = (
-        f"Waiting for the other processes that the environment announces: {told}. If nobody starts them, end this "
-        "one, unset these variables, and start it again."
-    )
-    timer = threading.Timer(PATIENCE, print, [message], {"flush": True})
-    timer.daemon = True
-    if told:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+# Others put something else in the place of the model, its layers or the optimizer.
+SUPPORTED_LAUNCHES = ("NO", "MULTI_GPU", "MULTI_CPU")
 
 
 def usable_cpus() -> int:
@@ -3178,25 +3165,9 @@ class ForgivingStream:
         """Do nothing: write() has flushed."""
 
 
-class ProgressBar(tqdm):
-    """A bar in a terminal; elsewhere, as in a log file, a plain line every 30 seconds and one at the end."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.in_terminal = sys.stderr.isatty()
-        self.shown = kwargs.get("initial", 0)
-        if not self.in_terminal:
-            kwargs["mininterval"] = 30
-            kwargs["leave"] = True  # else tqdm would not end the line
-            kwargs["bar_format"] = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        super().__init__(*args, **kwargs)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if self.in_terminal:
-            super().display(msg, pos)
-        elif self.n > self.shown:
-            end = "" if self.n == self.total else "\n"  # tqdm itself ends the last line
-            print(self, end=end, file=sys.stderr)
-            self.shown = self.n
+def no_bar(accelerator: Accelerator) -> bool | None:
+    """Return tqdm's `disable`: one process of a machine draws bars, and tqdm itself draws none outside a terminal."""
+    return None if accelerator.is_local_main_process else True
 
 
 def count_of(number: int, noun: str) -> str:
