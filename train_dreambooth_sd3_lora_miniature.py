@@ -1995,7 +1995,9 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
         samples_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         max_train_steps = count_steps(args, examples, samples_per_step)
         plan = Plan(
-            name=args.hub_model_id if args.push_to_hub and args.hub_model_id else args.output_dir.resolve().name,
+            name=args.hub_model_id
+            if args.push_to_hub and args.hub_model_id
+            else Path(os.path.abspath(args.output_dir)).name,
             seed=choose_seed(args, checkpoint, drawn_seed),
             weight_dtype=WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32),
             base_model=base_model,
@@ -2052,15 +2054,11 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         problems.add(f"Precision {precision} is not available: use fp16 or bf16.")
     if precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         problems.add(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
-    if precision == "bf16" and accelerator.device.type == "cpu" and is_bf16_slow_on_cpu():
-        problems.note("this CPU has no instructions for bf16, so a step takes minutes: use --mixed_precision no")
     if accelerator.device.type == "cpu":
         problems.note(
             f"no GPU: torch {torch.__version__}; SD3 would take days here. For a torch that uses an NVIDIA GPU, run: "
             "pip install uv && uv pip install --reinstall torch --torch-backend=auto"
         )
-    if accelerator.device.type == "xla":
-        problems.add("TPUs are not supported. Where there is a GPU as well, set USE_TORCH_XLA=0.")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":
         problems.note(f"--dynamo_backend {backend} of accelerate's configuration is ignored: nothing is compiled")
@@ -2070,14 +2068,10 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         problems.add(f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}")
     for folder in (args.output_dir, args.class_data_dir):
         if folder is not None:
-            nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            # A link that leads nowhere, or to itself, counts as what is there.
+            nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
             if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
                 problems.add(f"{folder} cannot be written: {nearest} is not a folder, or is not writable.")
-
-
-def is_bf16_slow_on_cpu() -> bool:
-    """Whether this CPU lacks the instructions with which oneDNN, torch's library for CPUs, multiplies in bf16."""
-    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_libraries(args: Args, problems: Problems) -> None:
@@ -2942,27 +2936,31 @@ def first_line(error: Exception) -> str:
 
 def make_accelerator(args: Args) -> Accelerator:
     """Return accelerate's engine, with the precision of --mixed_precision or else the launcher's."""
-    refuse_unsupported_launch()
     try:
-        with announced_wait():
-            accelerator = Accelerator(
-                mixed_precision=args.mixed_precision,
-                # As a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win over the plain argument.
-                gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
-                dynamo_backend="no",  # the keys of a compiled model are not those that a LoRA file has
-                log_with=None if args.report_to == "none" else args.report_to,
-                project_dir=args.output_dir / args.logging_dir,
-                # On a Mac, copies that do not block can deliver wrong data.
-                dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
-                kwargs_handlers=[
-                    AutocastKwargs(enabled=False),  # everything has the training dtype; the LoRA casts for itself
-                    DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
-                    InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # others wait for previews and the upload
-                ],
-            )
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            # As a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win over the plain argument.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
+            dynamo_backend="no",  # the keys of a compiled model are not those that a LoRA file has
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=args.output_dir / args.logging_dir,
+            # On a Mac, copies that do not block can deliver wrong data.
+            dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
+            kwargs_handlers=[
+                AutocastKwargs(enabled=False),  # everything has the training dtype; the LoRA casts for itself
+                DistributedDataParallelKwargs(broadcast_buffers=False),  # they never change
+                InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # others wait for previews and the upload
+            ],
+        )
     # A precision that this device or this torch cannot do, an unknown tracker, a broken environment.
     except (ValueError, ImportError, RuntimeError) as error:
         raise SystemExit(f"Cannot start: {first_line(error)}.") from error
+    if accelerator.distributed_type not in SUPPORTED_LAUNCHES:
+        raise SystemExit(
+            f"Cannot start: accelerate is configured for {accelerator.distributed_type}, which this program does not "
+            "support. Start it with `python` on one GPU, or with `accelerate launch --multi_gpu` on several; where "
+            "torch_xla is installed, with USE_TORCH_XLA=0."
+        )
     if "ACCELERATE_MIXED_PRECISION" in os.environ and accelerator.num_processes == 1:
         torch.set_num_threads(usable_cpus())  # the launcher allows one
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
