@@ -42,7 +42,6 @@ import re
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -73,7 +72,6 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 import diffusers  # loads its parts on first use, so that a mistyped command line fails fast
 import numpy as np
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
@@ -86,8 +84,8 @@ from accelerate.utils import (
     send_to_device,
 )
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, ModelCardData
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -111,7 +109,7 @@ def main(args: Args) -> None:
     stop = StopRequest()
     with (
         redirect_stdout(ForgivingStream(sys.stdout)),
-        redirect_stderr(ForgivingStream(sys.stderr)),
+        redirect_stderr(ForgivingStream(sys.stderr, has_bars=True)),
         explained_errors(),
     ):
         stop.listen()
@@ -121,19 +119,20 @@ def main(args: Args) -> None:
             return
         with lock_output_dir(args.output_dir, accelerator):
             plan = create_repository(args, plan, accelerator)
+            resolve_model(args, WEIGHTS, args.hub_token)  # downloads what preflight has not
             start_tracker(args, plan, accelerator)
 
             # Latents first: the VAE is gone before the transformer comes.
-            encode_latents(plan.examples, args, accelerator)
+            encode_latents(plan.examples, args, plan.base_model.files, accelerator)
             check_encoded_masks(plan.examples, args, accelerator)
-            transformer = load_transformer(args, plan.weight_dtype).to(accelerator.device)
+            transformer = load_transformer(plan.base_model.files, args, plan.weight_dtype).to(accelerator.device)
 
             # Class images show what the model knew before, so they are made while it has no LoRA.
             kinds = [plan.examples]
             if args.with_prior_preservation:
                 class_examples = make_class_images(args, plan, transformer, accelerator)
                 plan = with_class_images(plan, class_examples, accelerator)
-                encode_latents(class_examples, args, accelerator)
+                encode_latents(class_examples, args, plan.base_model.files, accelerator)
                 kinds.append(class_examples)
 
             add_lora(transformer, args, plan.seed)
@@ -143,7 +142,6 @@ def main(args: Args) -> None:
             micro_batch = args.train_batch_size * accelerator.num_processes
             length = plan.max_train_steps * plan.samples_per_step
             order = sample_order(kinds, args.class_every_n_samples, plan.seed, micro_batch, length)
-            check_order(order, args, plan, state, accelerator)
             dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
             model, dataloader = prepare_training(args, plan, state, dataset, accelerator)
             preview_untrained(args, plan, state, accelerator)
@@ -173,6 +171,7 @@ class Example:
 
     path: Path
     sha256: str  # of the image file, by which the embeddings name it
+    mask: Path | None  # the mask file beside it, with --alpha_mask
     latents: Path  # the safetensors file of its latents, which is written before training
     size: tuple[int, int]  # (height, width) in pixels
     shape: tuple[int, int]  # (height, width) in pixels that it is trained in
@@ -185,6 +184,7 @@ class Example:
 class BaseModel:
     """What is known about the base model before its weights are loaded."""
 
+    files: LocalModel
     skeleton: diffusers.SD3Transformer2DModel  # the transformer without weights, on the meta device
     identity: str  # the commit of a repository, or a digest of a folder's weight files
     noise_scheduler: diffusers.FlowMatchEulerDiscreteScheduler
@@ -246,45 +246,65 @@ def digest(value: object) -> str:
 CROPS_PER_IMAGE = 4  # a random crop is one of this many places, since latents are encoded before training
 
 
+@dataclass(frozen=True)
+class Photos:
+    """The images of the subject, and what tells whether the embeddings know their captions."""
+
+    paths: list[Path]
+    captions: str  # a digest of the files with captions
+
+
+def find_photos(args: Args, problems: Problems) -> Photos:
+    """Return the photos that are trained on. Another source of photos goes here; nothing else asks where they are."""
+    folder = args.instance_data_dir
+    paths = find_images(folder)
+    if not paths:
+        problems.add(f"--instance_data_dir {why_no_images(folder)}")
+    captions = ""
+    try:
+        captions = digest_of_captions(folder)
+    except UserError as error:
+        problems.add(str(error))
+    return Photos(paths, captions)
+
+
 def find_examples(
     images: list[Path], args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems
 ) -> list[Example]:
     """Return an Example for each image and resolution, still without prompts; each process inspects its share."""
     shapes_of = training_shapes(args)
     identity = base_model.identity if base_model else ""
+    masks = masks_beside(images) if args.alpha_mask else {}
     examples = []
     for path in images[accelerator.process_index :: accelerator.num_processes]:
         try:
-            examples += examples_of_image(path, shapes_of, identity, args)
-        except UnreadableImageError as error:
+            examples += examples_of_image(path, masks.get(path), shapes_of, identity, args)
+        except UserError as error:
             problems.add(str(error))
     return sorted(gather_object(examples), key=lambda example: example.path)
 
 
 def examples_of_image(
-    path: Path, shapes_of: dict[int, list[tuple[int, int]]], model_identity: str, args: Args
+    path: Path, mask: Path | None, shapes_of: dict[int, list[tuple[int, int]]], model_identity: str, args: Args
 ) -> list[Example]:
     """Return an image's Examples: at the smallest resolution, and at larger ones for which it need not be enlarged.
 
-    The file of an Example's latents is named by a digest of all that the latents depend on. Raises
-    UnreadableImageError.
+    The file of an Example's latents is named by a digest of all that the latents depend on. Raises UserError.
     """
-    with reading_image(path), open_image(path) as image:
+    with opened_photo(path) as image:
         size = upright_size(image)
         has_alpha = image.has_transparency_data
-        sha256 = sha256_of(path)
-        # Versions that took other colors for sRGB wrote other latents.
-        colors = [] if srgb_transform(image) is None else ["profile"]
-    mask = mask_identity(path) if args.alpha_mask else False
+    sha256 = sha256_of(path)
+    mask_sha256 = sha256_of(mask) if mask else None
     crops = True if args.center_crop else CROPS_PER_IMAGE
     examples = []
     for resolution, shapes in shapes_of.items():
         shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
         if resolution > min(shapes_of) and enlargement(size, shape) > 1:
             continue
-        name = digest([sha256, mask, model_identity, shape, crops, args.random_flip, *colors])
+        name = digest([sha256, args.alpha_mask, mask_sha256, model_identity, shape, crops, args.random_flip])
         latents = args.output_dir / "latents" / f"{name}.safetensors"
-        examples.append(Example(path, sha256, latents, size, shape, has_alpha))
+        examples.append(Example(path, sha256, mask, latents, size, shape, has_alpha))
     return examples
 
 
@@ -316,23 +336,12 @@ def enlargement(size: tuple[int, int], shape: tuple[int, int]) -> float:
     return max(shape[0] / size[0], shape[1] / size[1])
 
 
-def mask_identity(image: Path) -> str | bool:
-    """Return what the latents of a masked image depend on: its mask file, or True if its alpha channel is the mask."""
-    path = mask_path_of(image)
-    if path is None:
-        return True
-    with reading_image(path):
-        # Versions that took the brightness of a mask with an alpha channel wrote other latents.
-        return sha256_of(path) + ("-alpha" if alpha_of_mask(path) else "")
-
-
-def load_vae(args: Args, dtype: torch.dtype) -> diffusers.AutoencoderKL:
+def load_vae(model: LocalModel, dtype: torch.dtype) -> diffusers.AutoencoderKL:
     """Load the VAE in a dtype."""
-    load = diffusers.AutoencoderKL.from_pretrained
-    return load_part(load, args, "vae", variant=args.variant, dtype=dtype, use_safetensors=True, token=args.hub_token)
+    return load_part(diffusers.AutoencoderKL.from_pretrained, model, "vae", dtype=dtype)
 
 
-def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
+def encode_latents(examples: list[Example], args: Args, model: LocalModel, accelerator: Accelerator) -> None:
     """Write the latents that do not exist yet, one safetensors file per Example; each process encodes its share.
 
     A file that was cut short is written again. In fp32, as `force_upcast` in the VAE's config demands, and untiled:
@@ -342,13 +351,13 @@ def encode_latents(examples: list[Example], args: Args, accelerator: Accelerator
     share = examples[accelerator.process_index :: accelerator.num_processes]
     missing = [example for example in share if not are_latents(example.latents)]
     if missing:
-        vae = load_vae(args, torch.float32)
+        vae = load_vae(model, torch.float32)
         del vae.decoder  # 0.2 GB that encoding does not need
         vae.to(accelerator.device)
         for example in tqdm(missing, "Encoding images", unit="image", disable=no_bar(accelerator)):
             try:
                 latents = encode_image(vae, example, args)
-            except UnreadableImageError as error:
+            except UserError as error:
                 problems.add(str(error))
                 continue
             proof = {"name": example.latents.stem, "sha256": digest_of_tensors(latents)}
@@ -366,7 +375,7 @@ def encode_image(vae: diffusers.AutoencoderKL, example: Example, args: Args) -> 
 
     The V variants are its crops and, with --random_flip, the mirror image of each.
     """
-    image, mask = read_image(example.path)
+    image, mask = read_image(example.path, example.mask)
     if not args.alpha_mask:
         mask = Image.new("L", image.size, "white")
     height, width = example.shape
@@ -406,7 +415,8 @@ def encode_crop(vae: diffusers.AutoencoderKL, crop: Image.Image, mask: Image.Ima
 def are_latents(path: Path) -> bool:
     """Whether a file of latents is there, whole, and the one of its name."""
     try:
-        check_regular_file(path)
+        with reading(path, ""):
+            pass
         with safe_open(path, "pt") as file:
             proof = file.metadata()
         return proof == {"name": path.stem, "sha256": digest_of_tensors(load_file(path))}
@@ -418,8 +428,11 @@ def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of the tensors' bytes, in the order of their names."""
     content = hashlib.sha256()
     for name in sorted(tensors):
-        content.update(tensors[name].contiguous().numpy())
+        content.update(tensors[name].contiguous().numpy().tobytes())
     return content.hexdigest()
+
+
+FORMAT_VERSION = 2  # of the embeddings' file
 
 
 class PromptEmbeddings:
@@ -428,48 +441,32 @@ class PromptEmbeddings:
     TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
 
     def __init__(self, path: Path) -> None:
-        """Open the file; raises OSError or ValueError if compute_embeddings.py has not written it."""
-        check_regular_file(path)
+        """Open the file; raises UserError if it is damaged, or not what compute_embeddings.py writes."""
         self.path = path
-        self.file = pq.ParquetFile(path, memory_map=True)
-        self.about = self.read_metadata()
         self.row_of_prompt: dict[str, int] = {}
         self.prompt_of_image: dict[str, str] = {}  # by SHA-256
-        for number, row in enumerate(self.file.read(["prompt", "image_hashes"]).to_pylist()):
-            self.row_of_prompt[row["prompt"]] = number
-            for sha256 in row["image_hashes"]:
-                self.prompt_of_image[sha256] = row["prompt"]
+        with reading(path, ""):
+            self.file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+            metadata = self.file.schema_arrow.metadata or {}
+            self.about = json.loads(metadata.get(b"sd3_embeddings", b"{}"))
+            if self.about.get("format_version") != FORMAT_VERSION:
+                raise ValueError("it was not written by this version of compute_embeddings.py")
+            for number, row in enumerate(self.file.read(["prompt", "image_hashes"]).to_pylist()):
+                self.row_of_prompt[row["prompt"]] = number
+                for sha256 in row["image_hashes"]:
+                    self.prompt_of_image[sha256] = row["prompt"]
 
     def __reduce__(self) -> tuple:
         return PromptEmbeddings, (self.path,)  # worker processes open the file themselves
 
-    def read_metadata(self) -> dict[str, Any]:
-        """Return what compute_embeddings.py noted about the file; raises ValueError if the file has another form."""
-        schema = self.file.schema_arrow
-        for name in ("prompt", "image_hashes", *self.TENSORS):
-            if name not in schema.names:
-                raise ValueError(f"it has no column {name}")
-        for name in self.TENSORS:
-            if not isinstance(schema.field(name).type, pa.FixedShapeTensorType):
-                raise ValueError(f"its column {name} does not hold tensors of one shape")
-        hashes = schema.field("image_hashes").type
-        if not (pa.types.is_list(hashes) and pa.types.is_string(hashes.value_type)):
-            raise ValueError("its column image_hashes does not hold lists of texts")
-        about = json.loads((schema.metadata or {}).get(b"sd3_embeddings", b"null"))
-        rows = self.file.metadata.num_rows
-        if not isinstance(about, dict) or rows == 0 or self.file.num_row_groups != rows:
-            raise ValueError("it was not written by compute_embeddings.py")
-        return about
-
     @functools.lru_cache(maxsize=64)  # noqa: B019 - reading takes 14 ms; the object lives as long as the program
     def __getitem__(self, prompt: str) -> dict[str, Tensor]:
         """Return prompt_embeds (L, D) and pooled_prompt_embeds (P,) of a prompt, in fp16."""
-        row = self.file.read_row_group(self.row_of_prompt[prompt], list(self.TENSORS), use_threads=False)
         embeds = {}
-        for name in self.TENSORS:
-            embeds[name] = torch.from_numpy(row[name].chunk(0).to_numpy_ndarray()[0].copy())
-            if not embeds[name].isfinite().all():
-                raise ValueError(f"the embeddings of {prompt!r} are not finite")
+        with reading(self.path, ""):  # the checksum of its page may be wrong
+            row = self.file.read_row_group(self.row_of_prompt[prompt], list(self.TENSORS), use_threads=False)
+            for name in self.TENSORS:
+                embeds[name] = torch.from_numpy(row[name].chunk(0).to_numpy_ndarray()[0].copy())
         return embeds
 
 
@@ -569,15 +566,14 @@ class SampleDataset(Dataset):
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def load_transformer(args: Args, weight_dtype: torch.dtype) -> diffusers.SD3Transformer2DModel:
+def load_transformer(model: LocalModel, args: Args, weight_dtype: torch.dtype) -> diffusers.SD3Transformer2DModel:
     """Load the transformer, frozen and in the training dtype."""
-    kwargs: dict[str, Any] = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True}
+    kwargs: dict[str, Any] = {"dtype": weight_dtype}
     if args.quantize_base:  # linear layers in 4 bits, everything else in weight_dtype
         kwargs["quantization_config"] = diffusers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=weight_dtype
         )
-    load = diffusers.SD3Transformer2DModel.from_pretrained
-    transformer = load_part(load, args, "transformer", token=args.hub_token, **kwargs)
+    transformer = load_part(diffusers.SD3Transformer2DModel.from_pretrained, model, "transformer", **kwargs)
     return transformer.requires_grad_(False).train()
 
 
@@ -847,9 +843,9 @@ def diverged(args: Args, skipped: int) -> str:
     good = list_checkpoints(args.output_dir)
     where = f"The last good checkpoint is {good[-1]}." if good else "There is no checkpoint."
     return (
-        f"The training has diverged: the last {count_of(skipped, 'step')} had a loss or gradients that are not finite, "
-        "or so many had that fp16's loss scale fell below 1, where small gradients become zero. These steps were "
-        "skipped. Usual causes: a learning rate that is too high, fp16 where the model needs bf16, embeddings of "
+        f"The training has diverged: loss or gradients of the last {count_of(skipped, 'step')} were not finite, or "
+        "those of so many steps that fp16's loss scale fell below 1, where small gradients become zero. These steps "
+        "were skipped. Usual causes: a learning rate that is too high, fp16 where the model needs bf16, embeddings of "
         f"another model. {where} Start again with a lower --learning_rate or another --mixed_precision."
     )
 
@@ -1114,7 +1110,8 @@ def step_of(checkpoint: Path) -> int:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's training state. It cannot run code. Raises an error of any class if it is not whole."""
     path = checkpoint / STATE_NAME
-    check_regular_file(path)
+    with reading(path, ""):
+        pass
     with zipfile.ZipFile(path) as archive:
         if archive.testzip():  # torch.load does not look at the archive's checksums
             raise ValueError("it is damaged")
@@ -1172,7 +1169,7 @@ def make_pipeline(
     transformer: diffusers.SD3Transformer2DModel, plan: Plan, args: Args, device: torch.device
 ) -> diffusers.StableDiffusion3Pipeline:
     """Return a pipeline of the transformer as it is and the VAE, without text encoders."""
-    vae = load_vae(args, plan.weight_dtype).to(device)
+    vae = load_vae(plan.base_model.files, plan.weight_dtype).to(device)
     vae.enable_slicing()  # decodes images one by one
     pipeline = diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
@@ -1255,11 +1252,11 @@ def draw_progress(folder: Path, rows: int, last_step: int) -> Image.Image:
     every = 1 + len(steps) // 15
     columns = []
     for step in [*steps[:-1:every], last_step]:
-        with suppress(UnreadableImageError):
+        with suppress(UserError):
             column = []
             for row in range(rows):
-                image, _ = read_image(folder / f"step-{step:06d}-prompt-{row}-0.png")
-                column.append(np.asarray(image.resize((256, 256))))
+                with opened_photo(folder / f"step-{step:06d}-prompt-{row}-0.png") as image:
+                    column.append(np.asarray(image.convert("RGB").resize((256, 256))))
             columns.append(np.vstack(column))
     return Image.fromarray(np.hstack(columns))
 
@@ -1834,7 +1831,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the program with one message, where argparse would print its usage of all flags first."""
-        message = re.sub(r"hf_\w+", "hf_...", message)
+        message = re.sub(r"hf_\w+", "hf_...", message).translate(CONTROLS)
         if message.startswith("unrecognized arguments") and re.search("['\u201c\u201d]", message):
             message += '\nOnly "these quotes" hold words together everywhere; Windows takes others for letters.'
         self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
@@ -1861,13 +1858,13 @@ class Parser(argparse.ArgumentParser):
     def parse_values(self, argv: list[str] | None) -> dict[str, Any]:
         """Parse a command line; flags that take several values get a tuple."""
         try:
-            argv = with_flag_files(sys.argv[1:] if argv is None else argv)
+            argv = with_flag_files(sys.argv[1:] if argv is None else argv, set())
             unknown = self.unknown_flags(argv)
             if unknown:  # first, since argparse would rather tell which required flags are missing
                 self.error("\n  ".join(unknown))
             values = vars(self.parse_args(argv))
-        except (OSError, ValueError) as error:  # --flag=--, or a file of flags that cannot be read
-            self.error(f"cannot be read: {error}")
+        except (UserError, ValueError) as error:  # a file of flags; --flag=-- in some versions of Python
+            self.error(str(error))
         for name, value in values.items():
             if value == []:  # what argparse makes of --flag=--
                 self.error(f"--{name} is empty")
@@ -1913,41 +1910,42 @@ def flags_of_other_script() -> list[str]:
     return re.findall(r"^    (\w+): .+ = flag\(", path.read_text("utf-8"), re.MULTILINE)
 
 
-def with_flag_files(argv: list[str], inside: tuple[str, ...] = ()) -> list[str]:
+def with_flag_files(argv: list[str], seen: set[Path]) -> list[str]:
     """Return a command line with each @FILE replaced by the flags in that file, which may name others.
 
-    inside: the files that are being read. Raises OSError or ValueError if a file cannot be read.
+    seen: the files that were read already, to which these are added. None is read twice: they could name each other
+    without end. Raises UserError.
     """
     expanded = []
     for argument in argv:
         if not argument.startswith("@"):
             expanded.append(argument)
-        elif argument in inside:
-            raise ValueError(f"{argument} names itself")
-        else:
-            expanded += with_flag_files(read_flag_file(Path(argument[1:])), (*inside, argument))
+            continue
+        path = Path(argument[1:]).absolute()
+        if path in seen:
+            raise UserError(f"{argument} is named twice")
+        seen.add(path)
+        expanded += with_flag_files(read_flag_file(Path(argument[1:])), seen)
     return expanded
 
 
 def read_flag_file(path: Path) -> list[str]:
     """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
-    data = path.read_bytes()
-    if b"\0" in data:
-        raise ValueError(f"@{path} is UTF-16 or no text; save it as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"@{path} is not UTF-8: {error}") from error
     arguments = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        inside_words = "\ue000"  # in place of a # in a word, such as C#, which shlex would take for a comment
-        words = shlex.shlex(re.sub(r"(?<=\S)#", inside_words, line), posix=True)
-        words.whitespace_split = True
-        words.escape = ""
-        try:
-            arguments += [word.replace(inside_words, "#") for word in words]
-        except ValueError as error:  # an open quote
-            raise ValueError(f"@{path}, line {number}: {error}") from error
+    with reading(path, "Flags are UTF-8 text, one with its value per line."):
+        data = path.read_bytes()
+        if b"\0" in data:
+            raise ValueError("it is UTF-16 or no text; save it as UTF-8")
+        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        for number, line in enumerate(text.splitlines(), start=1):
+            inside_words = "\ue000"  # in place of a # in a word, such as C#, which shlex would take for a comment
+            words = shlex.shlex(re.sub(r"(?<=\S)#", inside_words, line), posix=True)
+            words.whitespace_split = True
+            words.escape = ""
+            try:
+                arguments += [word.replace(inside_words, "#") for word in words]
+            except ValueError as error:  # an open quote
+                raise ValueError(f"line {number}: {error}") from error
     return arguments
 
 
@@ -1972,22 +1970,14 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     # The base model without its weights, and what must fit it: the LoRA to start from, the images, the embeddings.
     base_model = inspect_base_model(args, problems)
     start_lora = read_start_lora(args, base_model, problems)
-    images = find_images(args.instance_data_dir)
-    if images:
-        for sentence in packages_lacking(args.instance_data_dir):
-            problems.add(sentence)
-    examples = find_examples(images, args, base_model, accelerator, problems)
-    check_masks(images, examples, args, problems)
+    photos = find_photos(args, problems)
+    examples = find_examples(photos.paths, args, base_model, accelerator, problems)
+    check_masks(examples, args, problems)
     check_class_images(args, base_model, accelerator, problems)
-    embeddings = open_embeddings(args, base_model, problems)
+    embeddings = open_embeddings(args, base_model, photos, problems)
     examples = with_prompts(examples, embeddings, args, problems)
-    captions = {example.prompt for example in examples}
-    if embeddings and len(captions) <= CAPTIONS_IN_PREFLIGHT:
-        check_embeddings(examples, embeddings, args, accelerator, problems)
     note_odd_sizes(examples, args, problems)
     note_captions_without_rare_word(examples, args, problems)
-    if embeddings:
-        note_newer_captions(examples, embeddings, args, problems)
 
     # All of it together: how many steps, of what, and whether the checkpoint may be continued with that.
     plan = None
@@ -2095,8 +2085,8 @@ def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
     if not wanted:
         if existing:
             problems.add(
-                f"{args.output_dir} has checkpoints of an earlier run, up to {existing[-1].name}. To go on with it, add "
-                "--resume_from_checkpoint latest. For a new run, choose another --output_dir."
+                f"{args.output_dir} has checkpoints of an earlier run (last: {existing[-1].name}). To go on with it, "
+                "add --resume_from_checkpoint latest. For a new run, choose another --output_dir."
             )
         return {}
     if wanted != "latest":
@@ -2123,24 +2113,24 @@ def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
     return checkpoint
 
 
+CONFIGS = {"transformer": "", "vae": "", "scheduler": ""}
+WEIGHTS = CONFIGS | {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+
+
 def inspect_base_model(args: Args, problems: Problems) -> BaseModel | None:
-    """Return the base model without its weights; None if it cannot be read."""
+    """Return the base model without its weights, which a repository need not have sent yet; None if it has none."""
     model_class = diffusers.SD3Transformer2DModel
-    scheduler_class = diffusers.FlowMatchEulerDiscreteScheduler
-    token = args.hub_token
+    is_folder = Path(args.pretrained_model_name_or_path).is_dir()
     try:
-        config, commit = load_part(model_class.load_config, args, "transformer", return_commit_hash=True, token=token)
-        with torch.device("meta"):
-            skeleton = load_part(lambda *_, **__: model_class.from_config(config), args, "transformer")
-        noise_scheduler = load_part(scheduler_class.from_pretrained, args, "scheduler", token=token)
-    except SystemExit as message:  # of load_part
-        problems.add(str(message))
+        files = resolve_model(args, WEIGHTS if is_folder else CONFIGS, args.hub_token)
+        with loading(files, "transformer"), torch.device("meta"):
+            skeleton = model_class.from_config(model_class.load_config(files.folder, subfolder="transformer"))
+        with loading(files, "scheduler"):
+            scheduler_class = diffusers.FlowMatchEulerDiscreteScheduler
+            noise_scheduler = scheduler_class.from_pretrained(files.folder, subfolder="scheduler")
+    except UserError as error:
+        problems.add(str(error))
         return None
-    files = list_model_files(args, token)
-    if files is not None:
-        missing = [missing_weights(files, args, subfolder) for subfolder in ("transformer", "vae")]
-        if any(missing):  # usually of both, for the same reason
-            problems.add("\n  ".join(message for message in missing if message))
     largest = skeleton.config.pos_embed_max_size * skeleton.config.patch_size * 8  # a latent is 8 x 8 pixels
     side = max(args.resolution)
     for height, width in itertools.chain(*training_shapes(args).values()):
@@ -2153,16 +2143,16 @@ def inspect_base_model(args: Args, problems: Problems) -> BaseModel | None:
     for layer in args.lora_layers.split(","):
         if not lora_targets(skeleton, layer):
             problems.add(f"--lora_layers: the transformer has no linear layer {layer}.")
-    return BaseModel(skeleton, commit or digest_of_weights(args), noise_scheduler)
+    return BaseModel(files, skeleton, files.commit or digest_of_weights(files), noise_scheduler)
 
 
-def digest_of_weights(args: Args) -> str:
-    """Return a digest of the first MiB of each weight file in a folder: it changes if others take their place."""
+def digest_of_weights(model: LocalModel) -> str:
+    """Return a digest of the first MiB of each weight file: it changes if others take their place."""
     starts = []
-    for path in sorted(Path(args.pretrained_model_name_or_path).glob("*/diffusion_pytorch_model*.safetensors")):
-        has_variant = "." in path.stem  # diffusion_pytorch_model.fp16.safetensors
-        if has_variant == bool(args.variant):
-            starts.append(np.fromfile(path, np.uint8, 2**20).tobytes().hex())
+    for part, stem in WEIGHTS.items():
+        for pattern in weight_patterns(part, stem, model.variant):
+            for path in sorted(model.folder.glob(pattern)):
+                starts.append(np.fromfile(path, np.uint8, 2**20).tobytes().hex())
     return digest(starts)
 
 
@@ -2176,85 +2166,77 @@ def misfit_of_lora(weights: dict[str, Tensor], args: Args, base_model: BaseModel
     return different[0][0] if different else ""
 
 
-def alpha_of(metadata: Any, rank: int) -> float:
-    """Return the alpha that a LoRA's metadata gives to all layers; without any it is the rank. Raises ValueError."""
-    if metadata is None:
-        return rank
-    if not isinstance(metadata, dict):
-        raise ValueError(f"its metadata is {metadata!r}")
-    for name in ("rank_pattern", "alpha_pattern", "use_rslora"):
-        if metadata.get(f"transformer.{name}"):
-            raise ValueError(f"its {name} is not supported")
-    alpha = metadata.get("transformer.lora_alpha", rank)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ValueError(f"its lora_alpha is {alpha!r}")
-    return alpha
-
-
 def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems) -> dict[str, Tensor]:
     """Return the weights of --pretrained_lora_path at their strength, if they fit the LoRA that is to be trained."""
     path = args.pretrained_lora_path
     if not path or not base_model or not lora_targets(base_model.skeleton, args.lora_layers):
         return {}
-    load = diffusers.StableDiffusion3Pipeline.lora_state_dict
     try:
-        file, metadata = load(
-            path, cache_dir=args.cache_dir, token=args.hub_token, use_safetensors=True, return_lora_metadata=True
-        )
-    except Exception as error:  # of the file system, safetensors or the Hub, which share no class
-        problems.add(f"--pretrained_lora_path {path} cannot be loaded: {first_line(error)}.")
+        weights = load_lora_at_strength(path, args)
+    except Exception as error:  # of the file system, safetensors, the Hub, or what the file says
+        problems.add(f"--pretrained_lora_path {path} cannot be used: {first_line(error)}.")
         return {}
-    prefix = "transformer."
-    weights = {name.removeprefix(prefix): weight for name, weight in file.items()}
-    others = [name for name in file if not name.startswith(prefix)]  # of a text encoder, or of another layout
-    misfit = others[0] if others else misfit_of_lora(weights, args, base_model)
+    misfit = misfit_of_lora(weights, args, base_model)
     if misfit:
         problems.add(
             f"--pretrained_lora_path {path} is not a LoRA in diffusers' layout with --rank {args.rank} and these "
-            f"--lora_layers: see {misfit}"
+            f"--lora_layers: see {misfit}."
         )
         return {}
-    infinite = [name for name, weight in weights.items() if not weight.isfinite().all()]
-    if infinite:
-        problems.add(f"--pretrained_lora_path {path} has weights that are not finite: see {infinite[0]}.")
-        return {}
-    try:
-        alpha = alpha_of(metadata, args.rank)
-    except ValueError as error:
-        problems.add(f"--pretrained_lora_path {path} does not say how strong it is: {error}.")
-        return {}
-    factor = alpha / args.lora_alpha  # lora_B is scaled by this run's alpha from now on
-    start_lora = {}
-    for name, weight in weights.items():
-        start_lora[name] = weight.float() * (factor if "lora_B" in name else 1)
-    return start_lora
+    return weights
 
 
-def open_embeddings(args: Args, base_model: BaseModel | None, problems: Problems) -> PromptEmbeddings | None:
+def load_lora_at_strength(path: str, args: Args) -> dict[str, Tensor]:
+    """Return the weights of a LoRA in fp32, for a layer that scales lora_B by this run's alpha / rank.
+
+    Raises an error of any class if the file cannot be read, is not finite, or does not say how strong it is.
+    """
+    if Path(path).exists() and not Path(path).is_dir():
+        with reading(Path(path), ""):
+            pass
+    file, metadata = diffusers.StableDiffusion3Pipeline.lora_state_dict(
+        path, cache_dir=args.cache_dir, token=args.hub_token, use_safetensors=True, return_lora_metadata=True
+    )
+    metadata = metadata or {}
+    for name in ("rank_pattern", "alpha_pattern", "use_rslora"):
+        if metadata.get(f"transformer.{name}"):
+            raise ValueError(f"its {name} is not supported")
+    alpha = float(metadata.get("transformer.lora_alpha", args.rank))  # without metadata it is the rank
+    if not 0 < alpha < 1e30:
+        raise ValueError(f"its lora_alpha is {alpha}")
+    weights = {}
+    for name, weight in file.items():
+        scaled = weight.float() * (alpha / args.lora_alpha if "lora_B" in name else 1)
+        if not scaled.isfinite().all():
+            raise ValueError(f"its {name} is not finite")
+        weights[name.removeprefix("transformer.")] = scaled
+    return weights
+
+
+def open_embeddings(
+    args: Args, base_model: BaseModel | None, photos: Photos, problems: Problems
+) -> PromptEmbeddings | None:
     """Return the embeddings, if the file is whole and has every prompt; what is missing comes with the command."""
     path = args.data_df_path
     try:
         embeddings = PromptEmbeddings(path)
         unknown = sorted(wanted_prompts(args) - embeddings.row_of_prompt.keys())
-        known = wanted_prompts(args).difference(unknown)
-        if not known:
-            known = set(embeddings.row_of_prompt)  # any row shows the widths
-        rows = [embeddings[prompt] for prompt in known]
-    except (OSError, ValueError, pa.ArrowException) as error:  # a file that is missing, broken, or of another form
-        problems.add(
-            f"--data_df_path {path} cannot be read ({first_line(error)}). Run: {embeddings_command(args, {})}"
-        )
+        rows = [embeddings[prompt] for prompt in embeddings.row_of_prompt if prompt in wanted_prompts(args)]
+    except UserError as error:
+        problems.add(f"--data_df_path {error} Run: {embeddings_command(args, {})}")
         return None
     about = embeddings.about
     fix = f"Run: {embeddings_command(args, about)}"
-    if base_model:
+    if base_model and rows:
         config = base_model.skeleton.config
         widths = [rows[0][name].shape[-1] for name in PromptEmbeddings.TENSORS]
         if widths != [config.joint_attention_dim, config.pooled_projection_dim]:
             problems.add(f"{path} was computed with another kind of model. {fix}")
-    length = about.get("max_sequence_length")
+    length = about["max_sequence_length"]
     if args.max_sequence_length is not None and args.max_sequence_length != length:
         problems.add(f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {fix}")
+    if about["captions"] != photos.captions:
+        problems.add(f"Captions were added, changed or removed since {path} was computed. {fix}")
     if unknown:
         problems.add(f"{path} has no embeddings of {', '.join(repr(prompt) for prompt in unknown)}. {fix}")
     return embeddings
@@ -2288,9 +2270,7 @@ def with_prompts(
     examples: list[Example], embeddings: PromptEmbeddings | None, args: Args, problems: Problems
 ) -> list[Example]:
     """Return the examples with the prompts that the embeddings' file has for their images."""
-    folder, path = args.instance_data_dir, args.data_df_path
-    if not examples:
-        problems.add(f"--instance_data_dir {why_no_images(folder)}")
+    path = args.data_df_path
     if not embeddings:
         return []
     fix = f"Run: {embeddings_command(args, embeddings.about)}"
@@ -2298,8 +2278,8 @@ def with_prompts(
     examples = [replace(example, prompt=prompt_of.get(example.sha256, "")) for example in examples]
     missing = paths_of([example for example in examples if example.sha256 not in prompt_of])
     if missing:
-        count = f"{len(missing)} of {len(paths_of(examples))} images in {folder}"
-        problems.add(f"{count} have no embeddings in {path} (first: {missing[0].name}). {fix}")
+        count = f"{len(missing)} of {count_of(len(paths_of(examples)), 'image')}"
+        problems.add(f"{count} have no embeddings in {path} (first: {missing[0]}). {fix}")
     # --instance_prompt must be what compute_embeddings.py was told, or at least the caption of an image.
     prompt = args.instance_prompt
     captions = {example.prompt for example in examples}
@@ -2308,40 +2288,11 @@ def with_prompts(
     return examples
 
 
-def check_embeddings(
-    examples: list[Example], embeddings: PromptEmbeddings, args: Args, accelerator: Accelerator, problems: Problems
-) -> None:
-    """Check that the prompts of these examples have finite embeddings; each process reads its share, 16 ms each."""
-    known = [example.prompt for example in examples if example.prompt in embeddings.row_of_prompt]
-    prompts = list(dict.fromkeys(known))  # each once; what is not known is a problem already
-    for prompt in prompts[accelerator.process_index :: accelerator.num_processes]:
-        try:
-            embeddings[prompt]
-        except (OSError, ValueError, pa.ArrowException) as error:
-            problems.add(f"{embeddings.path}: {first_line(error)}. Run: {embeddings_command(args, embeddings.about)}")
-
-
-CAPTIONS_IN_PREFLIGHT = 500  # 8 s; of more captions, those that a run will see are read before its training
-
-
-def check_order(order: list[Example], args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
-    """End the run if a caption that the training will show has no finite embeddings, unless preflight has read all."""
-    captions = {example.prompt for example in plan.examples}
-    problems = Problems(accelerator)
-    if len(captions) > CAPTIONS_IN_PREFLIGHT:
-        samples_left = order[state.global_step * plan.samples_per_step :]
-        check_embeddings(samples_left, plan.embeddings, args, accelerator, problems)
-    problems.stop_if_any()
-
-
-def check_masks(images: list[Path], examples: list[Example], args: Args, problems: Problems) -> None:
+def check_masks(examples: list[Example], args: Args, problems: Problems) -> None:
     """Check that some image has a mask, if --alpha_mask is to mean something."""
-    if not args.alpha_mask:
-        return
-    has_masks = any(example.has_alpha for example in examples) or any(mask_path_of(path) for path in images)
-    if not has_masks:
-        folder, endings = args.instance_data_dir, ", NAME".join(MASK_ENDINGS)
-        problems.add(f"--alpha_mask: no image in {folder} has an alpha channel or a mask: NAME{endings}.")
+    has_masks = any(example.has_alpha or example.mask for example in examples)
+    if args.alpha_mask and examples and not has_masks:
+        problems.add(f"--alpha_mask: no image has an alpha channel or a mask: NAME{', NAME'.join(MASK_ENDINGS)}.")
 
 
 def check_encoded_masks(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
@@ -2375,8 +2326,8 @@ def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Ac
     for example in examples[accelerator.process_index :: accelerator.num_processes]:
         try:
             if not are_latents(example.latents):
-                read_image(example.path)
-        except UnreadableImageError as error:
+                read_image(example.path, example.mask)
+        except UserError as error:
             problems.add(str(error))
 
 
@@ -2431,20 +2382,6 @@ def note_captions_without_rare_word(examples: list[Example], args: Args, problem
 def words_of(prompt: str) -> set[str]:
     """Return the words of a prompt in small letters."""
     return set(re.findall(r"\w+", prompt.lower()))
-
-
-def note_newer_captions(examples: list[Example], embeddings: PromptEmbeddings, args: Args, problems: Problems) -> None:
-    """Note files of captions that were written after the embeddings, which may be those of earlier captions."""
-    stems = {"metadata"} | {comparable(example.path.stem) for example in examples}
-    computed = embeddings.path.stat().st_mtime
-    newer = []
-    for path in sorted(args.instance_data_dir.glob("[!.]*")):
-        is_caption = path.suffix.lower() in (".txt", ".caption", ".csv", ".jsonl", ".parquet")
-        if is_caption and comparable(path.stem) in stems and path.is_file() and path.stat().st_mtime > computed:
-            newer.append(path)
-    if newer:
-        fix = f"if their text has changed, run: {embeddings_command(args, embeddings.about)}"
-        problems.note(f"captions newer than {embeddings.path}: {len(newer)} (first: {newer[0]}); {fix}")
 
 
 def choose_seed(args: Args, checkpoint: dict[str, Any], drawn_seed: int) -> int:
@@ -2560,79 +2497,29 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
 
 # ----------------------------------------------------------------------------------------------- images and masks
 
-FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
-if "AVIF" in Image.registered_extensions().values():  # Pillow 11.3 and later have it in most builds
-    FORMATS.append("AVIF")
+PHOTO_SUFFIXES = (
+    ".avif", ".bmp", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 with suppress(ImportError):  # the photos of many phones
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-    FORMATS.append("HEIF")
-MAX_PIXELS = 300_000_000  # phones make 200 million; to read those takes 2.5 GiB of RAM
-Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's own limit, which calls them an attack
-# Pillow raises any of these for a file that is no image, or a broken one.
-UNREADABLE = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError, RuntimeError, struct.error,
-)  # fmt: skip
+# Pillow's own limits stay, but such photos and such texts, of programs that note how an image was made, do exist.
+Image.MAX_IMAGE_PIXELS = 200_000_000  # as phones make them; it refuses twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
-READ_BY = {  # by suffix, what reads images that not every Pillow reads
-    ".avif": "pillow",
-    ".heic": "pillow-heif",
-    ".heics": "pillow-heif",
-    ".heif": "pillow-heif",
-    ".heifs": "pillow-heif",
-    ".hif": "pillow-heif",
-}
-TURNS = {  # what makes an image of each EXIF orientation upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
+CAPTION_SUFFIXES = (".txt", ".caption")  # of the files beside their images, the first one wins
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return the image files directly in a folder, sorted by name, without masks and hidden files."""
-    format_of = Image.registered_extensions()
+    """Return the photos directly in a folder, sorted by name, without masks and hidden files."""
     images = []
     for path in sorted(folder.glob("[!.]*")):
-        if format_of.get(path.suffix.lower()) in FORMATS and not path.is_dir():
+        if path.suffix.lower() in PHOTO_SUFFIXES and not path.is_dir():
             images.append(path)
     stems = {comparable(image.stem) for image in images}
     return [image for image in images if not is_mask(image, stems)]
-
-
-def why_no_images(folder: Path) -> str:
-    """Say why no image was found in a folder."""
-    try:
-        subfolders = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and find_images(path)]
-    except FileNotFoundError:
-        return f"{folder} does not exist."
-    except OSError as error:  # it is a file, or may not be read
-        return f"{folder} cannot be read: {error.strerror}."
-    reason = f"{folder} has no images ({', '.join(FORMATS)})."
-    reason = " ".join([reason, *packages_lacking(folder)])
-    if subfolders:
-        reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
-    return reason
-
-
-def packages_lacking(folder: Path) -> list[str]:
-    """Return a sentence for each package without which images directly in a folder cannot be read."""
-    format_of = Image.registered_extensions()
-    files_of: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("[!.]*")):
-        suffix = path.suffix.lower()
-        if suffix in READ_BY and format_of.get(suffix) not in FORMATS and not path.is_dir():
-            files_of.setdefault(READ_BY[suffix], []).append(path.name)
-    sentences = []
-    for package, names in files_of.items():
-        count = f"{len(names)} (first: {names[0]})"
-        sentences.append(f"Images in {folder} that need another package: {count}. Run: pip install -U {package}")
-    return sentences
 
 
 def comparable(name: object) -> str:
@@ -2651,78 +2538,94 @@ def is_mask(path: Path, stems: set[str]) -> bool:
     return any(name.endswith(ending) and name.removesuffix(ending) in stems for ending in MASK_ENDINGS)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open an image without reading its pixels; raise one of UNREADABLE if it cannot be used."""
-    path.name.encode()  # a ValueError if it is not UTF-8
-    check_regular_file(path)
-    image = Image.open(path, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        megapixels = image.width * image.height / 1e6
-        raise ValueError(f"it has {megapixels:,.0f} megapixels; make it smaller, at most {MAX_PIXELS / 1e6:.0f}")
-    if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits per channel; save it with 8 or 16")
-    return image
+def files_by_name(paths: list[Path]) -> dict[str, Path]:
+    """Return files by their names, and by their comparable ones where no other file has that name."""
+    return {comparable(path.name): path for path in paths} | {path.name: path for path in paths}
 
 
-class UnreadableImageError(ValueError):
-    """A user's image that cannot be used; the message names the file and says why."""
+def sidecar_of(image: Path, files: dict[str, Path]) -> Path | None:
+    """Return the file with the caption of an image, of files by name; one in the image's own letters wins."""
+    for suffix in CAPTION_SUFFIXES:
+        for name in (f"{image.stem}{suffix}", comparable(f"{image.stem}{suffix}")):
+            if name in files:
+                return files[name]
+    return None
+
+
+def digest_of_captions(folder: Path) -> str:
+    """Return a digest of the files with captions of the images in a folder, by their names and bytes."""
+    files = files_by_name(sorted(folder.glob("[!.]*")))
+    paths = {files[name] for name in METADATA_NAMES if name in files}
+    for image in find_images(folder):
+        sidecar = sidecar_of(image, files)
+        if sidecar:
+            paths.add(sidecar)
+    entries = sorted([comparable(path.name), sha256_of(path)] for path in paths)
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def why_no_images(folder: Path) -> str:
+    """Say why no image was found in a folder."""
+    try:
+        subfolders = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and find_images(path)]
+    except FileNotFoundError:
+        return f"{folder} does not exist."
+    except OSError as error:  # it is a file, or may not be read
+        return f"{folder} cannot be read: {error.strerror}."
+    reason = f"{folder} has no images ({' '.join(PHOTO_SUFFIXES)})."
+    if subfolders:
+        reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
+    return reason
 
 
 @contextmanager
-def reading_image(path: Path) -> Iterator[None]:
-    """Turn what Pillow raises for a broken file into an UnreadableImageError. Keep the block to reading alone."""
-    try:
-        yield
-    except UNREADABLE as error:
-        advice = "Repair it or remove it from the folder."
-        if "HEIF" not in FORMATS and is_heif(path):
-            advice = "It is a HEIC, whatever its name is; to read it, run: pip install pillow-heif"
-        raise UnreadableImageError(f"{path} is not a readable image ({error}). {advice}") from error
+def opened_photo(path: Path) -> Iterator[Image.Image]:
+    """Open a photo, whose pixels are decoded when they are first used. Keep the block to reading it.
 
-
-def is_heif(path: Path) -> bool:
-    """Whether a file begins as the HEIC photos of phones do."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(12)
-    except OSError:
-        return False
-    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-
-
-def exif_orientation(image: Image.Image) -> int:
-    """Return an image's EXIF orientation, 1 to 8; 1 is upright, and what EXIF that cannot be read counts as."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except UNREADABLE:
-        return 1
-    return orientation if orientation in TURNS else 1
+    Whatever Pillow raises in the block becomes a UserError.
+    """
+    format_of = Image.registered_extensions()
+    formats = {format_of[suffix] for suffix in PHOTO_SUFFIXES if suffix in format_of}
+    advice = "Repair it or remove it from the folder."
+    if "HEIF" not in formats:
+        advice += " If it is a HEIC, whatever its name is, run: pip install pillow-heif"
+    with reading(path, advice):
+        path.name.encode()  # a ValueError if it is not UTF-8
+        with Image.open(path, formats=sorted(formats)) as image:  # no others: Pillow would start Ghostscript for one
+            if image.mode in ("I", "F"):
+                raise ValueError("it has 32 bits per channel; save it with 8 or 16")
+            yield image
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return the (height, width) that an image will have when it is upright; a TIFF's size is turned already."""
-    if exif_orientation(image) >= 5 and image.format != "TIFF":
+    """Return the (height, width) that an image will have when it is upright."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # EXIF that cannot be read turns nothing
+        orientation = 1
+    if orientation in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow gives a turned TIFF's size as turned already
         return image.width, image.height
     return image.height, image.width
 
 
-def load_upright_image(path: Path, mode: str) -> Image.Image:
-    """Load an image with 8 bits per channel, turned as its EXIF orientation says.
+def load_upright_image(path: Path) -> Image.Image:
+    """Load an image in RGBA with 8 bits per channel, turned as its EXIF orientation says."""
+    with opened_photo(path) as image:
+        image.load()  # Pillow turns a TIFF here
+        image = turned_upright(image)
+        if image.mode.startswith("I;16"):  # convert() would clip the values
+            image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+        return image.convert("RGBA")
 
-    ImageOps.exif_transpose would also write the rest of the EXIF anew, and fail on the odd tags of many phones.
-    """
-    image = open_image(path)
-    image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
-    transform = srgb_transform(image)  # a phone's Display P3, taken for sRGB, is pale
-    orientation = exif_orientation(image)
-    if orientation != 1:
-        image = image.transpose(TURNS[orientation])
-    if image.mode.startswith("I;16"):  # convert() would clip the values
-        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-    image = image.convert(mode)
-    if transform and mode == "RGBA":  # gray values are those of a mask, which are no colors
-        ImageCms.applyTransform(image, transform, inPlace=True)
-    return image
+
+def turned_upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF orientation says; EXIF that cannot be read turns nothing."""
+    try:
+        image.getexif()
+        image.info.pop("exif", None)  # exif_transpose would write all of it anew, and fail on the odd tags of phones
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
 
 def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
@@ -2738,59 +2641,46 @@ def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGBA", "RGBA")
         converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
-    except (*UNREADABLE, ImageCms.PyCMSError):  # it is broken, or of grays or inks
+    except Exception:  # it is broken, or of grays or inks
         return None
     is_srgb = np.abs(converted.astype(int) - colors).max() <= 3
     return None if is_srgb else transform
 
 
-def mask_path_of(image: Path) -> Path | None:
-    """Return the mask beside an image, or None if there is none."""
-    for ending in MASK_ENDINGS:
-        path = image.with_name(f"{image.stem}{ending}")
-        if path.exists():
-            return path
-    return masks_in(image.parent, image.parent.stat().st_mtime_ns).get(comparable(image.stem))
-
-
-@functools.lru_cache(maxsize=4)
-def masks_in(folder: Path, changed: int) -> dict[str, Path]:
-    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was.
-
-    A stem that is comparable to that of another image has none here: it is not clear which one a mask belongs to.
-    """
-    spellings: dict[str, set[str]] = {}
-    for image in find_images(folder):
-        spellings.setdefault(comparable(image.stem), set()).add(image.stem)
+def masks_beside(images: list[Path]) -> dict[Path, Path]:
+    """Return the mask file of each image that has one beside it."""
+    files_in: dict[Path, dict[str, Path]] = {}
     masks = {}
-    for ending in reversed(MASK_ENDINGS):  # the first one wins
-        for path in sorted(folder.glob("[!.]*")):
-            stem, found, rest = comparable(path.name).rpartition(ending)
-            if found and not rest and len(spellings.get(stem, ())) == 1:
-                masks[stem] = path
+    for image in images:
+        folder = image.parent
+        if folder not in files_in:
+            files_in[folder] = files_by_name(sorted(folder.glob("[!.]*")))
+        for ending in reversed(MASK_ENDINGS):  # the first one wins
+            name = f"{image.stem}{ending}"
+            mask = files_in[folder].get(name) or files_in[folder].get(comparable(name))
+            if mask:
+                masks[image] = mask
     return masks
 
 
-def alpha_of_mask(path: Path) -> Image.Image | None:
-    """Return a mask file's alpha channel if that has a shape, as in a photo that is cut out, or else None."""
-    with open_image(path) as image:
-        if not image.has_transparency_data:
-            return None
-    alpha = load_upright_image(path, "RGBA").getchannel("A")
-    return None if alpha.getextrema() == (255, 255) else alpha
+def mask_in(image: Image.Image) -> Image.Image:
+    """Return what a mask file in RGBA shows, in L: its alpha channel if that has a shape, or else its brightness."""
+    alpha = image.getchannel("A")
+    return image.convert("L") if alpha.getextrema() == (255, 255) else alpha
 
 
-def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
-    """Read an image in RGB, white where it is transparent, and its mask in L: a file or the alpha channel."""
-    with reading_image(path):
-        image = load_upright_image(path, "RGBA")
-    mask = image.getchannel("A")
-    mask_path = mask_path_of(path)
-    if mask_path:
-        with reading_image(mask_path):
-            mask = alpha_of_mask(mask_path) or load_upright_image(mask_path, "L")
-        if mask.size != image.size:
-            raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
+def read_image(path: Path, mask_path: Path | None) -> tuple[Image.Image, Image.Image]:
+    """Read an image in RGB, white where it is transparent, and its mask in L: a file or the alpha channel.
+
+    Raises UserError.
+    """
+    image = load_upright_image(path)
+    transform = srgb_transform(image)  # a phone's Display P3, taken for sRGB, is pale
+    if transform:
+        ImageCms.applyTransform(image, transform, inPlace=True)
+    mask = mask_in(load_upright_image(mask_path)) if mask_path else image.getchannel("A")
+    if mask_path and mask.size != image.size:
+        raise UserError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return on_white.convert("RGB"), mask
 
@@ -2798,18 +2688,30 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
 # ------------------------------------------------------------------------------------------------ files and models
 
 
-def check_regular_file(path: Path) -> None:
-    """Raise OSError if a path is not a regular file: reading from a pipe would wait forever."""
-    if not path.exists():
-        raise OSError("it does not exist")
-    if not path.is_file():
-        raise OSError("it is not a regular file")
+class UserError(Exception):
+    """What the user of this program can mend; the message says what, where and how."""
+
+
+@contextmanager
+def reading(path: Path, advice: str) -> Iterator[None]:
+    """Turn whatever reading a user's file raises into a UserError. Keep the block to reading, and to what is used.
+
+    Only a regular file is read: a pipe would be waited for forever.
+    """
+    try:
+        if not path.exists():
+            raise OSError("it does not exist")
+        if not path.is_file():
+            raise OSError("it is not a regular file")
+        yield
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}. {advice}".rstrip()) from error
 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex: the embeddings name an image by it."""
-    check_regular_file(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with reading(path, ""):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def flush_to_disk(file: Any) -> None:
@@ -2818,8 +2720,8 @@ def flush_to_disk(file: Any) -> None:
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in cannot:
-            raise
+        if error.errno not in cannot:  # the disk is full, or broken
+            raise OSError(error.errno, error.strerror, str(file.name)) from error
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
@@ -2871,58 +2773,127 @@ def only_noted(failure: str) -> Iterator[None]:
         print(f"note: {failure}: {error}")
 
 
-def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: object) -> T:
-    """Call `load`, a from_pretrained, for one part of the pipeline; if it fails, exit with one message."""
+@dataclass(frozen=True)
+class LocalModel:
+    """A model whose files are on this machine."""
+
+    name: str  # as the user gave it
+    folder: Path
+    commit: str | None  # of the repository; None: a folder of the user's own
+    variant: str | None
+
+
+def resolve_model(args: Args, parts: dict[str, str], token: str | None) -> LocalModel:
+    """Find a model: the folder that is named, or a snapshot of a repository, which is downloaded as far as needed.
+
+    parts: each part that is needed, with the stem of its weight files, or "" if its other files are enough. Without a
+    network, what was downloaded before is used. Raises UserError.
+    """
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_file():
+        raise UserError(
+            f"{name} is a file, not a folder in diffusers' layout. Convert it in Python:\n"
+            f"diffusers.StableDiffusion3Pipeline.from_single_file({name!r}).save_pretrained('FOLDER')"
+        )
+    if Path(name).is_dir():
+        model = LocalModel(name, Path(name), None, args.variant)
+    else:
+        patterns = []
+        for part, stem in parts.items():
+            patterns += [f"{part}/*.{suffix}" for suffix in ("json", "txt", "model")]
+            patterns += weight_patterns(part, stem, args.variant)
+        folder = Path(download(args, patterns, token))
+        model = LocalModel(name, folder, folder.name, args.variant)
+    for part, stem in parts.items():
+        has_weights = False
+        for pattern in weight_patterns(part, stem, args.variant):
+            has_weights = has_weights or any(model.folder.glob(pattern))
+        if stem and not has_weights:
+            raise UserError(no_weights(args, part, stem, token))
+        for path in model.folder.glob(f"{part}/*"):
+            if not path.is_dir():
+                with reading(path, ""):  # by a library, which would wait for a pipe
+                    pass
+    return model
+
+
+def weight_patterns(part: str, stem: str, variant: str | None) -> list[str]:
+    """Return patterns of a part's weight files, in one file or several; none for a part without weights.
+
+    Other formats than safetensors are not loaded, since they can run code.
+    """
+    if not stem:
+        return []
+    name = f"{part}/{stem}.{variant}" if variant else f"{part}/{stem}"
+    return [f"{name}.safetensors", f"{name}-*.safetensors"]
+
+
+def download(args: Args, patterns: list[str], token: str | None, **kwargs: Any) -> Any:
+    """Call snapshot_download for the files that match the patterns; raise a UserError if it fails."""
     name = args.pretrained_model_name_or_path
     try:
-        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **kwargs)
+        return snapshot_download(
+            name, revision=args.revision, cache_dir=args.cache_dir, token=token, allow_patterns=patterns, **kwargs
+        )
+    except Exception as error:  # of the Hub, the network or the file system, which share no class
+        raise UserError(
+            f"Cannot load {name}: {first_line(error)}. There is no such folder. If it is a repository, it may be "
+            f"gated: accept its license on https://huggingface.co/{name} and run: hf auth login\n"
+            "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
+        ) from error
+
+
+def no_weights(args: Args, part: str, stem: str, token: str | None) -> str:
+    """Return a message that a part has no weights of the variant, and which ones there are."""
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        present = [path.name for path in Path(name).glob(f"{part}/{stem}*")]
+    else:
+        listed = download(args, [f"{part}/{stem}*"], token, dry_run=True)
+        present = [Path(file.filename).name for file in listed]
+    wanted = weight_patterns(part, stem, args.variant)[0]
+    has = f"It has: {', '.join(sorted(present))}" if present else "It has no weights at all"
+    return f"Cannot load {part} of {name}: there is no {wanted}. {has}. See --variant."
+
+
+@contextmanager
+def loading(model: LocalModel, part: str) -> Iterator[None]:
+    """Turn whatever a library raises for a part of a model into a UserError. Keep the block to loading."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
-        raise SystemExit(f"Cannot load {subfolder} of {name}: {first_line(error)}\n{advice_on_model(name)}") from error
+    except Exception as error:  # of the file system, safetensors or the library, which share no class
+        raise UserError(
+            f"Cannot load {part} of {model.name}: {first_line(error)}. It must be as diffusers' save_pretrained "
+            "writes it, with whole weight files in the safetensors format."
+        ) from error
 
 
-def advice_on_model(name: str) -> str:
-    """Return what to try if a model cannot be loaded."""
-    if Path(name).is_dir():
-        return "The folder must have diffusers' layout, with whole weight files in the safetensors format."
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        return "There is no such folder, and no repository can have this name."
-    return (
-        "There is no such folder. The repository may be gated: accept its license on "
-        f"https://huggingface.co/{name} and run: hf auth login\n"
-        "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
-    )
+def load_part(load: Callable[..., Any], model: LocalModel, part: str, **kwargs: Any) -> Any:
+    """Call `load`, a from_pretrained, for one part of a model, and make sure that its files hold what the part has.
 
-
-def list_model_files(args: Args, token: str | None) -> list[str] | None:
-    """Return the names of the model's files, such as vae/config.json; None if the Hub cannot be asked."""
-    folder = Path(args.pretrained_model_name_or_path)
-    if folder.is_dir():
-        return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-    try:
-        return HfApi(token=token).list_repo_files(str(folder.as_posix()), revision=args.revision)
-    except Exception:  # of the Hub or the network, which share no class; what was downloaded before may be enough
-        return None
-
-
-def missing_weights(files: list[str], args: Args, subfolder: str) -> str:
-    """Return a message if a model has no weights of a part in the format and the variant that are loaded, or "".
-
-    They are NAME.safetensors or, in several files, NAME.safetensors.index.json, with the variant as one more suffix.
+    The libraries would fill a tensor that is missing with random numbers. With device_map="meta" the names and shapes
+    are compared, and nothing is loaded: this takes well under a second. Raises UserError.
     """
-    stem = "model" if subfolder.startswith("text_encoder") else "diffusion_pytorch_model"
-    present = [Path(file).name for file in files if Path(file).parent.name == subfolder]
-    for name in present:
-        suffixes = name.removeprefix(stem).split(".")
-        variant = [suffix for suffix in suffixes if suffix not in ("", "safetensors", "index", "json")]
-        if name.startswith(f"{stem}.") and "safetensors" in suffixes and ".".join(variant) == (args.variant or ""):
-            return ""
-    wanted = f"{stem}.{args.variant}.safetensors" if args.variant else f"{stem}.safetensors"
-    weights = [name for name in sorted(present) if "config" not in name]
-    has = f"It has: {', '.join(weights)}." if weights else "It has no weights at all."
-    fix = "Leave out --variant, or use one that is there." if args.variant else "See --variant."
-    return f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: there is no {wanted}. {has} {fix}"
+    with loading(model, part):
+        loaded, found = load(
+            model.folder,
+            subfolder=part,
+            variant=model.variant,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `found`, too
+            **kwargs,
+        )
+        differences = []
+        for kind in ("missing", "unexpected", "mismatched"):
+            names = sorted(each if isinstance(each, str) else each[0] for each in found[f"{kind}_keys"])
+            if names:
+                differences.append(f"{len(names)} {kind} (first: {names[0]})")
+        if differences:
+            raise ValueError(f"tensors in its files that differ from those of the part: {', '.join(differences)}")
+    return loaded
 
 
 def first_line(error: Exception) -> str:
@@ -3112,25 +3083,44 @@ def ignore_end_signals(_: int) -> None:
 @contextmanager
 def explained_errors() -> Iterator[None]:
     """Turn errors that preflight cannot foresee into one message; an unexpected error keeps its traceback."""
-    nothing_lost = "What was saved before is complete"
     try:
         yield
-    except KeyboardInterrupt:  # before or after training; during training, a signal saves a checkpoint
-        raise SystemExit(f"Interrupted. {nothing_lost}: run {AGAIN} if training had begun.") from None
-    except Exception as error:
-        if is_out_of_memory(error):
-            fixes = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
-            raise SystemExit(f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {fixes}.") from error
-        if is_full_disk(error):
-            raise SystemExit(f"The disk is full ({error}). {nothing_lost}: make room and resume.") from error
-        names_file = isinstance(error, OSError) and error.filename is not None
-        if names_file or isinstance(error, FileNotFoundError | PermissionError):  # a user's file or folder
-            reason = str(error).rstrip().rpartition("\n")[2]  # a data worker's has its traceback above it
-            raise SystemExit(f"{reason}. {nothing_lost}: fix that and run {AGAIN} if training had begun.") from error
-        if "DataLoader worker (pid" in str(error):  # it was killed; an error inside a worker speaks for itself
-            raise SystemExit(f"{error} Usually RAM is short: use --dataloader_num_workers 0.") from error
-        print(f"{nothing_lost}. This error is not one that the program expects:", file=sys.stderr)
+    except SystemExit as end:
+        if isinstance(end.code, str):  # a message, which may show the name of a file
+            raise SystemExit(end.code.translate(CONTROLS)) from end.__cause__
         raise
+    except KeyboardInterrupt:  # before or after training; during training, a signal saves a checkpoint
+        raise SystemExit(f"Interrupted. {NOTHING_LOST}: run {AGAIN} if training had begun.") from None
+    except Exception as error:
+        message = explanation(error)
+        if message:
+            raise SystemExit(message.translate(CONTROLS)) from error
+        print(f"{NOTHING_LOST}. This error is not one that the program expects:", file=sys.stderr)
+        raise
+
+
+NOTHING_LOST = "What was saved before is complete"
+
+
+def explanation(error: Exception) -> str:
+    """Return what to tell the user about an error of the machine or of a file; "" for any other one."""
+    if isinstance(error, UserError):
+        return f"{error} {NOTHING_LOST}."
+    has_peers = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if has_peers and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+        return "Another process of this run has ended: see its message."
+    if is_out_of_memory(error):
+        fixes = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
+        return f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {fixes}."
+    if is_full_disk(error):
+        return f"The disk is full ({error}). {NOTHING_LOST}: make room and resume."
+    names_file = isinstance(error, OSError) and error.filename is not None
+    if names_file or isinstance(error, FileNotFoundError | PermissionError):  # a user's file or folder
+        reason = str(error).rstrip().rpartition("\n")[2]  # a data worker's has its traceback above it
+        return f"{reason}. {NOTHING_LOST}: fix that and run {AGAIN} if training had begun."
+    if "DataLoader worker (pid" in str(error):  # it was killed; an error inside a worker speaks for itself
+        return f"{error} Usually RAM is short: use --dataloader_num_workers 0."
+    return ""
 
 
 def is_full_disk(error: BaseException | None) -> bool:
@@ -3138,22 +3128,27 @@ def is_full_disk(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
 class ForgivingStream:
     """An output stream for which printing never fails.
 
     Its reader, a pipe or a terminal, may go away, and its encoding, such as cp1252 on Windows, may lack characters:
-    that costs the output, or shows escapes such as \\u72ac, but not the result of the program.
+    that costs the output, or shows escapes such as \\u72ac, but not the result of the program. Control characters
+    are escaped, too, since the name of a file could command the terminal; with has_bars they stay, since bars do.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, has_bars: bool = False) -> None:
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
+        self.escapes = {} if has_bars else CONTROLS
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        printable = text.translate(self.escapes).encode(encoding, "backslashreplace").decode(encoding)
         with suppress(OSError, ValueError):
             self.stream.write(printable)
             self.stream.flush()
