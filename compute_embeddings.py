@@ -6,12 +6,16 @@ Stable Diffusion 3 reads a prompt with three text encoders: the two CLIPs run fi
 the next one comes. Peak on a GPU: 7.4 GiB with T5 in 8 bits, 1.7 GiB with --t5_precision exact (counted by
 tests/tools/step_cost.py). The file has one row per distinct prompt, and one for the empty prompt.
 
-A map of this file, from top to bottom:
+A map of this file, from top to bottom. The job ends where the flags begin; what follows is there because of people:
 
-    Flags             every command-line flag, declared once, in the dataclass Args
-    Images, captions  which prompt belongs to which image
+    Main              the order in which everything happens
     Text encoders     both CLIPs, then T5, into fp16 embeddings
-    Main              the Parquet file, errors, and the order in which everything happens
+    Captions          which prompt belongs to which image
+    The Parquet file  how it is written, whole or not at all
+    The model         where its files are, and whether they are whole
+    Flags             every command-line flag, declared once, in the dataclass Args
+    Images            what counts as a photo, and how one is opened
+    Output, errors    streams that printing never fails for, and words for what went wrong
 """
 
 from __future__ import annotations
@@ -64,9 +68,595 @@ from tqdm import tqdm
 T = TypeVar("T")
 OTHER_SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
-# ------------------------------------------------------------------------------------------------------------- flags
-# Each flag is declared once, as a field of Args; the parser and the checks of limits are derived from it.
 
+# ---------------------------------------------------------------------------------------------------------------- main
+# Everything that can be wrong is found before the first text encoder is loaded. The Parquet file appears under its
+# name when it is complete; an interrupted run leaves the older file as it was.
+
+
+def main(args: Args) -> None:
+    """Compute the embeddings, and end with one message on what can go wrong in between."""
+    sighup = 1  # which Windows does not have
+    sigbreak = getattr(signal, "SIGBREAK", signal.SIGTERM)  # Ctrl-Break, which only Windows has
+    for number in signal.valid_signals() & {sighup, sigbreak, signal.SIGTERM}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, signal.default_int_handler)
+    try:
+        with redirect_stdout(ForgivingStream(sys.stdout)), redirect_stderr(ForgivingStream(sys.stderr)):
+            compute(args)
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted; nothing was written.") from None
+    except torch.OutOfMemoryError as error:
+        fix = "T5 in 8 bits takes 7.4 GiB; --t5_precision exact takes 1.7 GiB."
+        raise SystemExit(f"Out of GPU memory, {peak_memory()}. {fix}") from error
+    except OSError as error:  # a full disk, a folder that may not be read or written
+        places = f"--local_data_dir {args.local_data_dir} or --output_path {args.output_path}"
+        raise SystemExit(f"{places} cannot be read or written: {error}.") from error
+
+
+def compute(args: Args) -> None:
+    """Compute the embeddings: everything from the images to the file."""
+    started = time.monotonic()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # which diffusers passes on to huggingface_hub
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a log file would have its bar over and over
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+    captions = caption_images(args)
+    path = args.output_path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not is_parquet(path):
+        raise SystemExit(f"--output_path {path} exists and is not a Parquet file.")
+    check_weights(args)
+    about = {
+        "format_version": 1,
+        "model": args.pretrained_model_name_or_path,
+        "revision": args.revision,
+        "prompt": args.prompt,
+        "max_sequence_length": args.max_sequence_length,
+        "t5": args.t5_precision,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
+    }
+    with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent, ignore_cleanup_errors=True) as scratch:
+        prompt_embeds, pooled_prompt_embeds = encode_prompts(args, list(captions), Path(scratch))
+        table = Path(scratch, "table.parquet")
+        write_embeddings(table, captions, prompt_embeds, pooled_prompt_embeds, about)
+        del prompt_embeds  # it maps a file in the scratch folder, which Windows could not remove
+        try:
+            move_file(table, path)
+        except PermissionError as error:
+            kept = kept_beside(path, table)
+            raise SystemExit(f"{path} is in use, the embeddings are in {kept}. Use it as --data_df_path.") from error
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {peak_memory()}, {time.monotonic() - started:.0f} s")
+
+
+# ------------------------------------------------------------------------------------------------------- text encoders
+# Both CLIPs together (1.6 GiB in fp16), for all prompts; then T5 alone, for all prompts, in 8 bits or streamed from
+# disk one block at a time. What they give goes into a file on disk, since ten thousand captions would not fit in RAM.
+
+CHUNK_TOKENS = 16 * 77  # T5 tokens per pass: more prompts share one reading of a streamed T5, but need more memory
+
+
+@torch.inference_mode()
+def encode_prompts(args: Args, prompts: list[str], scratch: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the pipeline's encode_prompt gives, in fp16: (N, CLIP tokens + T5 tokens, D) and (N, P)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = CHUNK_TOKENS // max(77, args.max_sequence_length)
+    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    prompt_embeds, pooled_prompt_embeds = encode_with_clip(args, chunks, device, scratch / "prompt_embeds")
+    diffusers.training_utils.free_memory()  # both CLIPs
+    if args.t5_precision != "none":
+        encode_with_t5(args, chunks, device, prompt_embeds, scratch)
+    return prompt_embeds, pooled_prompt_embeds
+
+
+def encode_with_clip(
+    args: Args, chunks: list[list[str]], device: torch.device, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return prompt_embeds with zeros in T5's place, (N, CLIP tokens + T5 tokens, D), and the pooled ones, (N, P).
+
+    The first array lives in a file: 1.2 MB per prompt would not fit in RAM for ten thousand captions.
+    """
+    pipeline = load_clip(args, device)
+    for chunk in chunks:
+        report_truncated(pipeline.tokenizer, chunk, pipeline.tokenizer.model_max_length, "CLIP")
+    pooled_prompt_embeds = []
+    with open(path, "wb") as file:  # written, not mapped: on a full disk, writing to a mapped page is a crash
+        for chunk in ProgressBar(chunks, desc="Encoding with CLIP", unit="chunk"):
+            embeds, _, pooled_embeds, _ = pipeline.encode_prompt(
+                prompt=chunk,
+                prompt_2=None,
+                prompt_3=None,
+                device=device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=args.max_sequence_length,
+            )
+            file.write(to_float16(embeds, "CLIP").data)
+            pooled_prompt_embeds.append(to_float16(pooled_embeds, "CLIP"))
+    pooled = np.concatenate(pooled_prompt_embeds)
+    return np.memmap(path, np.float16, "r+", shape=(len(pooled), *embeds.shape[1:])), pooled
+
+
+def encode_with_t5(
+    args: Args, chunks: list[list[str]], device: torch.device, prompt_embeds: np.ndarray, scratch: Path
+) -> None:
+    """Write T5's part into prompt_embeds, (N, CLIP tokens + T5 tokens, D), in place."""
+    length = args.max_sequence_length
+    tokenizer = load_tokenizer(transformers.T5TokenizerFast, args, "tokenizer_3")
+    for chunk in chunks:
+        report_truncated(tokenizer, chunk, length, "T5")
+    encoder = load_t5(args, device, scratch)
+    blocks = encoder.encoder.block
+    row = 0
+    with ProgressBar(total=len(blocks) * len(chunks), desc="Encoding with T5", unit="layer") as progress_bar:
+
+        def advance(*_: object) -> None:
+            progress_bar.update()
+
+        for block in blocks:  # one pass of a streamed T5 can take a minute
+            block.register_forward_hook(advance)
+        for chunk in chunks:
+            input_ids = tokenizer(
+                chunk, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids  # (n, length)
+            embeds = encoder(input_ids.to(device))[0]  # (n, length, D)
+            prompt_embeds[row : row + len(chunk), -length:] = to_float16(embeds, "T5")
+            row += len(chunk)
+
+
+def load_clip(args: Args, device: torch.device) -> diffusers.StableDiffusion3Pipeline:
+    """Return a pipeline of nothing but both CLIPs, in fp16 on a GPU."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32  # CPUs are slow in fp16
+    kwargs = {"variant": args.variant, "dtype": dtype, "use_safetensors": True}
+    load = transformers.CLIPTextModelWithProjection.from_pretrained
+    config = load_part(diffusers.SD3Transformer2DModel.load_config, args, "transformer")
+    with torch.device("meta"):  # encode_prompt asks the transformer for its width
+        transformer = diffusers.SD3Transformer2DModel.from_config(config)
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=None,
+        vae=None,
+        text_encoder=load_part(load, args, "text_encoder", **kwargs).to(device),
+        tokenizer=load_tokenizer(transformers.CLIPTokenizer, args, "tokenizer"),
+        text_encoder_2=load_part(load, args, "text_encoder_2", **kwargs).to(device),
+        tokenizer_2=load_tokenizer(transformers.CLIPTokenizer, args, "tokenizer_2"),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def load_t5(args: Args, device: torch.device, offload_folder: Path) -> transformers.T5EncoderModel:
+    """Load T5 in 8 bits, or in fp32 with its blocks left on disk, from where accelerate reads them one at a time.
+
+    transformers keeps `wo`, which overflows in fp16, in fp32. Streaming would lose that rule, so a streamed T5 is
+    computed in fp32 altogether.
+    """
+    kwargs: dict[str, Any] = {"variant": args.variant, "use_safetensors": True}  # other files could run code
+    if args.t5_precision == "int8":
+        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        kwargs["dtype"] = torch.float16
+        kwargs["device_map"] = device
+    else:
+        kwargs["dtype"] = torch.float32
+        kwargs["offload_folder"] = offload_folder
+        kwargs["device_map"] = {
+            "shared": device.type,
+            "encoder.embed_tokens": device.type,
+            "encoder.final_layer_norm": device.type,
+            "encoder.block": "disk",
+        }
+    return load_part(transformers.T5EncoderModel.from_pretrained, args, "text_encoder_3", **kwargs)
+
+
+def load_tokenizer(load: Any, args: Args, subfolder: str) -> Any:
+    """Load a tokenizer; exit if its files are missing, for which transformers gives one that knows no words."""
+    tokenizer = load_part(load.from_pretrained, args, subfolder)
+    if tokenizer.model_max_length > 10**6:  # transformers' value for an unknown length
+        raise SystemExit(f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: its files are missing.")
+    return tokenizer
+
+
+def report_truncated(tokenizer: Any, prompts: list[str], max_length: int, name: str) -> None:
+    """Note the end of each prompt that is too long for an encoder."""
+    room = max_length - tokenizer.num_special_tokens_to_add()
+    for prompt in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        if len(ids) > room:
+            unseen = tokenizer.decode(ids[room:])
+            print(f"note: {name} reads {max_length} tokens; of {prompt!r} it does not see {unseen!r}")
+
+
+def to_float16(embeds: Tensor, name: str) -> np.ndarray:
+    """Return the same numbers in fp16; exit if one of them overflows."""
+    embeds = embeds.half()
+    if not embeds.isfinite().all():
+        raise SystemExit(f"{name} gave values that fp16 cannot hold. With T5 in 8 bits, try --t5_precision exact.")
+    return embeds.cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------ captions
+# Which prompt belongs to which image. Everything that is wrong with the folder is collected and reported at once.
+
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
+
+
+def caption_images(args: Args) -> dict[str, list[str]]:
+    """Return each distinct prompt with the hashes of the images that it captions; exit if anything is wrong.
+
+    The first prompt is --prompt, the last one is the empty prompt.
+    """
+    folder = args.local_data_dir
+    problems: list[str] = []
+    images = find_images(folder)
+    if not images:
+        problems.append(f"--local_data_dir {why_no_images(folder)}")
+    else:
+        problems += packages_lacking(folder)
+    own_captions = read_captions(folder, images, problems)
+    caption_of = {}
+    for image in images:
+        caption_of[image] = own_captions.get(image, args.prompt)
+    hashes_of = hash_images(images, caption_of, problems)
+    if problems:
+        raise SystemExit("\n".join(problems))
+    note_likely_masks(images)
+
+    captions: dict[str, list[str]] = {}
+    for prompt in (args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, *hashes_of):
+        if prompt:
+            captions[prompt] = hashes_of.get(prompt, [])
+    captions[""] = hashes_of.get("", [])
+    count = f"{len(images)} images in {folder}, {len(own_captions)} with a caption of their own"
+    print(f"{count}; {len(captions)} distinct prompts")
+    return captions
+
+
+def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[str]) -> dict[str, list[str]]:
+    """Return each caption with the hashes of its images.
+
+    Each image and its mask are read once as the trainer reads them: mending a file that it cannot use would change the
+    hash, and cost the embeddings again.
+    """
+    hashes_of: dict[str, list[str]] = {}
+    first_of: dict[str, Path] = {}  # by hash
+    repeated = []
+    for path in ProgressBar(images, desc="Reading images", unit="image", leave=False):
+        try:
+            read_image(path)
+            sha256 = sha256_of(path)
+        except UnreadableImageError as error:
+            problems.append(str(error))
+            continue
+        first = first_of.setdefault(sha256, path)
+        if first == path:
+            hashes_of.setdefault(caption_of[path], []).append(sha256)
+        elif caption_of[first] != caption_of[path]:
+            problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
+        else:
+            repeated.append(f"{path} is {first.name}")
+    if repeated:
+        print(f"note: images that are there twice are trained twice as often: {len(repeated)} (first: {repeated[0]})")
+    return hashes_of
+
+
+def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
+    """Return the captions of images that have their own, from sidecar files and from a metadata file.
+
+    A sidecar NAME.txt or NAME.caption wins over a row of metadata.csv, metadata.jsonl or metadata.parquet. What is not
+    used is named in a note, for whoever wonders where an image or a caption went.
+    """
+    images_of: dict[str, list[Path]] = {}  # by stem: a.txt is the caption of a.jpg and of a.png
+    for image in images:
+        images_of.setdefault(comparable(image.stem), []).append(image)
+    known = {*images, *map(mask_path_of, images)}
+
+    captions: dict[Path, str] = {}
+    sidecars = []
+    skipped: dict[str, list[Path]] = {}  # by the reason, of which there is one note each
+    for path in sorted(folder.glob("[!.]*")):
+        if path.name.lower() in METADATA_NAMES:
+            captions |= read_metadata_file(path, images, problems)
+        elif path.suffix.lower() in (".txt", ".caption") and comparable(path.stem) in images_of:
+            sidecars.append(path)
+        elif path not in known and not path.is_dir() and is_worth_a_note(path):
+            skipped.setdefault(why_not_used(path), []).append(path)
+        elif path.is_dir() and images and find_images(path):
+            print(f"note: skipped the images in {path}: only those directly in {folder} are read")
+    for reason, paths in skipped.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        print(f"note: skipped {paths[0]}{more}: {reason}")
+    for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
+        if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
+            print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")
+    letters = {composed(image.stem) for image in images}
+    sidecars.sort(key=lambda path: composed(path.stem) in letters)  # of A.txt and a.txt, the latter wins for a.jpg
+    for path in sidecars:
+        try:
+            check_regular_file(path)
+            text = path.read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            problems.append(f"{path} cannot be read: {error}. Captions are UTF-8.")
+            continue
+        same_letters = [
+            image for image in images_of[comparable(path.stem)] if composed(image.stem) == composed(path.stem)
+        ]
+        captioned = same_letters or images_of[comparable(path.stem)]
+        caption = check_caption(path, captioned[0].name, text, problems)
+        if caption:
+            captions |= dict.fromkeys(captioned, caption)
+    return captions
+
+
+def read_metadata_file(path: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
+    """Return the captions in a metadata file, which has columns file_name and text."""
+    try:
+        rows = read_metadata_rows(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        form = "Tables have columns file_name and text, with commas, in UTF-8; in Excel, save as CSV UTF-8"
+        problems.append(f"{path} cannot be read: {error}. {form}.")
+        return {}
+    image_of = {comparable(image): image for image in images} | {composed(image): image for image in images}
+    captions: dict[Path, str] = {}
+    for row in rows:
+        if not isinstance(row, dict) or "file_name" not in row or "text" not in row:
+            problems.append(f"{path} has a row without file_name or text: {row!r}.")
+            return {}
+        name = str(row["file_name"])
+        file = path.parent / name.replace("\\", "/")  # as Windows writes it
+        image = image_of.get(composed(file)) or image_of.get(comparable(file))
+        if image is None:
+            exists = os.path.exists(path.parent / name)
+            reason = "is not an image directly in" if exists else "does not exist in"
+            problems.append(f"{path} has a caption of {name}, which {reason} {path.parent}.")
+            continue
+        caption = check_caption(path, name, row["text"], problems)
+        if image in captions:
+            problems.append(f"{path} has two rows for {image}. Keep one of them.")
+        if caption:
+            captions[image] = caption
+    return captions
+
+
+def read_metadata_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metadata file; raises OSError or ValueError if it is not readable."""
+    check_regular_file(path)
+    if path.suffix.lower() == ".csv":
+        return read_csv_rows(path)
+    if path.suffix.lower() == ".parquet":
+        return pq.read_table(path).to_pylist()
+    lines = path.read_text("utf-8-sig").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def read_csv_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; raises OSError or ValueError if it is not readable."""
+    rows = []
+    wrong_lines = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)  # an open quote is an error
+            header = next(reader, [])
+            for values in reader:
+                if len(values) == len(header):
+                    rows.append(dict(zip(header, values, strict=True)))
+                elif values:  # not an empty line
+                    wrong_lines.append(reader.line_num)
+    except csv.Error as error:
+        raise ValueError(f"{error}, in line {reader.line_num}") from error
+    if "file_name" not in header or "text" not in header:
+        raise ValueError(f"its first line is {','.join(header)!r}")
+    if wrong_lines:
+        lines = ", ".join(str(line) for line in wrong_lines[:10])
+        raise ValueError(
+            f"rows with more or fewer fields than the {len(header)} of the first line: {len(wrong_lines)}, in line "
+            f"{lines}; a caption that contains a comma needs quotes"
+        )
+    return rows
+
+
+def check_caption(path: Path, name: str, text: Any, problems: list[str]) -> str:
+    """Return an image's caption in one line, given what a file says, or "" and a problem."""
+    is_nan = text != text  # what pandas writes into Parquet and JSON for an empty cell
+    if isinstance(text, bool) or not isinstance(text, str | int | float) or is_nan or not str(text).strip():
+        problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
+        return ""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:  # JSON can hold one half of an emoji
+        problems.append(f"{path}: the caption of {name} is not Unicode: {text!r}. Write it again.")
+        return ""
+    return " ".join(str(text).split())
+
+
+def composed(name: object) -> str:
+    """Return a name with accents as parts of their letters (NFC): a Mac may have written them apart (NFD)."""
+    return unicodedata.normalize("NFC", str(name))
+
+
+NO_NOTE = ("thumbs.db", "desktop.ini", "~$*")  # what Windows and its Office leave in a folder
+
+
+def is_worth_a_note(path: Path) -> bool:
+    """Whether a user may wonder why a file is not used; what packages_lacking names is a problem already."""
+    is_left_over = any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in NO_NOTE)
+    return not is_left_over and path.suffix.lower() not in READ_BY
+
+
+def why_not_used(path: Path) -> str:
+    """Say why a file in the folder of the images is neither an image nor a caption."""
+    image_format = Image.registered_extensions().get(path.suffix.lower())
+    if image_format in Image.OPEN and image_format not in FORMATS:
+        return f"{image_format} images are not read; save it as PNG"
+    masks = f"NAME{', NAME'.join(MASK_ENDINGS)}"
+    return (
+        f"not an image ({', '.join(FORMATS)}), not a caption (NAME.txt, NAME.caption) or a mask ({masks}) of one, and "
+        f"not {', '.join(METADATA_NAMES)}"
+    )
+
+
+def note_likely_masks(images: list[Path]) -> None:
+    """Note images that look like masks of others: NAME-something beside NAME, of the same size and with few colors."""
+    image_of = {comparable(image.stem): image for image in images}
+    likely = []
+    for path in images:
+        stem = comparable(path.stem)
+        starts = [stem[: match.start()] for match in re.finditer(r"[-_. (]", stem)]
+        originals = [image_of[start] for start in starts if start in image_of]
+        if originals and open_image(path).size == open_image(originals[-1]).size and has_few_colors(path):
+            likely.append(path)
+    if likely:
+        print(
+            f"note: images that look like masks are trained as photos: {len(likely)} (first: {likely[0]}). "
+            f"Masks are named NAME{' or NAME'.join(MASK_ENDINGS)}; remove others from the folder."
+        )
+
+
+def has_few_colors(path: Path) -> bool:
+    """Whether 16 gray values make up 95 % of an image: JPEG blurs the edges of a mask."""
+    counts = sorted(load_upright_image(path, "L").histogram(), reverse=True)
+    return sum(counts[:16]) >= 0.95 * sum(counts)
+
+
+# ---------------------------------------------------------------------------------------------------- the Parquet file
+
+
+def write_embeddings(
+    path: Path,
+    captions: dict[str, list[str]],
+    prompt_embeds: np.ndarray,
+    pooled_prompt_embeds: np.ndarray,
+    about: dict[str, Any],
+) -> None:
+    """Write one row and row group per prompt.
+
+    captions: the hashes of the images that each prompt captions; prompt_embeds (N, L, D), pooled_prompt_embeds (N, P).
+    """
+    columns = {
+        "prompt": list(captions),
+        "image_hashes": pa.array(captions.values(), pa.list_(pa.string())),
+        "prompt_embeds": pa.FixedShapeTensorArray.from_numpy_ndarray(prompt_embeds),
+        "pooled_prompt_embeds": pa.FixedShapeTensorArray.from_numpy_ndarray(pooled_prompt_embeds),
+    }
+    table = pa.table(columns, metadata={"sd3_embeddings": json.dumps(about)})
+    with open(path, "wb") as file:
+        pq.write_table(table, file, row_group_size=1)
+        flush_to_disk(file)
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a path is a Parquet file, by its first bytes."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def kept_beside(path: Path, table: Path) -> Path:
+    """Give a file that cannot get its name the first free one of NAME-2, NAME-3, ..., and return it."""
+    number = 2
+    while path.with_stem(f"{path.stem}-{number}").exists():
+        number += 1
+    free = path.with_stem(f"{path.stem}-{number}")
+    os.replace(table, free)
+    return free
+
+
+def flush_to_disk(file: Any) -> None:
+    """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
+    cannot = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in cannot:  # the disk is full, or broken
+            raise OSError(error.errno, error.strerror, str(file.name)) from error
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Rename a file over another one, after up to 2 s if that is open elsewhere.
+
+    Windows refuses it for as long as a virus scanner, a program that synchronizes or a viewer has the file open.
+    """
+    for _ in range(20):
+        with suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(0.1)
+    os.replace(source, target)
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+def check_weights(args: Args) -> None:
+    """Exit if weights of a text encoder are missing, before the first one takes its time."""
+    files = list_model_files(args, token=None)
+    encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    if args.t5_precision == "none":
+        encoders.remove("text_encoder_3")
+    if files is not None:
+        missing = [missing_weights(files, args, encoder) for encoder in encoders]
+        if any(missing):
+            raise SystemExit("\n".join(message for message in missing if message))
+
+
+def list_model_files(args: Args, token: str | None) -> list[str] | None:
+    """Return the names of the model's files, such as vae/config.json; None if the Hub cannot be asked."""
+    folder = Path(args.pretrained_model_name_or_path)
+    if folder.is_dir():
+        return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    try:
+        return HfApi(token=token).list_repo_files(str(folder.as_posix()), revision=args.revision)
+    except Exception:  # of the Hub or the network, which share no class; what was downloaded before may be enough
+        return None
+
+
+def missing_weights(files: list[str], args: Args, subfolder: str) -> str:
+    """Return a message if a model has no weights of a part in the format and the variant that are loaded, or "".
+
+    They are NAME.safetensors or, in several files, NAME.safetensors.index.json, with the variant as one more suffix.
+    """
+    stem = "model" if subfolder.startswith("text_encoder") else "diffusion_pytorch_model"
+    present = [Path(file).name for file in files if Path(file).parent.name == subfolder]
+    for name in present:
+        suffixes = name.removeprefix(stem).split(".")
+        variant = [suffix for suffix in suffixes if suffix not in ("", "safetensors", "index", "json")]
+        if name.startswith(f"{stem}.") and "safetensors" in suffixes and ".".join(variant) == (args.variant or ""):
+            return ""
+    wanted = f"{stem}.{args.variant}.safetensors" if args.variant else f"{stem}.safetensors"
+    weights = [name for name in sorted(present) if "config" not in name]
+    has = f"It has: {', '.join(weights)}." if weights else "It has no weights at all."
+    fix = "Leave out --variant, or use one that is there." if args.variant else "See --variant."
+    return f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: there is no {wanted}. {has} {fix}"
+
+
+def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: object) -> T:
+    """Call `load`, a from_pretrained, for one part of the pipeline; if it fails, exit with one message."""
+    name = args.pretrained_model_name_or_path
+    try:
+        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
+        raise SystemExit(f"Cannot load {subfolder} of {name}: {first_line(error)}\n{advice_on_model(name)}") from error
+
+
+def advice_on_model(name: str) -> str:
+    """Return what to try if a model cannot be loaded."""
+    if Path(name).is_dir():
+        return "The folder must have diffusers' layout, with whole weight files in the safetensors format."
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        return "There is no such folder, and no repository can have this name."
+    return (
+        "There is no such folder. The repository may be gated: accept its license on "
+        f"https://huggingface.co/{name} and run: hf auth login\n"
+        "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+# Each flag is declared once, as a field of Args; the parser and the checks of limits are derived from it.
 
 FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what holds if it says nothing
     "minimum": None,  # lowest value of a number; None: 1 for integers, 1e-30 for real numbers
@@ -125,32 +715,20 @@ class Args:
         "files", Path("dog"), "folder with the images of the subject", metavar="DIR", aliases=("instance_data_dir",))
     output_path: Path = flag(
         "files", Path("sample_embeddings.parquet"), "file to write", metavar="FILE", aliases=("data_df_path",))
-# fmt: on
 
 
-class ForgivingStream:
-    """An output stream for which printing never fails.
-
-    Its reader, a pipe or a terminal, may go away, and its encoding, such as cp1252 on Windows, may lack characters:
-    that costs the output, or shows escapes such as \\u72ac, but not the result of the program.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        printable = text.encode(encoding, "backslashreplace").decode(encoding)
-        with suppress(OSError, ValueError):
-            self.stream.write(printable)
-            self.stream.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        """Do nothing: write() has flushed."""
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Parse the command line; a mistake ends the program in one message."""
+    parser = Parser(Args, str(__doc__ or "").split("\n")[0])
+    help_text = "the same as --t5_precision none"
+    parser.add_argument("--no_t5", action="store_const", dest="t5_precision", const="none", help=help_text)
+    args = Args(**parser.parse_values(argv))
+    problems = flag_problems(args)
+    if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
+        problems.append('--validation_prompt: prompts of several words need quotes, such as "a photo of sks dog"')
+    if problems:
+        parser.error("\n  ".join(problems))
+    return args
 
 
 # The Parser, the readers of images and a few helpers stand in the trainer, too, word for word: each script works
@@ -317,23 +895,8 @@ def flag_problems(args: Args) -> list[str]:
     return problems
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Parse the command line; a mistake ends the program in one message."""
-    parser = Parser(Args, str(__doc__ or "").split("\n")[0])
-    help_text = "the same as --t5_precision none"
-    parser.add_argument("--no_t5", action="store_const", dest="t5_precision", const="none", help=help_text)
-    args = Args(**parser.parse_values(argv))
-    problems = flag_problems(args)
-    if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
-        problems.append('--validation_prompt: prompts of several words need quotes, such as "a photo of sks dog"')
-    if problems:
-        parser.error("\n  ".join(problems))
-    return args
 
-
-# -------------------------------------------------------------------------------------------------- images, captions
-# Which prompt belongs to which image. Everything that is wrong with the folder is collected and reported at once,
-# before a text encoder is loaded.
+# -------------------------------------------------------------------------------------------------------------- images
 
 FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
 if "AVIF" in Image.registered_extensions().values():  # Pillow 11.3 and later have it in most builds
@@ -359,7 +922,6 @@ TURNS = {  # what makes an image of each EXIF orientation upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
 READ_BY = {  # by suffix, what reads images that not every Pillow reads
     ".avif": "pillow",
     ".heic": "pillow-heif",
@@ -368,8 +930,6 @@ READ_BY = {  # by suffix, what reads images that not every Pillow reads
     ".heifs": "pillow-heif",
     ".hif": "pillow-heif",
 }
-NO_NOTE = ("thumbs.db", "desktop.ini", "~$*")  # what Windows and its Office leave in a folder
-
 
 def find_images(folder: Path) -> list[Path]:
     """Return the image files directly in a folder, sorted by name, without masks and hidden files."""
@@ -579,35 +1139,36 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
     return on_white.convert("RGB"), mask
 
 
-def caption_images(args: Args) -> dict[str, list[str]]:
-    """Return each distinct prompt with the hashes of the images that it captions; exit if anything is wrong.
 
-    The first prompt is --prompt, the last one is the empty prompt.
+# ------------------------------------------------------------------------------------------------------ output, errors
+
+
+# fmt: on
+
+
+class ForgivingStream:
+    """An output stream for which printing never fails.
+
+    Its reader, a pipe or a terminal, may go away, and its encoding, such as cp1252 on Windows, may lack characters:
+    that costs the output, or shows escapes such as \\u72ac, but not the result of the program.
     """
-    folder = args.local_data_dir
-    problems: list[str] = []
-    images = find_images(folder)
-    if not images:
-        problems.append(f"--local_data_dir {why_no_images(folder)}")
-    else:
-        problems += packages_lacking(folder)
-    own_captions = read_captions(folder, images, problems)
-    caption_of = {}
-    for image in images:
-        caption_of[image] = own_captions.get(image, args.prompt)
-    hashes_of = hash_images(images, caption_of, problems)
-    if problems:
-        raise SystemExit("\n".join(problems))
-    note_likely_masks(images)
 
-    captions: dict[str, list[str]] = {}
-    for prompt in (args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, *hashes_of):
-        if prompt:
-            captions[prompt] = hashes_of.get(prompt, [])
-    captions[""] = hashes_of.get("", [])
-    count = f"{len(images)} images in {folder}, {len(own_captions)} with a caption of their own"
-    print(f"{count}; {len(captions)} distinct prompts")
-    return captions
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        with suppress(OSError, ValueError):
+            self.stream.write(printable)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: write() has flushed."""
 
 
 class ProgressBar(tqdm):
@@ -631,427 +1192,10 @@ class ProgressBar(tqdm):
             self.shown = self.n
 
 
-def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[str]) -> dict[str, list[str]]:
-    """Return each caption with the hashes of its images.
-
-    Each image and its mask are read once as the trainer reads them: mending a file that it cannot use would change the
-    hash, and cost the embeddings again.
-    """
-    hashes_of: dict[str, list[str]] = {}
-    first_of: dict[str, Path] = {}  # by hash
-    repeated = []
-    for path in ProgressBar(images, desc="Reading images", unit="image", leave=False):
-        try:
-            read_image(path)
-            sha256 = sha256_of(path)
-        except UnreadableImageError as error:
-            problems.append(str(error))
-            continue
-        first = first_of.setdefault(sha256, path)
-        if first == path:
-            hashes_of.setdefault(caption_of[path], []).append(sha256)
-        elif caption_of[first] != caption_of[path]:
-            problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
-        else:
-            repeated.append(f"{path} is {first.name}")
-    if repeated:
-        print(f"note: images that are there twice are trained twice as often: {len(repeated)} (first: {repeated[0]})")
-    return hashes_of
-
-
-def note_likely_masks(images: list[Path]) -> None:
-    """Note images that look like masks of others: NAME-something beside NAME, of the same size and with few colors."""
-    image_of = {comparable(image.stem): image for image in images}
-    likely = []
-    for path in images:
-        stem = comparable(path.stem)
-        starts = [stem[: match.start()] for match in re.finditer(r"[-_. (]", stem)]
-        originals = [image_of[start] for start in starts if start in image_of]
-        if originals and open_image(path).size == open_image(originals[-1]).size and has_few_colors(path):
-            likely.append(path)
-    if likely:
-        print(
-            f"note: images that look like masks are trained as photos: {len(likely)} (first: {likely[0]}). "
-            f"Masks are named NAME{' or NAME'.join(MASK_ENDINGS)}; remove others from the folder."
-        )
-
-
-def has_few_colors(path: Path) -> bool:
-    """Whether 16 gray values make up 95 % of an image: JPEG blurs the edges of a mask."""
-    counts = sorted(load_upright_image(path, "L").histogram(), reverse=True)
-    return sum(counts[:16]) >= 0.95 * sum(counts)
-
-
-def is_worth_a_note(path: Path) -> bool:
-    """Whether a user may wonder why a file is not used; what packages_lacking names is a problem already."""
-    is_left_over = any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in NO_NOTE)
-    return not is_left_over and path.suffix.lower() not in READ_BY
-
-
-def why_not_used(path: Path) -> str:
-    """Say why a file in the folder of the images is neither an image nor a caption."""
-    image_format = Image.registered_extensions().get(path.suffix.lower())
-    if image_format in Image.OPEN and image_format not in FORMATS:
-        return f"{image_format} images are not read; save it as PNG"
-    masks = f"NAME{', NAME'.join(MASK_ENDINGS)}"
-    return (
-        f"not an image ({', '.join(FORMATS)}), not a caption (NAME.txt, NAME.caption) or a mask ({masks}) of one, and "
-        f"not {', '.join(METADATA_NAMES)}"
-    )
-
-
-def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
-    """Return the captions of images that have their own, from sidecar files and from a metadata file.
-
-    A sidecar NAME.txt or NAME.caption wins over a row of metadata.csv, metadata.jsonl or metadata.parquet. What is not
-    used is named in a note, for whoever wonders where an image or a caption went.
-    """
-    images_of: dict[str, list[Path]] = {}  # by stem: a.txt is the caption of a.jpg and of a.png
-    for image in images:
-        images_of.setdefault(comparable(image.stem), []).append(image)
-    known = {*images, *map(mask_path_of, images)}
-
-    captions: dict[Path, str] = {}
-    sidecars = []
-    skipped: dict[str, list[Path]] = {}  # by the reason, of which there is one note each
-    for path in sorted(folder.glob("[!.]*")):
-        if path.name.lower() in METADATA_NAMES:
-            captions |= read_metadata_file(path, images, problems)
-        elif path.suffix.lower() in (".txt", ".caption") and comparable(path.stem) in images_of:
-            sidecars.append(path)
-        elif path not in known and not path.is_dir() and is_worth_a_note(path):
-            skipped.setdefault(why_not_used(path), []).append(path)
-        elif path.is_dir() and images and find_images(path):
-            print(f"note: skipped the images in {path}: only those directly in {folder} are read")
-    for reason, paths in skipped.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        print(f"note: skipped {paths[0]}{more}: {reason}")
-    for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
-        if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
-            print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")
-    letters = {composed(image.stem) for image in images}
-    sidecars.sort(key=lambda path: composed(path.stem) in letters)  # of A.txt and a.txt, the latter wins for a.jpg
-    for path in sidecars:
-        try:
-            check_regular_file(path)
-            text = path.read_text("utf-8-sig")
-        except (OSError, ValueError) as error:
-            problems.append(f"{path} cannot be read: {error}. Captions are UTF-8.")
-            continue
-        same_letters = [
-            image for image in images_of[comparable(path.stem)] if composed(image.stem) == composed(path.stem)
-        ]
-        captioned = same_letters or images_of[comparable(path.stem)]
-        caption = check_caption(path, captioned[0].name, text, problems)
-        if caption:
-            captions |= dict.fromkeys(captioned, caption)
-    return captions
-
-
-def composed(name: object) -> str:
-    """Return a name with accents as parts of their letters (NFC): a Mac may have written them apart (NFD)."""
-    return unicodedata.normalize("NFC", str(name))
-
-
-def check_caption(path: Path, name: str, text: Any, problems: list[str]) -> str:
-    """Return an image's caption in one line, given what a file says, or "" and a problem."""
-    is_nan = text != text  # what pandas writes into Parquet and JSON for an empty cell
-    if isinstance(text, bool) or not isinstance(text, str | int | float) or is_nan or not str(text).strip():
-        problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
-        return ""
-    try:
-        str(text).encode()
-    except UnicodeEncodeError:  # JSON can hold one half of an emoji
-        problems.append(f"{path}: the caption of {name} is not Unicode: {text!r}. Write it again.")
-        return ""
-    return " ".join(str(text).split())
-
-
-def read_csv_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file; raises OSError or ValueError if it is not readable."""
-    rows = []
-    wrong_lines = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)  # an open quote is an error
-            header = next(reader, [])
-            for values in reader:
-                if len(values) == len(header):
-                    rows.append(dict(zip(header, values, strict=True)))
-                elif values:  # not an empty line
-                    wrong_lines.append(reader.line_num)
-    except csv.Error as error:
-        raise ValueError(f"{error}, in line {reader.line_num}") from error
-    if "file_name" not in header or "text" not in header:
-        raise ValueError(f"its first line is {','.join(header)!r}")
-    if wrong_lines:
-        lines = ", ".join(str(line) for line in wrong_lines[:10])
-        raise ValueError(
-            f"rows with more or fewer fields than the {len(header)} of the first line: {len(wrong_lines)}, in line "
-            f"{lines}; a caption that contains a comma needs quotes"
-        )
-    return rows
-
-
-def read_metadata_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metadata file; raises OSError or ValueError if it is not readable."""
-    check_regular_file(path)
-    if path.suffix.lower() == ".csv":
-        return read_csv_rows(path)
-    if path.suffix.lower() == ".parquet":
-        return pq.read_table(path).to_pylist()
-    lines = path.read_text("utf-8-sig").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
-
-
-def read_metadata_file(path: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
-    """Return the captions in a metadata file, which has columns file_name and text."""
-    try:
-        rows = read_metadata_rows(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        form = "Tables have columns file_name and text, with commas, in UTF-8; in Excel, save as CSV UTF-8"
-        problems.append(f"{path} cannot be read: {error}. {form}.")
-        return {}
-    image_of = {comparable(image): image for image in images} | {composed(image): image for image in images}
-    captions: dict[Path, str] = {}
-    for row in rows:
-        if not isinstance(row, dict) or "file_name" not in row or "text" not in row:
-            problems.append(f"{path} has a row without file_name or text: {row!r}.")
-            return {}
-        name = str(row["file_name"])
-        file = path.parent / name.replace("\\", "/")  # as Windows writes it
-        image = image_of.get(composed(file)) or image_of.get(comparable(file))
-        if image is None:
-            exists = os.path.exists(path.parent / name)
-            reason = "is not an image directly in" if exists else "does not exist in"
-            problems.append(f"{path} has a caption of {name}, which {reason} {path.parent}.")
-            continue
-        caption = check_caption(path, name, row["text"], problems)
-        if image in captions:
-            problems.append(f"{path} has two rows for {image}. Keep one of them.")
-        if caption:
-            captions[image] = caption
-    return captions
-
-
-# ----------------------------------------------------------------------------------------------------- text encoders
-# Both CLIPs together (1.6 GiB in fp16), for all prompts; then T5 alone, for all prompts, in 8 bits or streamed from
-# disk one block at a time. What they give goes into a file on disk, since ten thousand captions would not fit in RAM.
-
-CHUNK_TOKENS = 16 * 77  # T5 tokens per pass: more prompts share one reading of a streamed T5, but need more memory
-
-
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message: the Hub's own words, where there are some."""
     message = (getattr(error, "server_message", None) or str(error)).strip() or type(error).__name__
     return message.splitlines()[0].rstrip(".")
-
-
-def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: object) -> T:
-    """Call `load`, a from_pretrained, for one part of the pipeline; if it fails, exit with one message."""
-    name = args.pretrained_model_name_or_path
-    try:
-        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
-        raise SystemExit(f"Cannot load {subfolder} of {name}: {first_line(error)}\n{advice_on_model(name)}") from error
-
-
-def advice_on_model(name: str) -> str:
-    """Return what to try if a model cannot be loaded."""
-    if Path(name).is_dir():
-        return "The folder must have diffusers' layout, with whole weight files in the safetensors format."
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        return "There is no such folder, and no repository can have this name."
-    return (
-        "There is no such folder. The repository may be gated: accept its license on "
-        f"https://huggingface.co/{name} and run: hf auth login\n"
-        "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
-    )
-
-
-def list_model_files(args: Args, token: str | None) -> list[str] | None:
-    """Return the names of the model's files, such as vae/config.json; None if the Hub cannot be asked."""
-    folder = Path(args.pretrained_model_name_or_path)
-    if folder.is_dir():
-        return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-    try:
-        return HfApi(token=token).list_repo_files(str(folder.as_posix()), revision=args.revision)
-    except Exception:  # of the Hub or the network, which share no class; what was downloaded before may be enough
-        return None
-
-
-def missing_weights(files: list[str], args: Args, subfolder: str) -> str:
-    """Return a message if a model has no weights of a part in the format and the variant that are loaded, or "".
-
-    They are NAME.safetensors or, in several files, NAME.safetensors.index.json, with the variant as one more suffix.
-    """
-    stem = "model" if subfolder.startswith("text_encoder") else "diffusion_pytorch_model"
-    present = [Path(file).name for file in files if Path(file).parent.name == subfolder]
-    for name in present:
-        suffixes = name.removeprefix(stem).split(".")
-        variant = [suffix for suffix in suffixes if suffix not in ("", "safetensors", "index", "json")]
-        if name.startswith(f"{stem}.") and "safetensors" in suffixes and ".".join(variant) == (args.variant or ""):
-            return ""
-    wanted = f"{stem}.{args.variant}.safetensors" if args.variant else f"{stem}.safetensors"
-    weights = [name for name in sorted(present) if "config" not in name]
-    has = f"It has: {', '.join(weights)}." if weights else "It has no weights at all."
-    fix = "Leave out --variant, or use one that is there." if args.variant else "See --variant."
-    return f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: there is no {wanted}. {has} {fix}"
-
-
-def check_weights(args: Args) -> None:
-    """Exit if weights of a text encoder are missing, before the first one takes its time."""
-    files = list_model_files(args, token=None)
-    encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
-    if args.t5_precision == "none":
-        encoders.remove("text_encoder_3")
-    if files is not None:
-        missing = [missing_weights(files, args, encoder) for encoder in encoders]
-        if any(missing):
-            raise SystemExit("\n".join(message for message in missing if message))
-
-
-def load_tokenizer(load: Any, args: Args, subfolder: str) -> Any:
-    """Load a tokenizer; exit if its files are missing, for which transformers gives one that knows no words."""
-    tokenizer = load_part(load.from_pretrained, args, subfolder)
-    if tokenizer.model_max_length > 10**6:  # transformers' value for an unknown length
-        raise SystemExit(f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: its files are missing.")
-    return tokenizer
-
-
-def load_clip(args: Args, device: torch.device) -> diffusers.StableDiffusion3Pipeline:
-    """Return a pipeline of nothing but both CLIPs, in fp16 on a GPU."""
-    dtype = torch.float16 if device.type == "cuda" else torch.float32  # CPUs are slow in fp16
-    kwargs = {"variant": args.variant, "dtype": dtype, "use_safetensors": True}
-    load = transformers.CLIPTextModelWithProjection.from_pretrained
-    config = load_part(diffusers.SD3Transformer2DModel.load_config, args, "transformer")
-    with torch.device("meta"):  # encode_prompt asks the transformer for its width
-        transformer = diffusers.SD3Transformer2DModel.from_config(config)
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=None,
-        vae=None,
-        text_encoder=load_part(load, args, "text_encoder", **kwargs).to(device),
-        tokenizer=load_tokenizer(transformers.CLIPTokenizer, args, "tokenizer"),
-        text_encoder_2=load_part(load, args, "text_encoder_2", **kwargs).to(device),
-        tokenizer_2=load_tokenizer(transformers.CLIPTokenizer, args, "tokenizer_2"),
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-
-
-def load_t5(args: Args, device: torch.device, offload_folder: Path) -> transformers.T5EncoderModel:
-    """Load T5 in 8 bits, or in fp32 with its blocks left on disk, from where accelerate reads them one at a time.
-
-    transformers keeps `wo`, which overflows in fp16, in fp32. Streaming would lose that rule, so a streamed T5 is
-    computed in fp32 altogether.
-    """
-    kwargs: dict[str, Any] = {"variant": args.variant, "use_safetensors": True}  # other files could run code
-    if args.t5_precision == "int8":
-        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
-        kwargs["dtype"] = torch.float16
-        kwargs["device_map"] = device
-    else:
-        kwargs["dtype"] = torch.float32
-        kwargs["offload_folder"] = offload_folder
-        kwargs["device_map"] = {
-            "shared": device.type,
-            "encoder.embed_tokens": device.type,
-            "encoder.final_layer_norm": device.type,
-            "encoder.block": "disk",
-        }
-    return load_part(transformers.T5EncoderModel.from_pretrained, args, "text_encoder_3", **kwargs)
-
-
-def report_truncated(tokenizer: Any, prompts: list[str], max_length: int, name: str) -> None:
-    """Note the end of each prompt that is too long for an encoder."""
-    room = max_length - tokenizer.num_special_tokens_to_add()
-    for prompt in prompts:
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        if len(ids) > room:
-            unseen = tokenizer.decode(ids[room:])
-            print(f"note: {name} reads {max_length} tokens; of {prompt!r} it does not see {unseen!r}")
-
-
-def to_float16(embeds: Tensor, name: str) -> np.ndarray:
-    """Return the same numbers in fp16; exit if one of them overflows."""
-    embeds = embeds.half()
-    if not embeds.isfinite().all():
-        raise SystemExit(f"{name} gave values that fp16 cannot hold. With T5 in 8 bits, try --t5_precision exact.")
-    return embeds.cpu().numpy()
-
-
-def encode_with_clip(
-    args: Args, chunks: list[list[str]], device: torch.device, path: Path
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return prompt_embeds with zeros in T5's place, (N, CLIP tokens + T5 tokens, D), and the pooled ones, (N, P).
-
-    The first array lives in a file: 1.2 MB per prompt would not fit in RAM for ten thousand captions.
-    """
-    pipeline = load_clip(args, device)
-    for chunk in chunks:
-        report_truncated(pipeline.tokenizer, chunk, pipeline.tokenizer.model_max_length, "CLIP")
-    pooled_prompt_embeds = []
-    with open(path, "wb") as file:  # written, not mapped: on a full disk, writing to a mapped page is a crash
-        for chunk in ProgressBar(chunks, desc="Encoding with CLIP", unit="chunk"):
-            embeds, _, pooled_embeds, _ = pipeline.encode_prompt(
-                prompt=chunk,
-                prompt_2=None,
-                prompt_3=None,
-                device=device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=args.max_sequence_length,
-            )
-            file.write(to_float16(embeds, "CLIP").data)
-            pooled_prompt_embeds.append(to_float16(pooled_embeds, "CLIP"))
-    pooled = np.concatenate(pooled_prompt_embeds)
-    return np.memmap(path, np.float16, "r+", shape=(len(pooled), *embeds.shape[1:])), pooled
-
-
-def encode_with_t5(
-    args: Args, chunks: list[list[str]], device: torch.device, prompt_embeds: np.ndarray, scratch: Path
-) -> None:
-    """Write T5's part into prompt_embeds, (N, CLIP tokens + T5 tokens, D), in place."""
-    length = args.max_sequence_length
-    tokenizer = load_tokenizer(transformers.T5TokenizerFast, args, "tokenizer_3")
-    for chunk in chunks:
-        report_truncated(tokenizer, chunk, length, "T5")
-    encoder = load_t5(args, device, scratch)
-    blocks = encoder.encoder.block
-    row = 0
-    with ProgressBar(total=len(blocks) * len(chunks), desc="Encoding with T5", unit="layer") as progress_bar:
-
-        def advance(*_: object) -> None:
-            progress_bar.update()
-
-        for block in blocks:  # one pass of a streamed T5 can take a minute
-            block.register_forward_hook(advance)
-        for chunk in chunks:
-            input_ids = tokenizer(
-                chunk, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            ).input_ids  # (n, length)
-            embeds = encoder(input_ids.to(device))[0]  # (n, length, D)
-            prompt_embeds[row : row + len(chunk), -length:] = to_float16(embeds, "T5")
-            row += len(chunk)
-
-
-@torch.inference_mode()
-def encode_prompts(args: Args, prompts: list[str], scratch: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the pipeline's encode_prompt gives, in fp16: (N, CLIP tokens + T5 tokens, D) and (N, P)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = CHUNK_TOKENS // max(77, args.max_sequence_length)
-    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    prompt_embeds, pooled_prompt_embeds = encode_with_clip(args, chunks, device, scratch / "prompt_embeds")
-    diffusers.training_utils.free_memory()  # both CLIPs
-    if args.t5_precision != "none":
-        encode_with_t5(args, chunks, device, prompt_embeds, scratch)
-    return prompt_embeds, pooled_prompt_embeds
-
-
-# -------------------------------------------------------------------------------------------------------------- main
-# The Parquet file appears under its name when it is complete; an interrupted run leaves the older file as it was.
 
 
 def peak_memory() -> str:
@@ -1065,128 +1209,6 @@ def peak_memory() -> str:
     except ImportError:  # on Windows
         ram = psutil.Process().memory_info().peak_wset
     return f"{vram}peak RAM {ram / 2**30:.2f} GiB"
-
-
-def flush_to_disk(file: Any) -> None:
-    """Wait until an open file is on disk, if its file system can do that; some shares and FUSE mounts cannot."""
-    cannot = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno not in cannot:  # the disk is full, or broken
-            raise OSError(error.errno, error.strerror, str(file.name)) from error
-
-
-def move_file(source: Path, target: Path) -> None:
-    """Rename a file over another one, after up to 2 s if that is open elsewhere.
-
-    Windows refuses it for as long as a virus scanner, a program that synchronizes or a viewer has the file open.
-    """
-    for _ in range(20):
-        with suppress(PermissionError):
-            os.replace(source, target)
-            return
-        time.sleep(0.1)
-    os.replace(source, target)
-
-
-def write_embeddings(
-    path: Path,
-    captions: dict[str, list[str]],
-    prompt_embeds: np.ndarray,
-    pooled_prompt_embeds: np.ndarray,
-    about: dict[str, Any],
-) -> None:
-    """Write one row and row group per prompt.
-
-    captions: the hashes of the images that each prompt captions; prompt_embeds (N, L, D), pooled_prompt_embeds (N, P).
-    """
-    columns = {
-        "prompt": list(captions),
-        "image_hashes": pa.array(captions.values(), pa.list_(pa.string())),
-        "prompt_embeds": pa.FixedShapeTensorArray.from_numpy_ndarray(prompt_embeds),
-        "pooled_prompt_embeds": pa.FixedShapeTensorArray.from_numpy_ndarray(pooled_prompt_embeds),
-    }
-    table = pa.table(columns, metadata={"sd3_embeddings": json.dumps(about)})
-    with open(path, "wb") as file:
-        pq.write_table(table, file, row_group_size=1)
-        flush_to_disk(file)
-
-
-def kept_beside(path: Path, table: Path) -> Path:
-    """Give a file that cannot get its name the first free one of NAME-2, NAME-3, ..., and return it."""
-    number = 2
-    while path.with_stem(f"{path.stem}-{number}").exists():
-        number += 1
-    free = path.with_stem(f"{path.stem}-{number}")
-    os.replace(table, free)
-    return free
-
-
-def is_parquet(path: Path) -> bool:
-    """Whether a path is a Parquet file, by its first bytes."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == b"PAR1"
-
-
-def compute(args: Args) -> None:
-    """Compute the embeddings: everything from the images to the file."""
-    started = time.monotonic()
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # which diffusers passes on to huggingface_hub
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a log file would have its bar over and over
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-    captions = caption_images(args)
-    path = args.output_path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not is_parquet(path):
-        raise SystemExit(f"--output_path {path} exists and is not a Parquet file.")
-    check_weights(args)
-    about = {
-        "format_version": 1,
-        "model": args.pretrained_model_name_or_path,
-        "revision": args.revision,
-        "prompt": args.prompt,
-        "max_sequence_length": args.max_sequence_length,
-        "t5": args.t5_precision,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
-    }
-    with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent, ignore_cleanup_errors=True) as scratch:
-        prompt_embeds, pooled_prompt_embeds = encode_prompts(args, list(captions), Path(scratch))
-        table = Path(scratch, "table.parquet")
-        write_embeddings(table, captions, prompt_embeds, pooled_prompt_embeds, about)
-        del prompt_embeds  # it maps a file in the scratch folder, which Windows could not remove
-        try:
-            move_file(table, path)
-        except PermissionError as error:
-            kept = kept_beside(path, table)
-            raise SystemExit(f"{path} is in use, the embeddings are in {kept}. Use it as --data_df_path.") from error
-    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {peak_memory()}, {time.monotonic() - started:.0f} s")
-
-
-def main(args: Args) -> None:
-    """Compute the embeddings, and end with one message on what can go wrong in between."""
-    sighup = 1  # which Windows does not have
-    sigbreak = getattr(signal, "SIGBREAK", signal.SIGTERM)  # Ctrl-Break, which only Windows has
-    for number in signal.valid_signals() & {sighup, sigbreak, signal.SIGTERM}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, signal.default_int_handler)
-    try:
-        with redirect_stdout(ForgivingStream(sys.stdout)), redirect_stderr(ForgivingStream(sys.stderr)):
-            compute(args)
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted; nothing was written.") from None
-    except torch.OutOfMemoryError as error:
-        fix = "T5 in 8 bits takes 7.4 GiB; --t5_precision exact takes 1.7 GiB."
-        raise SystemExit(f"Out of GPU memory, {peak_memory()}. {fix}") from error
-    except OSError as error:  # a full disk, a folder that may not be read or written
-        places = f"--local_data_dir {args.local_data_dir} or --output_path {args.output_path}"
-        raise SystemExit(f"{places} cannot be read or written: {error}.") from error
 
 
 if __name__ == "__main__":
