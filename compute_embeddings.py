@@ -25,16 +25,13 @@ import csv
 import difflib
 import errno
 import fnmatch
-import functools
 import hashlib
-import io
 import json
 import logging
 import os
 import re
 import shlex
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -61,7 +58,7 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 from huggingface_hub import HfApi
-from PIL import ExifTags, Image, ImageCms
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -84,6 +81,8 @@ def main(args: Args) -> None:
     try:
         with redirect_stdout(ForgivingStream(sys.stdout)), redirect_stderr(ForgivingStream(sys.stderr)):
             compute(args)
+    except UserError as error:
+        raise SystemExit(str(error)) from error
     except KeyboardInterrupt:
         raise SystemExit("Interrupted; nothing was written.") from None
     except torch.OutOfMemoryError as error:
@@ -292,17 +291,13 @@ def caption_images(args: Args) -> dict[str, list[str]]:
     images = find_images(folder)
     if not images:
         problems.append(f"--local_data_dir {why_no_images(folder)}")
-    else:
-        problems += packages_lacking(folder)
     own_captions = read_captions(folder, images, problems)
     caption_of = {}
     for image in images:
         caption_of[image] = own_captions.get(image, args.prompt)
     hashes_of = hash_images(images, caption_of, problems)
     if problems:
-        raise SystemExit("\n".join(problems))
-    note_likely_masks(images)
-
+        raise UserError("\n".join(problems))
     captions: dict[str, list[str]] = {}
     for prompt in (args.prompt, args.class_prompt, *args.validation_prompt, args.negative_prompt, *hashes_of):
         if prompt:
@@ -314,19 +309,20 @@ def caption_images(args: Args) -> dict[str, list[str]]:
 
 
 def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[str]) -> dict[str, list[str]]:
-    """Return each caption with the hashes of its images.
+    """Return each caption with the hashes of its images; what is wrong with an image is added to the problems.
 
-    Each image and its mask are read once as the trainer reads them: mending a file that it cannot use would change the
-    hash, and cost the embeddings again.
+    Each image is decoded once, to find a broken one now: repairing it later would change its hash, and cost the
+    embeddings again.
     """
     hashes_of: dict[str, list[str]] = {}
     first_of: dict[str, Path] = {}  # by hash
     repeated = []
     for path in ProgressBar(images, desc="Reading images", unit="image", leave=False):
         try:
-            read_image(path)
+            with opened_photo(path) as image:
+                image.load()
             sha256 = sha256_of(path)
-        except UnreadableImageError as error:
+        except UserError as error:
             problems.append(str(error))
             continue
         first = first_of.setdefault(sha256, path)
@@ -350,7 +346,7 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
     images_of: dict[str, list[Path]] = {}  # by stem: a.txt is the caption of a.jpg and of a.png
     for image in images:
         images_of.setdefault(comparable(image.stem), []).append(image)
-    known = {*images, *map(mask_path_of, images)}
+    known = {*images, *(path for path in folder.glob("[!.]*") if is_mask(path, set(images_of)))}
 
     captions: dict[Path, str] = {}
     sidecars = []
@@ -374,10 +370,10 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
     sidecars.sort(key=lambda path: composed(path.stem) in letters)  # of A.txt and a.txt, the latter wins for a.jpg
     for path in sidecars:
         try:
-            check_regular_file(path)
-            text = path.read_text("utf-8-sig")
-        except (OSError, ValueError) as error:
-            problems.append(f"{path} cannot be read: {error}. Captions are UTF-8.")
+            with reading(path, "Captions are UTF-8."):
+                text = path.read_text("utf-8-sig")
+        except UserError as error:
+            problems.append(str(error))
             continue
         same_letters = [
             image for image in images_of[comparable(path.stem)] if composed(image.stem) == composed(path.stem)
@@ -421,7 +417,6 @@ def read_metadata_file(path: Path, images: list[Path], problems: list[str]) -> d
 
 def read_metadata_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metadata file; raises OSError or ValueError if it is not readable."""
-    check_regular_file(path)
     if path.suffix.lower() == ".csv":
         return read_csv_rows(path)
     if path.suffix.lower() == ".parquet":
@@ -479,44 +474,17 @@ NO_NOTE = ("thumbs.db", "desktop.ini", "~$*")  # what Windows and its Office lea
 
 
 def is_worth_a_note(path: Path) -> bool:
-    """Whether a user may wonder why a file is not used; what packages_lacking names is a problem already."""
-    is_left_over = any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in NO_NOTE)
-    return not is_left_over and path.suffix.lower() not in READ_BY
+    """Whether a user may wonder why a file is not used."""
+    return not any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in NO_NOTE)
 
 
 def why_not_used(path: Path) -> str:
     """Say why a file in the folder of the images is neither an image nor a caption."""
-    image_format = Image.registered_extensions().get(path.suffix.lower())
-    if image_format in Image.OPEN and image_format not in FORMATS:
-        return f"{image_format} images are not read; save it as PNG"
     masks = f"NAME{', NAME'.join(MASK_ENDINGS)}"
     return (
-        f"not an image ({', '.join(FORMATS)}), not a caption (NAME.txt, NAME.caption) or a mask ({masks}) of one, and "
-        f"not {', '.join(METADATA_NAMES)}"
+        f"not an image ({' '.join(PHOTO_SUFFIXES)}), not a caption (NAME.txt, NAME.caption) or a mask ({masks}) of "
+        f"one, and not {', '.join(METADATA_NAMES)}"
     )
-
-
-def note_likely_masks(images: list[Path]) -> None:
-    """Note images that look like masks of others: NAME-something beside NAME, of the same size and with few colors."""
-    image_of = {comparable(image.stem): image for image in images}
-    likely = []
-    for path in images:
-        stem = comparable(path.stem)
-        starts = [stem[: match.start()] for match in re.finditer(r"[-_. (]", stem)]
-        originals = [image_of[start] for start in starts if start in image_of]
-        if originals and open_image(path).size == open_image(originals[-1]).size and has_few_colors(path):
-            likely.append(path)
-    if likely:
-        print(
-            f"note: images that look like masks are trained as photos: {len(likely)} (first: {likely[0]}). "
-            f"Masks are named NAME{' or NAME'.join(MASK_ENDINGS)}; remove others from the folder."
-        )
-
-
-def has_few_colors(path: Path) -> bool:
-    """Whether 16 gray values make up 95 % of an image: JPEG blurs the edges of a mask."""
-    counts = sorted(load_upright_image(path, "L").histogram(), reverse=True)
-    return sum(counts[:16]) >= 0.95 * sum(counts)
 
 
 # ---------------------------------------------------------------------------------------------------- the Parquet file
@@ -898,45 +866,22 @@ def flag_problems(args: Args) -> list[str]:
 
 # -------------------------------------------------------------------------------------------------------------- images
 
-FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]  # no others are tried: Pillow would start Ghostscript for one
-if "AVIF" in Image.registered_extensions().values():  # Pillow 11.3 and later have it in most builds
-    FORMATS.append("AVIF")
+PHOTO_SUFFIXES = (
+    ".avif", ".bmp", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 with suppress(ImportError):  # the photos of many phones
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-    FORMATS.append("HEIF")
-MAX_PIXELS = 300_000_000  # phones make 200 million; to read those takes 2.5 GiB of RAM
-Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's own limit, which calls them an attack
-# Pillow raises any of these for a file that is no image, or a broken one.
-UNREADABLE = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError, RuntimeError, struct.error,
-)  # fmt: skip
+# Pillow's own limits stay, but such photos and such texts, of programs that note how an image was made, do exist.
+Image.MAX_IMAGE_PIXELS = 200_000_000  # as phones make them; it refuses twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
-TURNS = {  # what makes an image of each EXIF orientation upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-READ_BY = {  # by suffix, what reads images that not every Pillow reads
-    ".avif": "pillow",
-    ".heic": "pillow-heif",
-    ".heics": "pillow-heif",
-    ".heif": "pillow-heif",
-    ".heifs": "pillow-heif",
-    ".hif": "pillow-heif",
-}
-
 def find_images(folder: Path) -> list[Path]:
-    """Return the image files directly in a folder, sorted by name, without masks and hidden files."""
-    format_of = Image.registered_extensions()
+    """Return the photos directly in a folder, sorted by name, without masks and hidden files."""
     images = []
     for path in sorted(folder.glob("[!.]*")):
-        if format_of.get(path.suffix.lower()) in FORMATS and not path.is_dir():
+        if path.suffix.lower() in PHOTO_SUFFIXES and not path.is_dir():
             images.append(path)
     stems = {comparable(image.stem) for image in images}
     return [image for image in images if not is_mask(image, stems)]
@@ -966,177 +911,35 @@ def why_no_images(folder: Path) -> str:
         return f"{folder} does not exist."
     except OSError as error:  # it is a file, or may not be read
         return f"{folder} cannot be read: {error.strerror}."
-    reason = f"{folder} has no images ({', '.join(FORMATS)})."
-    reason = " ".join([reason, *packages_lacking(folder)])
+    reason = f"{folder} has no images ({' '.join(PHOTO_SUFFIXES)})."
     if subfolders:
         reason += f" Its sub-folders have some: {', '.join(subfolders)}. Name one of them instead."
     return reason
 
 
-def packages_lacking(folder: Path) -> list[str]:
-    """Return a sentence for each package without which images directly in a folder cannot be read."""
-    format_of = Image.registered_extensions()
-    files_of: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("[!.]*")):
-        suffix = path.suffix.lower()
-        if suffix in READ_BY and format_of.get(suffix) not in FORMATS and not path.is_dir():
-            files_of.setdefault(READ_BY[suffix], []).append(path.name)
-    sentences = []
-    for package, names in files_of.items():
-        count = f"{len(names)} (first: {names[0]})"
-        sentences.append(f"Images in {folder} that need another package: {count}. Run: pip install -U {package}")
-    return sentences
-
-
-def check_regular_file(path: Path) -> None:
-    """Raise OSError if a path is not a regular file: reading from a pipe would wait forever."""
-    if not path.exists():
-        raise OSError("it does not exist")
-    if not path.is_file():
-        raise OSError("it is not a regular file")
-
-
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex: the embeddings name an image by it."""
-    check_regular_file(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open an image without reading its pixels; raise one of UNREADABLE if it cannot be used."""
-    path.name.encode()  # a ValueError if it is not UTF-8
-    check_regular_file(path)
-    image = Image.open(path, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        megapixels = image.width * image.height / 1e6
-        raise ValueError(f"it has {megapixels:,.0f} megapixels; make it smaller, at most {MAX_PIXELS / 1e6:.0f}")
-    if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits per channel; save it with 8 or 16")
-    return image
-
-
-class UnreadableImageError(ValueError):
-    """A user's image that cannot be used; the message names the file and says why."""
+    with reading(path, ""):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
-def reading_image(path: Path) -> Iterator[None]:
-    """Turn what Pillow raises for a broken file into an UnreadableImageError. Keep the block to reading alone."""
-    try:
-        yield
-    except UNREADABLE as error:
-        advice = "Repair it or remove it from the folder."
-        if "HEIF" not in FORMATS and is_heif(path):
-            advice = "It is a HEIC, whatever its name is; to read it, run: pip install pillow-heif"
-        raise UnreadableImageError(f"{path} is not a readable image ({error}). {advice}") from error
+def opened_photo(path: Path) -> Iterator[Image.Image]:
+    """Open a photo, whose pixels are decoded when they are first used. Keep the block to reading it.
 
-
-def is_heif(path: Path) -> bool:
-    """Whether a file begins as the HEIC photos of phones do."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(12)
-    except OSError:
-        return False
-    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-
-
-def exif_orientation(image: Image.Image) -> int:
-    """Return an image's EXIF orientation, 1 to 8; 1 is upright, and what EXIF that cannot be read counts as."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except UNREADABLE:
-        return 1
-    return orientation if orientation in TURNS else 1
-
-
-def load_upright_image(path: Path, mode: str) -> Image.Image:
-    """Load an image with 8 bits per channel, turned as its EXIF orientation says.
-
-    ImageOps.exif_transpose would also write the rest of the EXIF anew, and fail on the odd tags of many phones.
+    Whatever Pillow raises in the block becomes a UserError.
     """
-    image = open_image(path)
-    image.load()  # a TIFF is turned here, by Pillow, and has no orientation afterwards
-    transform = srgb_transform(image)  # a phone's Display P3, taken for sRGB, is pale
-    orientation = exif_orientation(image)
-    if orientation != 1:
-        image = image.transpose(TURNS[orientation])
-    if image.mode.startswith("I;16"):  # convert() would clip the values
-        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-    image = image.convert(mode)
-    if transform and mode == "RGBA":  # gray values are those of a mask, which are no colors
-        ImageCms.applyTransform(image, transform, inPlace=True)
-    return image
-
-
-def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
-    """Return what converts an image's RGBA pixels to sRGB; None without a profile, or if it is broken or sRGB itself.
-
-    sRGB goes by many names, so it is known by what it does to 729 colors: nothing but rounding.
-    """
-    if "icc_profile" not in image.info:
-        return None
-    levels = np.linspace(0, 255, 9).astype(np.uint8)
-    colors = np.stack(np.meshgrid(levels, levels, levels, [255]), axis=-1).reshape(27, 27, 4).astype(np.uint8)
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGBA", "RGBA")
-        converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
-    except (*UNREADABLE, ImageCms.PyCMSError):  # it is broken, or of grays or inks
-        return None
-    is_srgb = np.abs(converted.astype(int) - colors).max() <= 3
-    return None if is_srgb else transform
-
-
-def mask_path_of(image: Path) -> Path | None:
-    """Return the mask beside an image, or None if there is none."""
-    for ending in MASK_ENDINGS:
-        path = image.with_name(f"{image.stem}{ending}")
-        if path.exists():
-            return path
-    return masks_in(image.parent, image.parent.stat().st_mtime_ns).get(comparable(image.stem))
-
-
-@functools.lru_cache(maxsize=4)
-def masks_in(folder: Path, changed: int) -> dict[str, Path]:
-    """Return the masks in a folder by their images' comparable stems; `changed` is when the folder last was.
-
-    A stem that is comparable to that of another image has none here: it is not clear which one a mask belongs to.
-    """
-    spellings: dict[str, set[str]] = {}
-    for image in find_images(folder):
-        spellings.setdefault(comparable(image.stem), set()).add(image.stem)
-    masks = {}
-    for ending in reversed(MASK_ENDINGS):  # the first one wins
-        for path in sorted(folder.glob("[!.]*")):
-            stem, found, rest = comparable(path.name).rpartition(ending)
-            if found and not rest and len(spellings.get(stem, ())) == 1:
-                masks[stem] = path
-    return masks
-
-
-def alpha_of_mask(path: Path) -> Image.Image | None:
-    """Return a mask file's alpha channel if that has a shape, as in a photo that is cut out, or else None."""
-    with open_image(path) as image:
-        if not image.has_transparency_data:
-            return None
-    alpha = load_upright_image(path, "RGBA").getchannel("A")
-    return None if alpha.getextrema() == (255, 255) else alpha
-
-
-def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
-    """Read an image in RGB, white where it is transparent, and its mask in L: a file or the alpha channel."""
-    with reading_image(path):
-        image = load_upright_image(path, "RGBA")
-    mask = image.getchannel("A")
-    mask_path = mask_path_of(path)
-    if mask_path:
-        with reading_image(mask_path):
-            mask = alpha_of_mask(mask_path) or load_upright_image(mask_path, "L")
-        if mask.size != image.size:
-            raise UnreadableImageError(f"{path} has {image.size} pixels, its mask {mask_path.name} has {mask.size}.")
-    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return on_white.convert("RGB"), mask
+    format_of = Image.registered_extensions()
+    formats = {format_of[suffix] for suffix in PHOTO_SUFFIXES if suffix in format_of}
+    advice = "Repair it or remove it from the folder."
+    if "HEIF" not in formats:
+        advice += " If it is a HEIC, whatever its name is, run: pip install pillow-heif"
+    with reading(path, advice):
+        path.name.encode()  # a ValueError if it is not UTF-8
+        with Image.open(path, formats=sorted(formats)) as image:  # no others: Pillow would start Ghostscript for one
+            if image.mode in ("I", "F"):
+                raise ValueError("it has 32 bits per channel; save it with 8 or 16")
+            yield image
 
 
 
@@ -1144,6 +947,26 @@ def read_image(path: Path) -> tuple[Image.Image, Image.Image]:
 
 
 # fmt: on
+
+
+class UserError(Exception):
+    """What the user of this program can mend; the message says what, where and how."""
+
+
+@contextmanager
+def reading(path: Path, advice: str) -> Iterator[None]:
+    """Turn whatever reading a user's file raises into a UserError. Keep the block to reading, and to what is used.
+
+    Only a regular file is read: a pipe would be waited for forever.
+    """
+    try:
+        if not path.exists():
+            raise OSError("it does not exist")
+        if not path.is_file():
+            raise OSError("it is not a regular file")
+        yield
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}. {advice}".rstrip()) from error
 
 
 class ForgivingStream:
