@@ -21,10 +21,8 @@ A map of this file, from top to bottom. The job ends where the flags begin; what
 from __future__ import annotations
 
 import argparse
-import csv
 import difflib
 import errno
-import fnmatch
 import hashlib
 import json
 import logging
@@ -52,6 +50,7 @@ if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "I
 
 import diffusers  # this and transformers load their parts on first use, so --help answers soon
 import numpy as np
+import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -279,6 +278,7 @@ def to_float16(embeds: Tensor, name: str) -> np.ndarray:
 # Which prompt belongs to which image. Everything that is wrong with the folder is collected and reported at once.
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
+CAPTION_SUFFIXES = (".txt", ".caption")  # of the files beside their images, the first one wins
 
 
 def caption_images(args: Args) -> dict[str, list[str]]:
@@ -338,153 +338,124 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
 
 
 def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
-    """Return the captions of images that have their own, from sidecar files and from a metadata file.
+    """Return the captions of images that have their own; what is wrong with one is added to the problems.
 
-    A sidecar NAME.txt or NAME.caption wins over a row of metadata.csv, metadata.jsonl or metadata.parquet. What is not
-    used is named in a note, for whoever wonders where an image or a caption went.
+    A sidecar NAME.txt or NAME.caption wins over a row of metadata.csv, metadata.jsonl or metadata.parquet.
     """
-    images_of: dict[str, list[Path]] = {}  # by stem: a.txt is the caption of a.jpg and of a.png
-    for image in images:
-        images_of.setdefault(comparable(image.stem), []).append(image)
-    known = {*images, *(path for path in folder.glob("[!.]*") if is_mask(path, set(images_of)))}
-
+    files = files_by_name(sorted(folder.glob("[!.]*")))
     captions: dict[Path, str] = {}
-    sidecars = []
-    skipped: dict[str, list[Path]] = {}  # by the reason, of which there is one note each
+    used = set(images)
+    for name in METADATA_NAMES:
+        if name in files:
+            captions |= read_metadata(files[name], images, problems)
+            used.add(files[name])
+    for image in images:
+        path = sidecar_of(image, files)
+        if path:
+            used.add(path)
+            try:
+                with reading(path, "Write a caption in UTF-8, or remove the file."):
+                    captions[image] = clean_caption(path.read_text("utf-8-sig"))
+            except UserError as error:
+                problems.append(str(error))
+    if images:
+        note_skipped(folder, used)
+    return captions
+
+
+def files_by_name(paths: list[Path]) -> dict[str, Path]:
+    """Return files by their names, and by their comparable ones where no other file has that name."""
+    return {comparable(path.name): path for path in paths} | {path.name: path for path in paths}
+
+
+def sidecar_of(image: Path, files: dict[str, Path]) -> Path | None:
+    """Return the file with the caption of an image, of files by name; one in the image's own letters wins."""
+    for suffix in CAPTION_SUFFIXES:
+        for name in (f"{image.stem}{suffix}", comparable(f"{image.stem}{suffix}")):
+            if name in files:
+                return files[name]
+    return None
+
+
+def clean_caption(text: Any) -> str:
+    """Return a caption in one line; raise ValueError if it is none."""
+    is_nan = text != text  # what pandas has for an empty cell
+    if isinstance(text, bool) or not isinstance(text, str | int | float) or is_nan:
+        raise ValueError(f"a caption is {text!r}, which is no text")
+    caption = " ".join(str(text).split())
+    caption.encode()  # a ValueError: JSON can hold one half of an emoji
+    if "\0" in caption:
+        raise ValueError("a caption has zero bytes, as UTF-16 has; save it as UTF-8")
+    if all(unicodedata.category(character)[0] in "CZ" for character in caption):  # controls, joiners and spaces
+        raise ValueError("a caption is empty")
+    return caption
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Return the columns file_name and text of a metadata file, as they are written.
+
+    Every row must have as many fields as the header: an unquoted comma in a caption would be its end.
+    """
+    columns = ["file_name", "text"]
+    if path.suffix.lower() == ".parquet":
+        return pd.read_parquet(path, columns=columns, dtype_backend="pyarrow")
+    if path.suffix.lower() == ".jsonl":  # pandas' own reader would make 7.0 of 7 and drop half an emoji
+        lines = path.read_text("utf-8-sig").split("\n")
+        return pd.DataFrame([json.loads(line) for line in lines if line.strip()], dtype=object)[columns]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # a row with more fields than the header
+        table = pd.read_csv(
+            path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig", engine="python"
+        )  # pandas' other engine would take an open quote, and a row that ends early
+    return table[columns]
+
+
+def read_metadata(path: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
+    """Return the captions of images in a metadata file; what is wrong with it is added to the problems."""
+    captions: dict[Path, str] = {}
+    files = files_by_name(images)
+    fix = "Tables have columns file_name and text, in UTF-8; commas are in quotes. In Excel, save as CSV UTF-8"
+    try:
+        with reading(path, f"{fix}."):
+            table = read_table(path)
+    except UserError as error:
+        problems.append(str(error))
+        return captions
+    for row, (name, text) in enumerate(table.itertuples(index=False), start=2):  # a spreadsheet's header is row 1
+        relative = os.path.normpath(str(name).replace("\\", "/"))  # as Windows writes it
+        image = files.get(relative) or files.get(comparable(relative))
+        try:
+            if image is None:
+                raise ValueError(f"there is no image {name} in {path.parent}")
+            if image in captions:
+                raise ValueError(f"{image} has a row already")
+            captions[image] = clean_caption(text)
+        except ValueError as error:
+            problems.append(f"{path}, row {row} ({name}): {error}.")
+    return captions
+
+
+def note_skipped(folder: Path, used: set[Path]) -> None:
+    """Note what is in or beside the folder and is not used, for whoever wonders where an image or a caption went."""
+    stems = {comparable(path.stem) for path in find_images(folder)}
+    skipped = []
     for path in sorted(folder.glob("[!.]*")):
-        if path.name.lower() in METADATA_NAMES:
-            captions |= read_metadata_file(path, images, problems)
-        elif path.suffix.lower() in (".txt", ".caption") and comparable(path.stem) in images_of:
-            sidecars.append(path)
-        elif path not in known and not path.is_dir() and is_worth_a_note(path):
-            skipped.setdefault(why_not_used(path), []).append(path)
-        elif path.is_dir() and images and find_images(path):
-            print(f"note: skipped the images in {path}: only those directly in {folder} are read")
-    for reason, paths in skipped.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        print(f"note: skipped {paths[0]}{more}: {reason}")
+        is_of_use = path in used or is_mask(path, stems) or path.name.lower() in LEFT_BY_WINDOWS
+        if not is_of_use and (not path.is_dir() or find_images(path)):
+            skipped.append(path)
     for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
         if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
-            print(f"note: skipped {path}: it belongs in {folder}, the folder of the images")
-    letters = {composed(image.stem) for image in images}
-    sidecars.sort(key=lambda path: composed(path.stem) in letters)  # of A.txt and a.txt, the latter wins for a.jpg
-    for path in sidecars:
-        try:
-            with reading(path, "Captions are UTF-8."):
-                text = path.read_text("utf-8-sig")
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        same_letters = [
-            image for image in images_of[comparable(path.stem)] if composed(image.stem) == composed(path.stem)
-        ]
-        captioned = same_letters or images_of[comparable(path.stem)]
-        caption = check_caption(path, captioned[0].name, text, problems)
-        if caption:
-            captions |= dict.fromkeys(captioned, caption)
-    return captions
-
-
-def read_metadata_file(path: Path, images: list[Path], problems: list[str]) -> dict[Path, str]:
-    """Return the captions in a metadata file, which has columns file_name and text."""
-    try:
-        rows = read_metadata_rows(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        form = "Tables have columns file_name and text, with commas, in UTF-8; in Excel, save as CSV UTF-8"
-        problems.append(f"{path} cannot be read: {error}. {form}.")
-        return {}
-    image_of = {comparable(image): image for image in images} | {composed(image): image for image in images}
-    captions: dict[Path, str] = {}
-    for row in rows:
-        if not isinstance(row, dict) or "file_name" not in row or "text" not in row:
-            problems.append(f"{path} has a row without file_name or text: {row!r}.")
-            return {}
-        name = str(row["file_name"])
-        file = path.parent / name.replace("\\", "/")  # as Windows writes it
-        image = image_of.get(composed(file)) or image_of.get(comparable(file))
-        if image is None:
-            exists = os.path.exists(path.parent / name)
-            reason = "is not an image directly in" if exists else "does not exist in"
-            problems.append(f"{path} has a caption of {name}, which {reason} {path.parent}.")
-            continue
-        caption = check_caption(path, name, row["text"], problems)
-        if image in captions:
-            problems.append(f"{path} has two rows for {image}. Keep one of them.")
-        if caption:
-            captions[image] = caption
-    return captions
-
-
-def read_metadata_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metadata file; raises OSError or ValueError if it is not readable."""
-    if path.suffix.lower() == ".csv":
-        return read_csv_rows(path)
-    if path.suffix.lower() == ".parquet":
-        return pq.read_table(path).to_pylist()
-    lines = path.read_text("utf-8-sig").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
-
-
-def read_csv_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file; raises OSError or ValueError if it is not readable."""
-    rows = []
-    wrong_lines = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)  # an open quote is an error
-            header = next(reader, [])
-            for values in reader:
-                if len(values) == len(header):
-                    rows.append(dict(zip(header, values, strict=True)))
-                elif values:  # not an empty line
-                    wrong_lines.append(reader.line_num)
-    except csv.Error as error:
-        raise ValueError(f"{error}, in line {reader.line_num}") from error
-    if "file_name" not in header or "text" not in header:
-        raise ValueError(f"its first line is {','.join(header)!r}")
-    if wrong_lines:
-        lines = ", ".join(str(line) for line in wrong_lines[:10])
-        raise ValueError(
-            f"rows with more or fewer fields than the {len(header)} of the first line: {len(wrong_lines)}, in line "
-            f"{lines}; a caption that contains a comma needs quotes"
+            skipped.append(path)
+    if skipped:
+        more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        print(
+            f"note: skipped {skipped[0]}{more}: used are images directly in {folder} ({' '.join(PHOTO_SUFFIXES)}), "
+            f"masks (NAME{', NAME'.join(MASK_ENDINGS)}) and captions of them (NAME{', NAME'.join(CAPTION_SUFFIXES)}), "
+            f"and {', '.join(METADATA_NAMES)}"
         )
-    return rows
 
 
-def check_caption(path: Path, name: str, text: Any, problems: list[str]) -> str:
-    """Return an image's caption in one line, given what a file says, or "" and a problem."""
-    is_nan = text != text  # what pandas writes into Parquet and JSON for an empty cell
-    if isinstance(text, bool) or not isinstance(text, str | int | float) or is_nan or not str(text).strip():
-        problems.append(f"{path}: the caption of {name} is {text!r}. Write one, or remove it.")
-        return ""
-    try:
-        str(text).encode()
-    except UnicodeEncodeError:  # JSON can hold one half of an emoji
-        problems.append(f"{path}: the caption of {name} is not Unicode: {text!r}. Write it again.")
-        return ""
-    return " ".join(str(text).split())
-
-
-def composed(name: object) -> str:
-    """Return a name with accents as parts of their letters (NFC): a Mac may have written them apart (NFD)."""
-    return unicodedata.normalize("NFC", str(name))
-
-
-NO_NOTE = ("thumbs.db", "desktop.ini", "~$*")  # what Windows and its Office leave in a folder
-
-
-def is_worth_a_note(path: Path) -> bool:
-    """Whether a user may wonder why a file is not used."""
-    return not any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in NO_NOTE)
-
-
-def why_not_used(path: Path) -> str:
-    """Say why a file in the folder of the images is neither an image nor a caption."""
-    masks = f"NAME{', NAME'.join(MASK_ENDINGS)}"
-    return (
-        f"not an image ({' '.join(PHOTO_SUFFIXES)}), not a caption (NAME.txt, NAME.caption) or a mask ({masks}) of "
-        f"one, and not {', '.join(METADATA_NAMES)}"
-    )
+LEFT_BY_WINDOWS = ("thumbs.db", "desktop.ini")
 
 
 # ---------------------------------------------------------------------------------------------------- the Parquet file
