@@ -103,6 +103,7 @@ def compute(args: Args) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     captions = caption_images(args)
+    digest = digest_of_captions(args.local_data_dir)
     path = args.output_path
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not is_parquet(path):
@@ -115,6 +116,7 @@ def compute(args: Args) -> None:
         "prompt": args.prompt,
         "max_sequence_length": args.max_sequence_length,
         "t5": args.t5_precision,
+        "captions": digest,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
     }
     with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent, ignore_cleanup_errors=True) as scratch:
@@ -389,6 +391,18 @@ def clean_caption(text: Any) -> str:
     if all(unicodedata.category(character)[0] in "CZ" for character in caption):  # controls, joiners and spaces
         raise ValueError("a caption is empty")
     return caption
+
+
+def digest_of_captions(folder: Path) -> str:
+    """Return a digest of the files with captions of the images in a folder, by their names and bytes."""
+    files = files_by_name(sorted(folder.glob("[!.]*")))
+    paths = {files[name] for name in METADATA_NAMES if name in files}
+    for image in find_images(folder):
+        sidecar = sidecar_of(image, files)
+        if sidecar:
+            paths.add(sidecar)
+    entries = sorted([comparable(path.name), sha256_of(path)] for path in paths)
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def read_table(path: Path) -> pd.DataFrame:
