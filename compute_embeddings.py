@@ -40,7 +40,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 # Both would end an import below with a traceback of a library.
 if sys.flags.optimize > 1:
@@ -56,12 +56,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
-from huggingface_hub import HfApi
+from huggingface_hub import snapshot_download
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-T = TypeVar("T")
 OTHER_SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
 
@@ -98,8 +97,8 @@ def compute(args: Args) -> None:
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # which diffusers passes on to huggingface_hub
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a log file would have its bar over and over
+    transformers.utils.logging.disable_progress_bar()  # redrawn for every weight
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # transformers 5.0 loads all of T5 while it quantizes
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     captions = caption_images(args)
@@ -108,11 +107,11 @@ def compute(args: Args) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not is_parquet(path):
         raise SystemExit(f"--output_path {path} exists and is not a Parquet file.")
-    check_weights(args)
+    model = find_model(args)
     about = {
         "format_version": 1,
         "model": args.pretrained_model_name_or_path,
-        "revision": args.revision,
+        "revision": model.commit or args.revision,
         "prompt": args.prompt,
         "max_sequence_length": args.max_sequence_length,
         "t5": args.t5_precision,
@@ -120,7 +119,7 @@ def compute(args: Args) -> None:
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
     }
     with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent, ignore_cleanup_errors=True) as scratch:
-        prompt_embeds, pooled_prompt_embeds = encode_prompts(args, list(captions), Path(scratch))
+        prompt_embeds, pooled_prompt_embeds = encode_prompts(args, model, list(captions), Path(scratch))
         table = Path(scratch, "table.parquet")
         write_embeddings(table, captions, prompt_embeds, pooled_prompt_embeds, about)
         del prompt_embeds  # it maps a file in the scratch folder, which Windows could not remove
@@ -140,26 +139,26 @@ CHUNK_TOKENS = 16 * 77  # T5 tokens per pass: more prompts share one reading of 
 
 
 @torch.inference_mode()
-def encode_prompts(args: Args, prompts: list[str], scratch: Path) -> tuple[np.ndarray, np.ndarray]:
+def encode_prompts(args: Args, model: LocalModel, prompts: list[str], scratch: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return what the pipeline's encode_prompt gives, in fp16: (N, CLIP tokens + T5 tokens, D) and (N, P)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = CHUNK_TOKENS // max(77, args.max_sequence_length)
     chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    prompt_embeds, pooled_prompt_embeds = encode_with_clip(args, chunks, device, scratch / "prompt_embeds")
+    prompt_embeds, pooled_prompt_embeds = encode_with_clip(args, model, chunks, device, scratch / "prompt_embeds")
     diffusers.training_utils.free_memory()  # both CLIPs
     if args.t5_precision != "none":
-        encode_with_t5(args, chunks, device, prompt_embeds, scratch)
+        encode_with_t5(args, model, chunks, device, prompt_embeds, scratch)
     return prompt_embeds, pooled_prompt_embeds
 
 
 def encode_with_clip(
-    args: Args, chunks: list[list[str]], device: torch.device, path: Path
+    args: Args, model: LocalModel, chunks: list[list[str]], device: torch.device, path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return prompt_embeds with zeros in T5's place, (N, CLIP tokens + T5 tokens, D), and the pooled ones, (N, P).
 
     The first array lives in a file: 1.2 MB per prompt would not fit in RAM for ten thousand captions.
     """
-    pipeline = load_clip(args, device)
+    pipeline = load_clip(model, device)
     for chunk in chunks:
         report_truncated(pipeline.tokenizer, chunk, pipeline.tokenizer.model_max_length, "CLIP")
     pooled_prompt_embeds = []
@@ -180,14 +179,19 @@ def encode_with_clip(
 
 
 def encode_with_t5(
-    args: Args, chunks: list[list[str]], device: torch.device, prompt_embeds: np.ndarray, scratch: Path
+    args: Args,
+    model: LocalModel,
+    chunks: list[list[str]],
+    device: torch.device,
+    prompt_embeds: np.ndarray,
+    scratch: Path,
 ) -> None:
     """Write T5's part into prompt_embeds, (N, CLIP tokens + T5 tokens, D), in place."""
     length = args.max_sequence_length
-    tokenizer = load_tokenizer(transformers.T5TokenizerFast, args, "tokenizer_3")
+    tokenizer = load_tokenizer(transformers.T5TokenizerFast, model, "tokenizer_3")
     for chunk in chunks:
         report_truncated(tokenizer, chunk, length, "T5")
-    encoder = load_t5(args, device, scratch)
+    encoder = load_t5(model, args.t5_precision, device, scratch)
     blocks = encoder.encoder.block
     row = 0
     with ProgressBar(total=len(blocks) * len(chunks), desc="Encoding with T5", unit="layer") as progress_bar:
@@ -206,55 +210,78 @@ def encode_with_t5(
             row += len(chunk)
 
 
-def load_clip(args: Args, device: torch.device) -> diffusers.StableDiffusion3Pipeline:
+def load_clip(model: LocalModel, device: torch.device) -> diffusers.StableDiffusion3Pipeline:
     """Return a pipeline of nothing but both CLIPs, in fp16 on a GPU."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32  # CPUs are slow in fp16
-    kwargs = {"variant": args.variant, "dtype": dtype, "use_safetensors": True}
     load = transformers.CLIPTextModelWithProjection.from_pretrained
-    config = load_part(diffusers.SD3Transformer2DModel.load_config, args, "transformer")
-    with torch.device("meta"):  # encode_prompt asks the transformer for its width
+    with loading(model, "transformer"), torch.device("meta"):  # encode_prompt asks the transformer for its width
+        config = diffusers.SD3Transformer2DModel.load_config(model.folder, subfolder="transformer")
         transformer = diffusers.SD3Transformer2DModel.from_config(config)
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=None,
         vae=None,
-        text_encoder=load_part(load, args, "text_encoder", **kwargs).to(device),
-        tokenizer=load_tokenizer(transformers.CLIPTokenizer, args, "tokenizer"),
-        text_encoder_2=load_part(load, args, "text_encoder_2", **kwargs).to(device),
-        tokenizer_2=load_tokenizer(transformers.CLIPTokenizer, args, "tokenizer_2"),
+        text_encoder=load_part(load, model, "text_encoder", dtype=dtype).to(device),
+        tokenizer=load_tokenizer(transformers.CLIPTokenizer, model, "tokenizer"),
+        text_encoder_2=load_part(load, model, "text_encoder_2", dtype=dtype).to(device),
+        tokenizer_2=load_tokenizer(transformers.CLIPTokenizer, model, "tokenizer_2"),
         text_encoder_3=None,
         tokenizer_3=None,
     )
 
 
-def load_t5(args: Args, device: torch.device, offload_folder: Path) -> transformers.T5EncoderModel:
+def load_t5(model: LocalModel, precision: str, device: torch.device, scratch: Path) -> transformers.T5EncoderModel:
     """Load T5 in 8 bits, or in fp32 with its blocks left on disk, from where accelerate reads them one at a time.
 
     transformers keeps `wo`, which overflows in fp16, in fp32. Streaming would lose that rule, so a streamed T5 is
     computed in fp32 altogether.
     """
-    kwargs: dict[str, Any] = {"variant": args.variant, "use_safetensors": True}  # other files could run code
-    if args.t5_precision == "int8":
+    kwargs: dict[str, Any] = {}
+    if precision == "int8":
         kwargs["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
         kwargs["dtype"] = torch.float16
         kwargs["device_map"] = device
     else:
         kwargs["dtype"] = torch.float32
-        kwargs["offload_folder"] = offload_folder
+        kwargs["offload_folder"] = scratch
         kwargs["device_map"] = {
             "shared": device.type,
             "encoder.embed_tokens": device.type,
             "encoder.final_layer_norm": device.type,
             "encoder.block": "disk",
         }
-    return load_part(transformers.T5EncoderModel.from_pretrained, args, "text_encoder_3", **kwargs)
+    return load_part(transformers.T5EncoderModel.from_pretrained, model, "text_encoder_3", **kwargs)
 
 
-def load_tokenizer(load: Any, args: Args, subfolder: str) -> Any:
-    """Load a tokenizer; exit if its files are missing, for which transformers gives one that knows no words."""
-    tokenizer = load_part(load.from_pretrained, args, subfolder)
-    if tokenizer.model_max_length > 10**6:  # transformers' value for an unknown length
-        raise SystemExit(f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: its files are missing.")
+def find_model(args: Args) -> LocalModel:
+    """Find the model and check all of its text encoders, before the first one takes its time."""
+    encoders = {
+        "text_encoder": transformers.CLIPTextModelWithProjection,
+        "text_encoder_2": transformers.CLIPTextModelWithProjection,
+        "text_encoder_3": transformers.T5EncoderModel,
+    }
+    parts = dict.fromkeys(encoders, "model") | dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), "")
+    parts["transformer"] = ""
+    if args.t5_precision == "none":
+        for part in ("text_encoder_3", "tokenizer_3"):
+            del parts[part]
+    try:
+        model = resolve_model(args, parts, token=None)
+        for part, model_class in encoders.items():
+            if part in parts:
+                load_part(model_class.from_pretrained, model, part, device_map="meta")
+    except UserError as error:
+        advice = "\nWithout T5, run with --t5_precision none." if "text_encoder_3" in str(error) else ""
+        raise UserError(f"{error}{advice}") from error
+    return model
+
+
+def load_tokenizer(load: Any, model: LocalModel, part: str) -> Any:
+    """Load a tokenizer; raise UserError if its files are missing, for which transformers gives one without words."""
+    with loading(model, part):
+        tokenizer = load.from_pretrained(model.folder, subfolder=part)
+        if tokenizer.model_max_length > 10**6:  # transformers' value for an unknown length
+            raise ValueError("its files are missing")
     return tokenizer
 
 
@@ -272,7 +299,7 @@ def to_float16(embeds: Tensor, name: str) -> np.ndarray:
     """Return the same numbers in fp16; exit if one of them overflows."""
     embeds = embeds.half()
     if not embeds.isfinite().all():
-        raise SystemExit(f"{name} gave values that fp16 cannot hold. With T5 in 8 bits, try --t5_precision exact.")
+        raise UserError(f"{name} gave values that fp16 cannot hold. With T5 in 8 bits, try --t5_precision exact.")
     return embeds.cpu().numpy()
 
 
@@ -542,70 +569,127 @@ def move_file(source: Path, target: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
-def check_weights(args: Args) -> None:
-    """Exit if weights of a text encoder are missing, before the first one takes its time."""
-    files = list_model_files(args, token=None)
-    encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
-    if args.t5_precision == "none":
-        encoders.remove("text_encoder_3")
-    if files is not None:
-        missing = [missing_weights(files, args, encoder) for encoder in encoders]
-        if any(missing):
-            raise SystemExit("\n".join(message for message in missing if message))
+@dataclass(frozen=True)
+class LocalModel:
+    """A model whose files are on this machine."""
+
+    name: str  # as the user gave it
+    folder: Path
+    commit: str | None  # of the repository; None: a folder of the user's own
+    variant: str | None
 
 
-def list_model_files(args: Args, token: str | None) -> list[str] | None:
-    """Return the names of the model's files, such as vae/config.json; None if the Hub cannot be asked."""
-    folder = Path(args.pretrained_model_name_or_path)
-    if folder.is_dir():
-        return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-    try:
-        return HfApi(token=token).list_repo_files(str(folder.as_posix()), revision=args.revision)
-    except Exception:  # of the Hub or the network, which share no class; what was downloaded before may be enough
-        return None
+def resolve_model(args: Args, parts: dict[str, str], token: str | None) -> LocalModel:
+    """Find a model: the folder that is named, or a snapshot of a repository, which is downloaded as far as needed.
 
-
-def missing_weights(files: list[str], args: Args, subfolder: str) -> str:
-    """Return a message if a model has no weights of a part in the format and the variant that are loaded, or "".
-
-    They are NAME.safetensors or, in several files, NAME.safetensors.index.json, with the variant as one more suffix.
+    parts: each part that is needed, with the stem of its weight files, or "" if its other files are enough. Without a
+    network, what was downloaded before is used. Raises UserError.
     """
-    stem = "model" if subfolder.startswith("text_encoder") else "diffusion_pytorch_model"
-    present = [Path(file).name for file in files if Path(file).parent.name == subfolder]
-    for name in present:
-        suffixes = name.removeprefix(stem).split(".")
-        variant = [suffix for suffix in suffixes if suffix not in ("", "safetensors", "index", "json")]
-        if name.startswith(f"{stem}.") and "safetensors" in suffixes and ".".join(variant) == (args.variant or ""):
-            return ""
-    wanted = f"{stem}.{args.variant}.safetensors" if args.variant else f"{stem}.safetensors"
-    weights = [name for name in sorted(present) if "config" not in name]
-    has = f"It has: {', '.join(weights)}." if weights else "It has no weights at all."
-    fix = "Leave out --variant, or use one that is there." if args.variant else "See --variant."
-    return f"Cannot load {subfolder} of {args.pretrained_model_name_or_path}: there is no {wanted}. {has} {fix}"
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_file():
+        raise UserError(
+            f"{name} is a file, not a folder in diffusers' layout. Convert it in Python:\n"
+            f"diffusers.StableDiffusion3Pipeline.from_single_file({name!r}).save_pretrained('FOLDER')"
+        )
+    if Path(name).is_dir():
+        model = LocalModel(name, Path(name), None, args.variant)
+    else:
+        patterns = []
+        for part, stem in parts.items():
+            patterns += [f"{part}/*.{suffix}" for suffix in ("json", "txt", "model")]
+            patterns += weight_patterns(part, stem, args.variant)
+        folder = Path(download(args, patterns, token))
+        model = LocalModel(name, folder, folder.name, args.variant)
+    for part, stem in parts.items():
+        has_weights = False
+        for pattern in weight_patterns(part, stem, args.variant):
+            has_weights = has_weights or any(model.folder.glob(pattern))
+        if stem and not has_weights:
+            raise UserError(no_weights(args, part, stem, token))
+        for path in model.folder.glob(f"{part}/*"):
+            if not path.is_dir():
+                with reading(path, ""):  # by a library, which would wait for a pipe
+                    pass
+    return model
 
 
-def load_part(load: Callable[..., T], args: Args, subfolder: str, **kwargs: object) -> T:
-    """Call `load`, a from_pretrained, for one part of the pipeline; if it fails, exit with one message."""
+def weight_patterns(part: str, stem: str, variant: str | None) -> list[str]:
+    """Return patterns of a part's weight files, in one file or several; none for a part without weights.
+
+    Other formats than safetensors are not loaded, since they can run code.
+    """
+    if not stem:
+        return []
+    name = f"{part}/{stem}.{variant}" if variant else f"{part}/{stem}"
+    return [f"{name}.safetensors", f"{name}-*.safetensors"]
+
+
+def download(args: Args, patterns: list[str], token: str | None, **kwargs: Any) -> Any:
+    """Call snapshot_download for the files that match the patterns; raise a UserError if it fails."""
     name = args.pretrained_model_name_or_path
     try:
-        return load(name, subfolder=subfolder, revision=args.revision, cache_dir=args.cache_dir, **kwargs)
+        return snapshot_download(
+            name, revision=args.revision, cache_dir=args.cache_dir, token=token, allow_patterns=patterns, **kwargs
+        )
+    except Exception as error:  # of the Hub, the network or the file system, which share no class
+        raise UserError(
+            f"Cannot load {name}: {first_line(error)}. There is no such folder. If it is a repository, it may be "
+            f"gated: accept its license on https://huggingface.co/{name} and run: hf auth login\n"
+            "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
+        ) from error
+
+
+def no_weights(args: Args, part: str, stem: str, token: str | None) -> str:
+    """Return a message that a part has no weights of the variant, and which ones there are."""
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        present = [path.name for path in Path(name).glob(f"{part}/{stem}*")]
+    else:
+        listed = download(args, [f"{part}/{stem}*"], token, dry_run=True)
+        present = [Path(file.filename).name for file in listed]
+    wanted = weight_patterns(part, stem, args.variant)[0]
+    has = f"It has: {', '.join(sorted(present))}" if present else "It has no weights at all"
+    return f"Cannot load {part} of {name}: there is no {wanted}. {has}. See --variant."
+
+
+@contextmanager
+def loading(model: LocalModel, part: str) -> Iterator[None]:
+    """Turn whatever a library raises for a part of a model into a UserError. Keep the block to loading."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of the file system, safetensors, the Hub or the network, which share no class
-        raise SystemExit(f"Cannot load {subfolder} of {name}: {first_line(error)}\n{advice_on_model(name)}") from error
+    except Exception as error:  # of the file system, safetensors or the library, which share no class
+        raise UserError(
+            f"Cannot load {part} of {model.name}: {first_line(error)}. It must be as diffusers' save_pretrained "
+            "writes it, with whole weight files in the safetensors format."
+        ) from error
 
 
-def advice_on_model(name: str) -> str:
-    """Return what to try if a model cannot be loaded."""
-    if Path(name).is_dir():
-        return "The folder must have diffusers' layout, with whole weight files in the safetensors format."
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        return "There is no such folder, and no repository can have this name."
-    return (
-        "There is no such folder. The repository may be gated: accept its license on "
-        f"https://huggingface.co/{name} and run: hf auth login\n"
-        "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
-    )
+def load_part(load: Callable[..., Any], model: LocalModel, part: str, **kwargs: Any) -> Any:
+    """Call `load`, a from_pretrained, for one part of a model, and make sure that its files hold what the part has.
+
+    The libraries would fill a tensor that is missing with random numbers. With device_map="meta" the names and shapes
+    are compared, and nothing is loaded: this takes well under a second. Raises UserError.
+    """
+    with loading(model, part):
+        loaded, found = load(
+            model.folder,
+            subfolder=part,
+            variant=model.variant,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `found`, too
+            **kwargs,
+        )
+        differences = []
+        for kind in ("missing", "unexpected", "mismatched"):
+            names = sorted(each if isinstance(each, str) else each[0] for each in found[f"{kind}_keys"])
+            if names:
+                differences.append(f"{len(names)} {kind} (first: {names[0]})")
+        if differences:
+            raise ValueError(f"tensors in its files that differ from those of the part: {', '.join(differences)}")
+    return loaded
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
