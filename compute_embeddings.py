@@ -105,11 +105,10 @@ def compute(args: Args) -> None:
     digest = digest_of_captions(args.local_data_dir)
     path = args.output_path
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not is_parquet(path):
-        raise SystemExit(f"--output_path {path} exists and is not a Parquet file.")
+    check_output(path)
     model = find_model(args)
     about = {
-        "format_version": 1,
+        "format_version": 2,
         "model": args.pretrained_model_name_or_path,
         "revision": model.commit or args.revision,
         "prompt": args.prompt,
@@ -123,11 +122,7 @@ def compute(args: Args) -> None:
         table = Path(scratch, "table.parquet")
         write_embeddings(table, captions, prompt_embeds, pooled_prompt_embeds, about)
         del prompt_embeds  # it maps a file in the scratch folder, which Windows could not remove
-        try:
-            move_file(table, path)
-        except PermissionError as error:
-            kept = kept_beside(path, table)
-            raise SystemExit(f"{path} is in use, the embeddings are in {kept}. Use it as --data_df_path.") from error
+        move_file(table, path)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, {peak_memory()}, {time.monotonic() - started:.0f} s")
 
 
@@ -521,26 +516,19 @@ def write_embeddings(
     }
     table = pa.table(columns, metadata={"sd3_embeddings": json.dumps(about)})
     with open(path, "wb") as file:
-        pq.write_table(table, file, row_group_size=1)
+        pq.write_table(table, file, row_group_size=1, write_page_checksum=True)  # a flipped bit is an error then
         flush_to_disk(file)
 
 
-def is_parquet(path: Path) -> bool:
-    """Whether a path is a Parquet file, by its first bytes."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == b"PAR1"
-
-
-def kept_beside(path: Path, table: Path) -> Path:
-    """Give a file that cannot get its name the first free one of NAME-2, NAME-3, ..., and return it."""
-    number = 2
-    while path.with_stem(f"{path.stem}-{number}").exists():
-        number += 1
-    free = path.with_stem(f"{path.stem}-{number}")
-    os.replace(table, free)
-    return free
+def check_output(path: Path) -> None:
+    """Raise UserError if a file would be replaced that this program did not write, such as a metadata.parquet."""
+    if not path.exists():
+        return
+    advice = "--output_path would replace it; name another file, or remove it."
+    with reading(path, advice):
+        metadata = pq.read_schema(path).metadata or {}
+        if b"sd3_embeddings" not in metadata:
+            raise ValueError("it is not a file of this program")
 
 
 def flush_to_disk(file: Any) -> None:
