@@ -29,6 +29,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -56,6 +57,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -117,9 +119,9 @@ def compute(args: Args) -> None:
         "captions": digest,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
     }
-    with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=path.parent, ignore_cleanup_errors=True) as scratch:
-        prompt_embeds, pooled_prompt_embeds = encode_prompts(args, model, list(captions), Path(scratch))
-        table = Path(scratch, "table.parquet")
+    with scratch_folder(path.parent) as scratch:
+        prompt_embeds, pooled_prompt_embeds = encode_prompts(args, model, list(captions), scratch)
+        table = scratch / "table.parquet"
         write_embeddings(table, captions, prompt_embeds, pooled_prompt_embeds, about)
         del prompt_embeds  # it maps a file in the scratch folder, which Windows could not remove
         move_file(table, path)
@@ -529,6 +531,27 @@ def check_output(path: Path) -> None:
         metadata = pq.read_schema(path).metadata or {}
         if b"sd3_embeddings" not in metadata:
             raise ValueError("it is not a file of this program")
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder for what does not fit in RAM, beside the output since /tmp is often small; it is removed again.
+
+    So are those of runs that were killed: a run holds a lock in its folder for as long as it lives.
+    """
+    for folder in parent.glob(".embeddings-*"):
+        with suppress(OSError, NotImplementedError):  # it is in use, or nobody can tell
+            with FileLock(folder / "lock", timeout=0):
+                pass
+            shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix=".embeddings-", dir=parent, ignore_cleanup_errors=True) as scratch:
+        lock = FileLock(Path(scratch, "lock"), timeout=0)
+        with suppress(OSError, NotImplementedError):  # not every file system has locks
+            lock.acquire()
+        try:
+            yield Path(scratch)
+        finally:
+            lock.release()
 
 
 def flush_to_disk(file: Any) -> None:
