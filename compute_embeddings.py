@@ -160,7 +160,7 @@ def encode_with_clip(
         report_truncated(pipeline.tokenizer, chunk, pipeline.tokenizer.model_max_length, "CLIP")
     pooled_prompt_embeds = []
     with open(path, "wb") as file:  # written, not mapped: on a full disk, writing to a mapped page is a crash
-        for chunk in ProgressBar(chunks, desc="Encoding with CLIP", unit="chunk"):
+        for chunk in tqdm(chunks, desc="Encoding with CLIP", unit="chunk", disable=None):
             embeds, _, pooled_embeds, _ = pipeline.encode_prompt(
                 prompt=chunk,
                 prompt_2=None,
@@ -191,7 +191,7 @@ def encode_with_t5(
     encoder = load_t5(model, args.t5_precision, device, scratch)
     blocks = encoder.encoder.block
     row = 0
-    with ProgressBar(total=len(blocks) * len(chunks), desc="Encoding with T5", unit="layer") as progress_bar:
+    with tqdm(total=len(blocks) * len(chunks), desc="Encoding with T5", unit="layer", disable=None) as progress_bar:
 
         def advance(*_: object) -> None:
             progress_bar.update()
@@ -343,7 +343,7 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
     hashes_of: dict[str, list[str]] = {}
     first_of: dict[str, Path] = {}  # by hash
     repeated = []
-    for path in ProgressBar(images, desc="Reading images", unit="image", leave=False):
+    for path in tqdm(images, desc="Reading images", unit="image", leave=False, disable=None):
         try:
             with opened_photo(path) as image:
                 image.load()
@@ -1072,27 +1072,6 @@ class ForgivingStream:
 
     def flush(self) -> None:
         """Do nothing: write() has flushed."""
-
-
-class ProgressBar(tqdm):
-    """A bar in a terminal; elsewhere, as in a log file, a plain line every 30 seconds and one at the end."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.in_terminal = sys.stderr.isatty()
-        self.shown = kwargs.get("initial", 0)
-        if not self.in_terminal:
-            kwargs["mininterval"] = 30
-            kwargs["leave"] = True  # else tqdm would not end the line
-            kwargs["bar_format"] = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        super().__init__(*args, **kwargs)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if self.in_terminal:
-            super().display(msg, pos)
-        elif self.n > self.shown:
-            end = "" if self.n == self.total else "\n"  # tqdm itself ends the last line
-            print(self, end=end, file=sys.stderr)
-            self.shown = self.n
 
 
 def first_line(error: Exception) -> str:
