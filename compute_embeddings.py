@@ -830,13 +830,13 @@ class Parser(argparse.ArgumentParser):
     def parse_values(self, argv: list[str] | None) -> dict[str, Any]:
         """Parse a command line; flags that take several values get a tuple."""
         try:
-            argv = with_flag_files(sys.argv[1:] if argv is None else argv)
+            argv = with_flag_files(sys.argv[1:] if argv is None else argv, set())
             unknown = self.unknown_flags(argv)
             if unknown:  # first, since argparse would rather tell which required flags are missing
                 self.error("\n  ".join(unknown))
             values = vars(self.parse_args(argv))
-        except (OSError, ValueError) as error:  # --flag=--, or a file of flags that cannot be read
-            self.error(f"cannot be read: {error}")
+        except (UserError, ValueError) as error:  # a file of flags; --flag=-- in some versions of Python
+            self.error(str(error))
         for name, value in values.items():
             if value == []:  # what argparse makes of --flag=--
                 self.error(f"--{name} is empty")
@@ -853,41 +853,42 @@ def flags_of_other_script() -> list[str]:
     return re.findall(r"^    (\w+): .+ = flag\(", path.read_text("utf-8"), re.MULTILINE)
 
 
-def with_flag_files(argv: list[str], inside: tuple[str, ...] = ()) -> list[str]:
+def with_flag_files(argv: list[str], seen: set[Path]) -> list[str]:
     """Return a command line with each @FILE replaced by the flags in that file, which may name others.
 
-    inside: the files that are being read. Raises OSError or ValueError if a file cannot be read.
+    seen: the files that were read already, to which these are added. None is read twice: they could name each other
+    without end. Raises UserError.
     """
     expanded = []
     for argument in argv:
         if not argument.startswith("@"):
             expanded.append(argument)
-        elif argument in inside:
-            raise ValueError(f"{argument} names itself")
-        else:
-            expanded += with_flag_files(read_flag_file(Path(argument[1:])), (*inside, argument))
+            continue
+        path = Path(argument[1:]).absolute()
+        if path in seen:
+            raise UserError(f"{argument} is named twice")
+        seen.add(path)
+        expanded += with_flag_files(read_flag_file(Path(argument[1:])), seen)
     return expanded
 
 
 def read_flag_file(path: Path) -> list[str]:
     """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
-    data = path.read_bytes()
-    if b"\0" in data:
-        raise ValueError(f"@{path} is UTF-16 or no text; save it as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"@{path} is not UTF-8: {error}") from error
     arguments = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        inside_words = "\ue000"  # in place of a # in a word, such as C#, which shlex would take for a comment
-        words = shlex.shlex(re.sub(r"(?<=\S)#", inside_words, line), posix=True)
-        words.whitespace_split = True
-        words.escape = ""
-        try:
-            arguments += [word.replace(inside_words, "#") for word in words]
-        except ValueError as error:  # an open quote
-            raise ValueError(f"@{path}, line {number}: {error}") from error
+    with reading(path, "Flags are UTF-8 text, one with its value per line."):
+        data = path.read_bytes()
+        if b"\0" in data:
+            raise ValueError("it is UTF-16 or no text; save it as UTF-8")
+        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        for number, line in enumerate(text.splitlines(), start=1):
+            inside_words = "\ue000"  # in place of a # in a word, such as C#, which shlex would take for a comment
+            words = shlex.shlex(re.sub(r"(?<=\S)#", inside_words, line), posix=True)
+            words.whitespace_split = True
+            words.escape = ""
+            try:
+                arguments += [word.replace(inside_words, "#") for word in words]
+            except ValueError as error:  # an open quote
+                raise ValueError(f"line {number}: {error}") from error
     return arguments
 
 
