@@ -73,42 +73,37 @@ OTHER_SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
 def main(args: Args) -> None:
     """Compute the embeddings, and end with one message on what can go wrong in between."""
-    sighup = 1  # which Windows does not have
-    sigbreak = getattr(signal, "SIGBREAK", signal.SIGTERM)  # Ctrl-Break, which only Windows has
-    for number in signal.valid_signals() & {sighup, sigbreak, signal.SIGTERM}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, signal.default_int_handler)
+    end_on_signals()
     try:
-        with redirect_stdout(ForgivingStream(sys.stdout)), redirect_stderr(ForgivingStream(sys.stderr)):
+        with redirect_stdout(ForgivingStream(sys.stdout)), redirect_stderr(ForgivingStream(sys.stderr, has_bars=True)):
             compute(args)
-    except UserError as error:
-        raise SystemExit(str(error)) from error
+        return
     except KeyboardInterrupt:
-        raise SystemExit("Interrupted; nothing was written.") from None
-    except torch.OutOfMemoryError as error:
-        fix = "T5 in 8 bits takes 7.4 GiB; --t5_precision exact takes 1.7 GiB."
-        raise SystemExit(f"Out of GPU memory, {peak_memory()}. {fix}") from error
+        message = "Interrupted; nothing was written."
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = (
+            f"Out of GPU memory, {peak_memory()}. T5 in 8 bits takes 7.4 GiB; --t5_precision exact takes 1.7 GiB."
+        )
     except OSError as error:  # a full disk, a folder that may not be read or written
         places = f"--local_data_dir {args.local_data_dir} or --output_path {args.output_path}"
-        raise SystemExit(f"{places} cannot be read or written: {error}.") from error
+        message = f"{places} cannot be read or written: {error}."
+    raise SystemExit(message.translate(CONTROLS))
 
 
 def compute(args: Args) -> None:
     """Compute the embeddings: everything from the images to the file."""
     started = time.monotonic()
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # which diffusers passes on to huggingface_hub
-    transformers.utils.logging.disable_progress_bar()  # redrawn for every weight
-    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # transformers 5.0 loads all of T5 while it quantizes
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    silence_libraries()
 
+    # Whatever can be wrong is found now: a text encoder takes minutes.
     captions = caption_images(args)
-    digest = digest_of_captions(args.local_data_dir)
     path = args.output_path
     path.parent.mkdir(parents=True, exist_ok=True)
     check_output(path)
     model = find_model(args)
+
     about = {
         "format_version": 2,
         "model": args.pretrained_model_name_or_path,
@@ -116,7 +111,7 @@ def compute(args: Args) -> None:
         "prompt": args.prompt,
         "max_sequence_length": args.max_sequence_length,
         "t5": args.t5_precision,
-        "captions": digest,
+        "captions": digest_of_captions(args.local_data_dir),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
     }
     with scratch_folder(path.parent) as scratch:
@@ -754,8 +749,8 @@ class Args:
     class_prompt: str | None = flag(
         "prompts", None, 'prompt of prior preservation, such as "a photo of a dog"', metavar="PROMPT")
     validation_prompt: tuple[str, ...] = flag("prompts", (), "prompts of previews", metavar="PROMPT")
-    negative_prompt: str | None = flag(
-        "prompts", None, "negative prompt of the previews; the empty prompt is always included", metavar="PROMPT")
+    negative_prompt: str = flag(
+        "prompts", "", "negative prompt of the previews; the empty prompt is always included", metavar="PROMPT")
     max_sequence_length: int = flag("prompts", 77, "number of T5 tokens per prompt, at most 512", maximum=512)
 
     # files
@@ -803,7 +798,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the program with one message, where argparse would print its usage of all flags first."""
-        message = re.sub(r"hf_\w+", "hf_...", message)
+        message = re.sub(r"hf_\w+", "hf_...", message).translate(CONTROLS)
         if message.startswith("unrecognized arguments") and re.search("['\u201c\u201d]", message):
             message += '\nOnly "these quotes" hold words together everywhere; Windows takes others for letters.'
         self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
@@ -1050,22 +1045,27 @@ def reading(path: Path, advice: str) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: {first_line(error)}. {advice}".rstrip()) from error
 
 
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
 class ForgivingStream:
     """An output stream for which printing never fails.
 
     Its reader, a pipe or a terminal, may go away, and its encoding, such as cp1252 on Windows, may lack characters:
-    that costs the output, or shows escapes such as \\u72ac, but not the result of the program.
+    that costs the output, or shows escapes such as \\u72ac, but not the result of the program. Control characters
+    are escaped, too, since the name of a file could command the terminal; with has_bars they stay, since bars do.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, has_bars: bool = False) -> None:
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed from the start
+        self.escapes = {} if has_bars else CONTROLS
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        printable = text.translate(self.escapes).encode(encoding, "backslashreplace").decode(encoding)
         with suppress(OSError, ValueError):
             self.stream.write(printable)
             self.stream.flush()
@@ -1073,6 +1073,25 @@ class ForgivingStream:
 
     def flush(self) -> None:
         """Do nothing: write() has flushed."""
+
+
+def end_on_signals() -> None:
+    """Let whatever asks this program to end do it as Ctrl-C does."""
+    sighup = 1  # which Windows does not have
+    sigbreak = getattr(signal, "SIGBREAK", signal.SIGTERM)  # Ctrl-Break, which only Windows has
+    for number in signal.valid_signals() & {sighup, sigbreak, signal.SIGTERM}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, signal.default_int_handler)
+
+
+def silence_libraries() -> None:
+    """Leave the output to this program: what goes wrong is an error here, and there is one bar at a time."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # redrawn for every weight
+    diffusers.utils.logging.set_verbosity_error()
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # transformers 5.0 loads all of T5 while it quantizes
 
 
 def first_line(error: Exception) -> str:
