@@ -39,7 +39,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -59,6 +59,7 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import snapshot_download
+from packaging.version import Version
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
@@ -102,6 +103,7 @@ def compute(args: Args) -> None:
     path = args.output_path
     path.parent.mkdir(parents=True, exist_ok=True)
     check_output(path)
+    note_old_torchao()
     model = find_model(args)
 
     about = {
@@ -1092,6 +1094,14 @@ def silence_libraries() -> None:
     for name in ("accelerate", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # transformers 5.0 loads all of T5 while it quantizes
+
+
+def note_old_torchao() -> None:
+    """Note a torchao that peft, which only the trainer needs, refuses: Colab and Kaggle come with one."""
+    with suppress(PackageNotFoundError):
+        installed = version("torchao")
+        if Version(installed) < Version("0.16"):
+            print(f"note: the training will not start beside torchao {installed}. Run: pip uninstall -y torchao")
 
 
 def first_line(error: Exception) -> str:
