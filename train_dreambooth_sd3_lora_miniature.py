@@ -633,7 +633,7 @@ def lora_shapes(transformer: nn.Module) -> dict[str, torch.Size]:
 
 
 def set_lora(transformer: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Set the LoRA's weights, all of them; PEFT alone passes over names that are missing or unknown in silence."""
+    """Set all weights of the LoRA. PEFT says nothing of names that are missing or unknown; this raises ValueError."""
     from peft import set_peft_model_state_dict
 
     result = set_peft_model_state_dict(transformer, weights)
@@ -1182,7 +1182,7 @@ def make_pipeline(
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    # On the line of the bar around it, which it replaces for a while: two lines would need a terminal's cursor.
+    # Its bar takes the line of the training's bar, since not every terminal can move the cursor up to a second line.
     pipeline.set_progress_bar_config(desc="Generating", leave=False, position=0, disable=not sys.stderr.isatty())
     return pipeline
 
@@ -1345,9 +1345,6 @@ CARD_MARK = "<!-- written by train_dreambooth_sd3_lora_miniature.py -->"  # a ca
 def write_model_card(args: Args, plan: Plan, state: TrainState, previews: list[tuple[str, Path]]) -> None:
     """Write README.md for the Hub: base model, trigger words, gallery, how to load the LoRA, license and settings."""
     path = args.output_dir / "README.md"
-    if path.exists() and CARD_MARK not in path.read_text("utf-8", errors="replace"):
-        print(f"note: {path} was written by somebody else and is left as it is")
-        return
     base = args.pretrained_model_name_or_path
     repository = None if Path(base).is_dir() else base
     is_sd35 = "v3.5" in architecture(state.transformer.config)
@@ -1523,7 +1520,7 @@ def push_to_hub(args: Args, plan: Plan, previews: list[tuple[str, Path]]) -> Non
 # What another value of a flag does to a run that resumes:
 REFUSED = "refused"  # the optimizer's state or the order of the samples would mean something else
 NOTED = "noted"  # it is followed from here on, and a note says so
-FREE = "free"  # it has no effect on the LoRA, or what follows from it is compared (see comparable_settings)
+FREE = "free"  # it does not change the LoRA; where the data are is free, what they are is compared by their contents
 FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what holds if it says nothing
     "minimum": None,  # lowest value of a number; None: 1 for integers, 1e-30 for real numbers
     "maximum": None,  # highest value of a number; None: 10 million for integers, 1e30 for real numbers
@@ -1965,6 +1962,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     check_machine(args, accelerator, problems)
     check_libraries(args, problems)
     check_hub_login(args, accelerator, problems)
+    check_foreign_files(args, problems)
     checkpoint = find_checkpoint(args, problems)
 
     # The base model without its weights, and what must fit it: the LoRA to start from, the images, the embeddings.
@@ -1985,9 +1983,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
         samples_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         max_train_steps = count_steps(args, examples, samples_per_step)
         plan = Plan(
-            name=args.hub_model_id
-            if args.push_to_hub and args.hub_model_id
-            else Path(os.path.abspath(args.output_dir)).name,
+            name=name_of_lora(args),
             seed=choose_seed(args, checkpoint, drawn_seed),
             weight_dtype=WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32),
             base_model=base_model,
@@ -2078,6 +2074,32 @@ def check_libraries(args: Args, problems: Problems) -> None:
         problems.add(f"--optimizer {args.optimizer} is not installed. Run: pip install {error.name}")
 
 
+def check_foreign_files(args: Args, problems: Problems) -> None:
+    """Check that nothing is replaced that this program has not written."""
+    lora = args.output_dir / LORA_NAME
+    card = args.output_dir / "README.md"
+    foreign = []
+    if args.pretrained_lora_path and lora.exists():
+        start = Path(args.pretrained_lora_path)
+        if start.exists() and (lora.samefile(start) or args.output_dir.samefile(start)):
+            foreign.append(lora)
+    if card.exists():
+        try:
+            with reading(card, ""):
+                is_ours = CARD_MARK in card.read_text("utf-8", errors="replace")
+        except UserError:
+            is_ours = False
+        if not is_ours:
+            foreign.append(card)
+    if not (args.output_dir / "latents").exists():  # every run makes it first
+        foreign += [path for path in (lora, *args.output_dir.glob("samples/*.png")) if path.exists()]
+    if foreign:
+        problems.add(
+            f"{foreign[0]} would be replaced, which this run or another program needs. Move it, or choose another "
+            "--output_dir."
+        )
+
+
 def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
     """Return the training state to resume from, or {} to start from the beginning: in a folder without checkpoints."""
     wanted = args.resume_from_checkpoint
@@ -2128,6 +2150,8 @@ def inspect_base_model(args: Args, problems: Problems) -> BaseModel | None:
         with loading(files, "scheduler"):
             scheduler_class = diffusers.FlowMatchEulerDiscreteScheduler
             noise_scheduler = scheduler_class.from_pretrained(files.folder, subfolder="scheduler")
+        if not is_folder:
+            note_download(args, problems)
     except UserError as error:
         problems.add(str(error))
         return None
@@ -2144,6 +2168,19 @@ def inspect_base_model(args: Args, problems: Problems) -> BaseModel | None:
         if not lora_targets(skeleton, layer):
             problems.add(f"--lora_layers: the transformer has no linear layer {layer}.")
     return BaseModel(files, skeleton, files.commit or digest_of_weights(files), noise_scheduler)
+
+
+def note_download(args: Args, problems: Problems) -> None:
+    """Note how much of the weights the run will download first."""
+    patterns = []
+    for part, stem in WEIGHTS.items():
+        patterns += weight_patterns(part, stem, args.variant)
+    size = 0
+    with suppress(UserError):  # offline nobody can tell, and what is in the cache may be enough
+        for file in download(args, patterns, args.hub_token, dry_run=True):
+            size += file.file_size if file.will_download else 0
+    if size:
+        problems.note(f"to download first: {size / 1e9:.1f} GB of {args.pretrained_model_name_or_path}")
 
 
 def digest_of_weights(model: LocalModel) -> str:
@@ -2384,6 +2421,13 @@ def words_of(prompt: str) -> set[str]:
     return set(re.findall(r"\w+", prompt.lower()))
 
 
+def name_of_lora(args: Args) -> str:
+    """Return the repository that the LoRA is pushed to, or else the name of its folder."""
+    if args.push_to_hub and args.hub_model_id:
+        return args.hub_model_id
+    return Path(os.path.abspath(args.output_dir)).name
+
+
 def choose_seed(args: Args, checkpoint: dict[str, Any], drawn_seed: int) -> int:
     """Return --seed, or else the checkpoint's seed, or else the one that was drawn."""
     if args.seed is not None:
@@ -2446,7 +2490,7 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
         return
     on_resume = {each.name: each.metadata["on_resume"] for each in fields(Args)}
     before_settings = dict(plan.checkpoint["settings"])
-    if "lora_layers" in before_settings:  # the same layers can be spelled in many ways, and an earlier default was
+    if "lora_layers" in before_settings:  # the same layers can be spelled in many ways
         skeleton = plan.base_model.skeleton
         layers = str(plan.settings["lora_layers"])
         if lora_targets(skeleton, before_settings["lora_layers"]) == lora_targets(skeleton, layers):
@@ -2461,8 +2505,7 @@ def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
         if name == "images and captions":
             refused.append(
                 "The checkpoint was trained with other images and captions: photos, masks or captions were added, "
-                "removed, renamed or changed, or an earlier version did not convert their colors to sRGB. Restore "
-                "them, or train into another --output_dir."
+                "removed, renamed or changed. Restore them, or train into another --output_dir."
             )
         elif on_resume.get(name, REFUSED) == REFUSED:  # what is not a flag was found out about the data
             refused.append(f"The checkpoint was trained with {name} {before}, this run has {value}.")
@@ -2756,9 +2799,12 @@ def move_file(source: Path, target: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, beginning with the file without which it counts as none; what is in use elsewhere stays."""
+    """Remove a checkpoint, or only the link to it; what another program holds open stays: it ends no run."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     with suppress(OSError):
-        (folder / STATE_NAME).unlink()
+        (folder / STATE_NAME).unlink()  # first: without it, what is left counts as no checkpoint
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -2988,10 +3034,13 @@ def start_tracker(args: Args, plan: Plan, accelerator: Accelerator) -> None:
 @contextmanager
 def noted_logging(accelerator: Accelerator) -> Iterator[None]:
     """Log no more, with one note, if a tracker's file cannot be written. A full disk ends the run."""
-    with only_noted("nothing more is logged"):
+    try:
         yield
-        return
-    accelerator.trackers.clear()  # TensorBoard would raise the same error at each step
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        print(f"note: nothing more is logged: {error}")
+        accelerator.trackers.clear()  # TensorBoard would raise the same error at each step
 
 
 @contextmanager
@@ -3072,7 +3121,7 @@ class StopRequest:
 
 
 def ignore_end_signals(_: int) -> None:
-    """Let a data worker live when Ctrl-C reaches it too: the step that a signal waits for needs its samples.
+    """Keep a data worker alive through Ctrl-C, which reaches it too: the last step before the end needs its samples.
 
     A worker that Python spawns, as on Windows, does not inherit what StopRequest has set. SIGTERM ends it as before.
     """
