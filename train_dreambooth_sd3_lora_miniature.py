@@ -2091,13 +2091,10 @@ def check_foreign_files(args: Args, problems: Problems) -> None:
             is_ours = False
         if not is_ours:
             foreign.append(card)
-    if not (args.output_dir / "latents").exists():  # every run makes it first
+    if not (args.output_dir / "latents").exists() and not list_checkpoints(args.output_dir):  # no run was here
         foreign += [path for path in (lora, *args.output_dir.glob("samples/*.png")) if path.exists()]
     if foreign:
-        problems.add(
-            f"{foreign[0]} would be replaced, which this run or another program needs. Move it, or choose another "
-            "--output_dir."
-        )
+        problems.add(f"{foreign[0]} would be replaced. Move it, or choose another --output_dir.")
 
 
 def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
