@@ -102,6 +102,10 @@ class Hub(BaseHTTPRequestHandler):
         files = [{"rfilename": path} for path in self.server.repos[repo]]
         return self.reply(200, {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": files, "private": False})
 
+    def tree(self, role: str | None, repo: str) -> None:
+        files = self.server.repos.get(repo, {})
+        self.reply(200, [{"type": "file", "path": path, "size": len(files[path]), "oid": "0"} for path in files])
+
     def refuse(self, role: str | None, repo: str) -> bool:
         """Whether the repository is gated for this token; if so, the answer is sent."""
         if repo not in self.server.gated or role == "write":
@@ -171,6 +175,7 @@ class Hub(BaseHTTPRequestHandler):
         (r"/api/repos/create", create, True),
         (r"/api/validate-yaml", validate, False),
         (rf"/api/models/{REPO}(?:/revision/[^/]+)?", info, False),
+        (rf"/api/models/{REPO}/tree/[^/]+", tree, False),
         (rf"/api/models/{REPO}/auth-check", auth_check, False),
         (rf"/api/models/{REPO}/preupload/[^/]+", preupload, True),
         (rf"/{REPO}\.git/info/lfs/objects/batch", lfs_batch, True),
