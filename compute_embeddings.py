@@ -436,12 +436,15 @@ def read_table(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path, columns=columns, dtype_backend="pyarrow")
     if path.suffix.lower() == ".jsonl":  # pandas' own reader would make 7.0 of 7 and drop half an emoji
         lines = path.read_text("utf-8-sig").split("\n")
-        return pd.DataFrame([json.loads(line) for line in lines if line.strip()], dtype=object)[columns]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # a row with more fields than the header
-        table = pd.read_csv(
-            path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig", engine="python"
-        )  # pandas' other engine would take an open quote, and a row that ends early
+        table = pd.DataFrame([json.loads(line) for line in lines if line.strip()], dtype=object)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # a row with more fields than the header
+            table = pd.read_csv(
+                path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig", engine="python"
+            )  # pandas' other engine would take text after a closing quote, and a row that ends early
+    if not set(columns) <= set(table.columns):
+        raise ValueError(f"its columns are {', '.join(map(str, table.columns))}")
     return table[columns]
 
 
@@ -449,9 +452,12 @@ def read_metadata(path: Path, images: list[Path], problems: list[str]) -> dict[P
     """Return the captions of images in a metadata file; what is wrong with it is added to the problems."""
     captions: dict[Path, str] = {}
     files = files_by_name(images)
-    fix = "Tables have columns file_name and text, in UTF-8; commas are in quotes. In Excel, save as CSV UTF-8"
+    fix = (
+        "Tables have columns file_name and text, separated by commas, in UTF-8; a caption that contains a comma needs "
+        "quotes. In Excel, save as CSV UTF-8."
+    )
     try:
-        with reading(path, f"{fix}."):
+        with reading(path, fix):
             table = read_table(path)
     except UserError as error:
         problems.append(str(error))
@@ -523,7 +529,7 @@ def check_output(path: Path) -> None:
     """Raise UserError if a file would be replaced that this program did not write, such as a metadata.parquet."""
     if not path.exists():
         return
-    advice = "--output_path would replace it; name another file, or remove it."
+    advice = f"--output_path {path} would replace it: name another file, or remove this one."
     with reading(path, advice):
         metadata = pq.read_schema(path).metadata or {}
         if b"sd3_embeddings" not in metadata:
@@ -650,14 +656,13 @@ def download(args: Args, patterns: list[str], token: str | None, **kwargs: Any) 
 def no_weights(args: Args, part: str, stem: str, token: str | None) -> str:
     """Return a message that a part has no weights of the variant, and which ones there are."""
     name = args.pretrained_model_name_or_path
-    if Path(name).is_dir():
-        present = [path.name for path in Path(name).glob(f"{part}/{stem}*")]
-    else:
-        listed = download(args, [f"{part}/{stem}*"], token, dry_run=True)
-        present = [Path(file.filename).name for file in listed]
-    wanted = weight_patterns(part, stem, args.variant)[0]
-    has = f"It has: {', '.join(sorted(present))}" if present else "It has no weights at all"
-    return f"Cannot load {part} of {name}: there is no {wanted}. {has}. See --variant."
+    present = [path.name for path in Path(name).glob(f"{part}/{stem}*")]
+    if not Path(name).is_dir():
+        with suppress(UserError):  # without a network, nobody knows
+            listed = download(args, [f"{part}/{stem}*"], token, dry_run=True)
+            present = [Path(file.filename).name for file in listed]
+    has = f" It has: {', '.join(sorted(present))}; see --variant." if present else ""
+    return f"Cannot load {part} of {name}: there is no {weight_patterns(part, stem, args.variant)[0]}.{has}"
 
 
 @contextmanager
