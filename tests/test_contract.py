@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from filelock import FileLock
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 import compute_embeddings as embed
@@ -28,7 +32,7 @@ import tiny_pipeline
 import train_dreambooth_sd3_lora_miniature as trainer
 from benchmark import t5_error
 from conftest import PREVIEW_PROMPT, PROMPT, ROOT, compute
-from hub_server import serve
+from hub_server import COMMIT, serve
 
 PROMPTS = ["a photo of sks dog", "sks dog in a bucket", "a dog", ""]
 
@@ -62,7 +66,7 @@ def test_the_schema_is_the_contract(embeddings: Path, tiny: Path) -> None:
     assert schema.field("pooled_prompt_embeds").type == pa.fixed_shape_tensor(pa.float16(), [80])
     about = json.loads(schema.metadata[b"sd3_embeddings"])
     assert (about["model"], about["max_sequence_length"], about["t5"]) == (str(tiny), 77, "exact")
-    assert about["format_version"] == 1 and about["versions"]["torch"] == version("torch")
+    assert about["format_version"] == 2 and about["versions"]["torch"] == version("torch")
 
 
 def test_the_last_row_is_the_empty_prompt(tiny: Path, photos: Path, tmp_path: Path) -> None:
@@ -109,8 +113,8 @@ def test_without_t5_its_part_is_zero(tiny: Path, photos: Path, tmp_path: Path) -
 
 def test_int8_is_real_and_close_to_exact(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path) -> None:
     """T5's layers are bitsandbytes' 8-bit ones; CLIP's part is exact, T5's within a few percent."""
-    args = embed.parse_args([f"--pretrained_model_name_or_path={tiny}"])
-    t5 = embed.load_t5(args, torch.device("cpu"), tmp_path)
+    model = embed.LocalModel(str(tiny), tiny, commit=None, variant=None)
+    t5 = embed.load_t5(model, "int8", torch.device("cpu"), tmp_path)
     assert any(isinstance(module, bnb.nn.Linear8bitLt) for module in t5.modules())
     path = compute(tiny, photos, tmp_path / "int8.parquet", "--validation_prompt", PREVIEW_PROMPT)
     exact, int8 = (read(file, "prompt_embeds") for file in (embeddings, path))
@@ -137,7 +141,7 @@ def test_what_overflows_fp16_inside_t5_is_right(tiny: Path, photos: Path, tmp_pa
 @pytest.mark.parametrize("value", [float("nan"), 1e5])
 def test_what_fp16_cannot_hold_is_an_error(value: float) -> None:
     """Not finite, or above fp16's range: an error that names the encoder."""
-    with pytest.raises(SystemExit, match="T5 gave values that fp16 cannot hold"):
+    with pytest.raises(embed.UserError, match="T5 gave values that fp16 cannot hold"):
         embed.to_float16(torch.tensor([0.0, value]), "T5")
 
 
@@ -178,6 +182,19 @@ def before_the_rows(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None])
     monkeypatch.setattr(pq, "write_table", act_and_write)
 
 
+def test_a_flipped_bit_is_an_error(embeddings: Path, tmp_path: Path) -> None:
+    """Wherever it is in the numbers; without checksums of pages it would be another embedding."""
+    data = embeddings.read_bytes()
+    column = pq.ParquetFile(embeddings).metadata.row_group(0).column(2)
+    start, size = column.data_page_offset, column.total_compressed_size
+    for place in range(start + size // 4, start + size, size // 4):
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        (tmp_path / "e.parquet").write_bytes(damaged)
+        with pytest.raises(OSError):
+            pq.read_table(tmp_path / "e.parquet", page_checksum_verification=True)
+
+
 def prompts_of(path: Path) -> list[str]:
     return pq.read_table(path)["prompt"].to_pylist()
 
@@ -195,6 +212,21 @@ def test_two_runs_to_one_output_leave_a_readable_file(
     before_the_rows(monkeypatch, other_run)
     compute(tiny, photos, path, "--no_t5", "--prompt=ours")
     assert prompts_of(path) == ["ours", ""] and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_scratch_of_a_killed_run_is_removed(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next start; that of a run that lives stays."""
+    killed = tmp_path / ".embeddings-killed"
+    killed.mkdir()
+    (killed / "lock").touch()
+    (killed / "prompt_embeds").write_text("x")
+    alive = tmp_path / ".embeddings-alive"
+    alive.mkdir()
+    with FileLock(alive / "lock"):
+        compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".embeddings-alive", "e.parquet"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -246,8 +278,8 @@ def test_room_is_claimed_before_t5_is_loaded(
 ) -> None:
     """A page of a mapped file that finds no room kills the process without a message."""
 
-    def look(args: object, device: object, scratch: Path) -> None:
-        [file] = scratch.iterdir()
+    def look(*arguments: object) -> None:
+        file = Path(str(arguments[-1]), "prompt_embeds")
         assert file.stat().st_blocks * 512 >= 2 * 2 * 154 * tiny_pipeline.T5_WIDTH
         raise OSError(28, "No space left on device")
 
@@ -260,13 +292,147 @@ def test_room_is_claimed_before_t5_is_loaded(
 def test_a_bad_output_costs_no_encoding(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder in its place, or a file that is not ours, is reported before."""
+    """A folder in its place, a pipe, or a file that this program did not write: a table of captions, too."""
     monkeypatch.setattr(embed, "encode_prompts", lambda *_: pytest.fail("encoded"))
     (tmp_path / "notes.txt").write_text("mine")
-    for path in (tmp_path, tmp_path / "notes.txt"):
+    os.mkfifo(tmp_path / "pipe")
+    pq.write_table(pa.table({"file_name": ["a.jpg"], "text": ["sks dog"]}), tmp_path / "metadata.parquet")
+    for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "pipe", tmp_path / "metadata.parquet"):
         with pytest.raises(SystemExit, match=f"--output_path {path}"):
             compute(tiny, photos, path)
 
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+Weights = dict[str, torch.Tensor]
+
+
+def without(end: str) -> Callable[[Weights], object]:
+    """Remove the last of the tensors whose name ends so."""
+    return lambda weights: weights.pop([name for name in weights if name.endswith(end)][-1])
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "expected"),
+    [
+        ("text_encoder", without("text_projection.weight"), r"1 missing \(first: text_projection.weight\)"),
+        ("text_encoder_3", without("SelfAttention.q.weight"), r"1 missing \(first: encoder.block.1.*q.weight\)"),
+        (
+            "text_encoder_3",
+            lambda weights: weights.update({"scale_weight": torch.ones(1), "scaled_fp8": torch.ones(1)}),
+            r"2 unexpected \(first: scale_weight\)",
+        ),
+        (
+            "text_encoder_2",
+            lambda weights: weights.update({"text_projection.weight": torch.ones(3, 3)}),
+            r"1 mismatched \(first: text_projection.weight\)",
+        ),
+    ],
+)
+def test_weights_that_are_not_those_of_their_part_end_the_run_at_its_start(
+    part: str,
+    change: Callable[[Weights], object],
+    expected: str,
+    tiny: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The libraries fill what is missing with random numbers and drop what is too much, both in silence."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    [path] = (model / part).glob("*.safetensors")
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+    monkeypatch.setattr(embed, "encode_prompts", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(SystemExit, match=f"Cannot load {part} of {model}: .*{expected}"):
+        compute(model, photos, tmp_path / "e.parquet")
+
+
+def test_weights_in_several_files_and_of_a_variant_are_whole(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """As T5 of SD3 has them: the same embeddings; without one of the files, a message that names it."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        (model / part / "model.safetensors").rename(model / part / "model.fp16.safetensors")
+    t5 = T5EncoderModel.from_pretrained(tiny / "text_encoder_3")
+    (model / "text_encoder_3" / "model.fp16.safetensors").unlink()
+    t5.save_pretrained(model / "text_encoder_3", max_shard_size="100KB", variant="fp16")
+    files = sorted((model / "text_encoder_3").glob("model.fp16-*.safetensors"))
+    assert len(files) > 2
+    for precision in ("exact", "int8"):
+        one, other = (
+            compute(each, photos, tmp_path / f"{each.name}.parquet", f"--t5_precision={precision}", *variant)
+            for each, variant in ((tiny, []), (model, ["--variant=fp16"]))
+        )
+        assert pq.read_table(one)["prompt_embeds"].equals(pq.read_table(other)["prompt_embeds"])
+    files[1].unlink()
+    with pytest.raises(SystemExit, match=f"text_encoder_3 .*{files[1].name}"):
+        compute(model, photos, tmp_path / "e.parquet", "--variant=fp16")
+
+
+def test_a_model_without_t5_is_told_its_flag(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """As some repositories are; and a file of all weights is told how it is converted."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    shutil.rmtree(model / "text_encoder_3")
+    with pytest.raises(SystemExit, match="(?s)text_encoder_3 .*--t5_precision none"):
+        compute(model, photos, tmp_path / "e.parquet")
+    (tmp_path / "sd3.safetensors").touch()
+    with pytest.raises(SystemExit, match="(?s)sd3.safetensors .*from_single_file.*save_pretrained"):
+        compute(tmp_path / "sd3.safetensors", photos, tmp_path / "e.parquet")
+
+
+def test_only_what_is_needed_comes_from_the_hub(
+    hub: ThreadingHTTPServer, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the variant and without T5; the commit is noted; afterwards it works without a network."""
+    flags = ["--no_t5", f"--cache_dir={tmp_path / 'cache'}"]
+    name = Path("owner/sd3")
+    online = compute(name, photos, tmp_path / "online.parquet", *flags)
+    about = json.loads(pq.read_schema(online).metadata[b"sd3_embeddings"])
+    assert (about["model"], about["revision"]) == ("owner/sd3", COMMIT)
+    downloaded = {path.parent.name + "/" + path.name for path in (tmp_path / "cache").glob("*/snapshots/*/*/*")}
+    assert {"text_encoder/model.safetensors", "transformer/config.json", "tokenizer_2/tokenizer.json"} <= downloaded
+    assert not [file for file in downloaded if re.search("_3/|vae/|fp16|diffusion_pytorch_model", file)]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline = compute(name, photos, tmp_path / "offline.parquet", *flags)
+    assert pq.read_table(online).equals(pq.read_table(offline))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--variant=fp7"], "model.fp7.safetensors.* model.fp16.safetensors, model.safetensors"),
+        (["--revision=gated"], "(?s)https://huggingface.co/owner/sd3 .*hf auth login"),
+        (["--pretrained_model_name_or_path=owner/none"], "owner/none: .*not found"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_message(
+    flags: list[str], expected: str, hub: ThreadingHTTPServer, photos: Path, tmp_path: Path
+) -> None:
+    """A variant that does not exist with those that do; a license with its page; a name without a repository."""
+    hub.gated = {"owner/sd3"} if "gated" in flags[0] else set()
+    with pytest.raises(SystemExit, match=expected):
+        compute(Path("owner/sd3"), photos, tmp_path / "e.parquet", f"--cache_dir={tmp_path / 'cache'}", *flags)
+
+
+@pytest.fixture
+def hub(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """A Hub with the tiny pipeline, and a second variant of one part."""
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        files = [path for path in tiny.rglob("*") if path.is_file()]
+        repository = {path.relative_to(tiny).as_posix(): path.read_bytes() for path in files}
+        repository["text_encoder/model.fp16.safetensors"] = b"another variant"
+        server.repos["owner/sd3"] = repository
+        yield server
+
+
+# ------------------------------------------------------------------------------------------------------- whole scripts
 
 RUN_SCRIPTS = """
 import json, runpy, sys, time
@@ -319,11 +485,10 @@ def test_a_cut_connection_before_a_push_is_one_message(
 
 
 def test_without_a_terminal_no_bar_redraws_itself(tiny: Path, photos: Path, tmp_path: Path) -> None:
-    """Neither transformers' own nor ours: a log file has whole lines."""
+    """Neither transformers' own nor ours: a log file stays as it is."""
     values = {"pretrained_model_name_or_path": tiny, "local_data_dir": photos, "output_path": tmp_path / "e.parquet"}
     command = [sys.executable, embed.__file__, "--t5_precision=exact"]
     command += [f"--{name}={value}" for name, value in values.items()]
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     output = subprocess.run(command, env=environment, check=True, capture_output=True).stderr
-    assert b"Encoding with T5" in output and b"Loading weights" not in output and b"\r" not in output
-    assert re.search(rb"^Reading images: 5 of 5 [^\n]*\n", output)
+    assert b"%|" not in output and b"\r" not in output
