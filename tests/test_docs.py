@@ -13,13 +13,13 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import papermill
-import pillow_heif
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
-from PIL import ExifTags, Image
+from PIL import Image
 from traitlets.config import Config
 
 import compute_embeddings as embed
+import toy_notebook
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import ROOT, names
 
@@ -117,17 +117,6 @@ def test_ci_runs_the_readmes_test_commands() -> None:
 # What is said in one cell alone.
 INSTALL, LOG_IN, LOOK = "!pip install", "import get_token", "def show"
 EMBED, TRAIN, DRAW = '"embeddings.parquet"]\n', "!accelerate launch", "StableDiffusion3Pipeline"
-SETTINGS = {  # for the toy
-    "MODEL": str(ROOT / "tests" / "toy" / "model"),
-    "PHOTOS": "robot",
-    "INSTANCE_PROMPT": "a photo of sks robot",
-    "VALIDATION_PROMPTS": ["a photo of sks robot", "it's a toy"],
-    "NEW_PROMPT": "sks robot on a green background",
-    "MAX_SEQUENCE_LENGTH": 16,
-    "RESOLUTION": 64,
-    "MIXED_PRECISION": "no",
-    "INFERENCE_STEPS": 2,
-}
 
 
 def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, last_cell: str = "", **settings: object) -> list[dict]:
@@ -141,10 +130,7 @@ def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, last_cell: str =
     if last_cell:
         [end] = [number for number, cell in enumerate(cells) if last_cell in "".join(cell["source"])]
         cells = cells[: end + 1]
-    (folder / "notebook.ipynb").write_text(json.dumps(NOTEBOOK | {"cells": cells}))
-    return papermill.execute_notebook(
-        folder / "notebook.ipynb", folder / "out.ipynb", SETTINGS | settings, cwd=folder, progress_bar=False
-    ).cells
+    return toy_notebook.execute(NOTEBOOK | {"cells": cells}, folder, settings)
 
 
 @pytest.fixture
@@ -152,8 +138,7 @@ def repository(tmp_path: Path) -> Path:
     """A Git repository with what a clone of this checkout would have, whether it is committed yet or not."""
     folder = tmp_path / "repository"
     folder.mkdir()
-    for name in ("compute_embeddings.py", TRAINER, "requirements.txt"):
-        shutil.copy(ROOT / name, folder)
+    toy_notebook.copy_scripts(ROOT, folder)
     git = ["git", "-C", folder, "-c", "user.name=n", "-c", "user.email=e"]
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=m"]):
         subprocess.run([*git, *command], check=True)
@@ -164,16 +149,7 @@ def repository(tmp_path: Path) -> Path:
 def workplace(tmp_path: Path) -> Path:
     """A folder with five photos in a sub-folder, each of another format and one on its side, and nothing else."""
     folder = tmp_path / "workplace"
-    (folder / "robot").mkdir(parents=True)
-    pillow_heif.register_heif_opener()
-    names = ["0.heic", "1.avif", "2.tiff", "3.bmp", "4.jpg"]
-    for name, source in zip(names, sorted((ROOT / "tests" / "toy" / "robot").glob("*.png")), strict=True):
-        image = Image.open(source).convert("RGB").resize((64, 48))
-        exif = Image.Exif()
-        if name == "4.jpg":
-            image = image.transpose(Image.Transpose.ROTATE_90)
-            exif[ExifTags.Base.Orientation] = 6  # to be turned back, clockwise
-        image.save(folder / "robot" / name, exif=exif)
+    toy_notebook.write_photos(folder / "robot")
     return folder
 
 
@@ -230,13 +206,12 @@ def start(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Not
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setenv("HF_TOKEN", "")
-    for name in ("compute_embeddings.py", TRAINER, "requirements.txt"):
-        shutil.copy(ROOT / name, workplace)
+    toy_notebook.copy_scripts(ROOT, workplace)
 
     def run(kind: type[Notebook] = Notebook, **settings: object) -> Notebook:
         notebook = kind()
         notebook.run("MODEL =")
-        notebook.user_ns |= SETTINGS | settings
+        notebook.user_ns |= toy_notebook.SETTINGS | settings
         return notebook
 
     return run
