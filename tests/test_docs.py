@@ -124,8 +124,13 @@ def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, last_cell: str =
 
     last_cell: a text in the last cell to run; "" runs all of them.
     """
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # what it installs is there: tests change no environment
+    pip = folder / "bin" / "pip"  # tests change no environment: nothing is uninstalled, and what is installed is there
+    pip.parent.mkdir(exist_ok=True)
+    pip.write_text(f'#!/bin/sh\n[ "$1" = uninstall ] || exec {shlex.quote(sys.executable)} -m pip "$@"\n')
+    pip.chmod(0o755)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for programs in (Path(sys.executable).parent, pip.parent):
+        monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     cells = NOTEBOOK["cells"]
     if last_cell:
         [end] = [number for number, cell in enumerate(cells) if last_cell in "".join(cell["source"])]
@@ -230,6 +235,15 @@ def test_the_install_cell_can_be_run_twice(start: Callable[..., Notebook], monke
     notebook = start(ColabNotebook, DRIVE=True)
     notebook.run(INSTALL, INSTALL, LOOK, EMBED, TRAIN)
     assert output_dir_of(notebook) == "/content/drive/MyDrive/sd3-dreambooth-lora"
+
+
+def test_the_install_cell_removes_torchao(start: Callable[..., Notebook]) -> None:
+    """Colab and Kaggle have one that PEFT refused after the embeddings, the downloads and the encoding."""
+    notebook = start()
+    notebook.run(INSTALL)
+    first, second = (shlex.split(command) for command in notebook.commands)
+    assert first[:2] == ["pip", "uninstall"] and "-y" in first and first[-1] == "torchao"
+    assert second[:2] == ["pip", "install"]
 
 
 def test_a_drive_elsewhere_than_on_colab_is_one_message(start: Callable[..., Notebook]) -> None:
