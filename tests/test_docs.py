@@ -386,19 +386,36 @@ def test_gpus_share_the_images_of_a_step(
     assert f"--train_batch_size 1 --gradient_accumulation_steps {accumulation} " in command
 
 
+def parsed_commands(notebook: Notebook, **settings: object) -> tuple[embed.Args, trainer.Args]:
+    """Return what the scripts make of the notebook's commands, with the settings as they stand but for these."""
+    notebook.run("MODEL =")
+    notebook.user_ns |= {"PHOTOS": "robot"} | settings
+    notebook.run(INSTALL, LOOK, EMBED, TRAIN)
+    embedding, training = (shlex.split(command) for command in notebook.commands[-2:])
+    return embed.parse_args(embedding[2:]), trainer.parse_args(training[training.index(f"./{TRAINER}") + 1 :])
+
+
 def test_the_notebooks_commands_parse(start: Callable[..., Notebook]) -> None:
     """With the settings as they stand, but for the photos; also without previews, and with an upload."""
-    notebook = start()
-    notebook.run("MODEL =")
     for settings in ({}, {"VALIDATION_PROMPTS": [], "PUSH_TO_HUB": True}):
-        notebook.user_ns |= {"PHOTOS": "robot"} | settings
-        notebook.run(INSTALL, LOOK, EMBED, TRAIN)
-        embedding, training = (shlex.split(command) for command in notebook.commands[-2:])
-        one = embed.parse_args(embedding[2:])
-        other = trainer.parse_args(training[training.index(f"./{TRAINER}") + 1 :])
+        one, other = parsed_commands(start(), **settings)
         assert (one.prompt, one.validation_prompt) == (other.instance_prompt, other.validation_prompt)
         assert (one.local_data_dir, one.output_path) == (other.instance_data_dir, other.data_df_path)
         assert other.push_to_hub == bool(settings) and other.max_train_steps == 400
+        assert one.class_prompt is None and not other.with_prior_preservation
+
+
+def test_a_class_prompt_reaches_both_scripts(start: Callable[..., Notebook]) -> None:
+    """The embeddings have it, and the trainer uses it."""
+    one, other = parsed_commands(start(), CLASS_PROMPT="a photo of a 'robot'")
+    assert one.class_prompt == other.class_prompt == "a photo of a 'robot'"
+    assert other.with_prior_preservation
+
+
+def test_more_flags_come_last(start: Callable[..., Notebook]) -> None:
+    """As they stand, so that they win over the notebook's own."""
+    _, other = parsed_commands(start(), MORE_FLAGS="--seed 1 --negative_prompt 'too dark' --center_crop")
+    assert (other.seed, other.negative_prompt, other.center_crop) == (1, "too dark", True)
 
 
 def test_the_notebook_is_clean(capsys: pytest.CaptureFixture[str]) -> None:
