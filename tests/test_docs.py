@@ -15,6 +15,7 @@ import numpy as np
 import papermill
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import FileLink
 from PIL import Image
 from traitlets.config import Config
 
@@ -117,7 +118,8 @@ def test_ci_runs_the_readmes_test_commands() -> None:
 
 # What is said in one cell alone.
 INSTALL, LOG_IN, LOOK = "!pip install", "import get_token", "def show"
-EMBED, TRAIN, DRAW = '"embeddings.parquet"]\n', "!accelerate launch", "StableDiffusion3Pipeline"
+EMBED, TRAIN, DOWNLOAD = '"embeddings.parquet"]\n', "!accelerate launch", "FileLink"
+DRAW = "StableDiffusion3Pipeline"
 
 
 def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, last_cell: str = "", **settings: object) -> list[dict]:
@@ -342,6 +344,21 @@ def test_an_interrupted_training_is_noticed(start: Callable[..., Notebook]) -> N
     notebook.interrupted = True
     with pytest.raises(SystemExit, match="Run this cell again"):
         notebook.run(TRAIN)
+
+
+def test_the_lora_is_downloaded(
+    start: Callable[..., Notebook], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Colab's own means there, and elsewhere by a link."""
+    shown: list[FileLink] = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    start().run(INSTALL, LOG_IN, LOOK, EMBED, TRAIN, DOWNLOAD)
+    assert shown[-1].path == f"sd3-dreambooth-lora/{trainer.LORA_NAME}"
+    downloaded: list[str] = []
+    colab = SimpleNamespace(files=SimpleNamespace(download=downloaded.append))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    start(ColabNotebook).run(INSTALL, LOG_IN, LOOK, EMBED, TRAIN, DOWNLOAD)
+    assert downloaded == [str(workplace / "sd3-dreambooth-lora" / trainer.LORA_NAME)]
 
 
 def test_secrets_of_colab_and_kaggle_reach_the_scripts(
