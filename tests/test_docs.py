@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import papermill
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import FileLink
 from PIL import Image
@@ -170,7 +172,8 @@ def test_the_notebook_runs_for_a_new_user(workplace: Path, repository: Path, mon
     cells = run_notebook(workplace, monkeypatch, STEPS=3, **settings)
     assert names(trainer.list_checkpoints(lora)) == ["checkpoint-2", "checkpoint-3"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    assert "1 step to train, from step 2" in "".join(output.get("text", "") for output in outputs)
+    said = "".join(output.get("text", "") for output in outputs)
+    assert "1 step to train, from step 2" in said and "No LoRA keys" not in said
     assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 4
     assert (lora / trainer.LORA_NAME).exists() and len(list(lora.glob("new-*.png"))) == 2
 
@@ -444,7 +447,29 @@ def test_the_notebook_is_clean(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(re.findall(r"--\w+", text)) - known_flags(capsys) == set()
 
 
-def test_the_notebooks_embeddings_go_where_the_transformer_is() -> None:
-    """On a GPU they were left on the CPU, and the second denoising step failed."""
-    [cell] = [source for source in CELLS if "load_lora_weights" in source]
-    assert re.search(r"to_numpy_ndarray\(\)\[rows\]\)\.to\(device, dtype\)", cell)
+def test_a_new_prompts_embeddings_go_where_the_transformer_is(
+    start: Callable[..., Notebook], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU they were left on the CPU, and the second denoising step failed. Here "meta" stands for the GPU."""
+    notebook = start()
+    notebook.run(INSTALL, LOOK, EMBED, TRAIN)
+    model, prompt = toy_notebook.SETTINGS["MODEL"], toy_notebook.SETTINGS["NEW_PROMPT"]
+    flags = [f"--pretrained_model_name_or_path={model}", f"--prompt={prompt}", "--max_sequence_length=16"]
+    embed.main(embed.parse_args([*flags, "--local_data_dir=robot", "--output_path=new.parquet"]))
+    pipeline = MagicMock()
+    draw = pipeline.from_pretrained.return_value
+    draw.return_value.images = [Image.new("RGB", (64, 64))]
+    move = torch.Tensor.to
+
+    def move_to_meta(tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+        assert device == "cuda"
+        return move(tensor, "meta", dtype)
+
+    monkeypatch.setattr("diffusers.StableDiffusion3Pipeline", pipeline)
+    monkeypatch.setattr("diffusers.training_utils.free_memory", lambda: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.Tensor.to", move_to_meta)
+    notebook.run(DRAW)
+    [given] = draw.call_args_list
+    embeds = [value for name, value in given.kwargs.items() if "embeds" in name]
+    assert [(each.device.type, each.dtype) for each in embeds] == [("meta", torch.float16)] * 4
