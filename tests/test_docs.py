@@ -268,7 +268,7 @@ def test_missing_scripts_are_one_message(start: Callable[..., Notebook], workpla
         notebook.run(INSTALL)
 
 
-def test_the_sheet_shows_what_the_scripts_read(
+def test_the_sheet_shows_what_the_training_sees(
     start: Callable[..., Notebook], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HEIC, AVIF, TIFF and BMP too, and upright; they alone were an empty sheet and a ValueError."""
@@ -299,7 +299,7 @@ def test_missing_photos_are_one_message(
 def test_a_broken_photo_is_one_message(start: Callable[..., Notebook], workplace: Path) -> None:
     """The script's own."""
     (workplace / "robot" / "5.png").write_text("no image")
-    with pytest.raises(SystemExit, match="5.png is not a readable image"):
+    with pytest.raises(SystemExit, match="5.png cannot be read"):
         start().run(INSTALL, LOOK)
 
 
