@@ -248,24 +248,30 @@ def load_t5(model: LocalModel, precision: str, device: torch.device, scratch: Pa
 
 
 def find_model(args: Args) -> LocalModel:
-    """Find the model and check all of its text encoders, before the first one takes its time."""
+    """Find the model and check its text encoders and tokenizers, before the first one takes its time."""
     encoders = {
         "text_encoder": transformers.CLIPTextModelWithProjection,
         "text_encoder_2": transformers.CLIPTextModelWithProjection,
         "text_encoder_3": transformers.T5EncoderModel,
     }
-    parts = dict.fromkeys(encoders, "model") | dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), "")
-    parts["transformer"] = ""
+    tokenizers = {
+        "tokenizer": transformers.CLIPTokenizer,
+        "tokenizer_2": transformers.CLIPTokenizer,
+        "tokenizer_3": transformers.T5TokenizerFast,
+    }
     if args.t5_precision == "none":
-        for part in ("text_encoder_3", "tokenizer_3"):
-            del parts[part]
+        del encoders["text_encoder_3"], tokenizers["tokenizer_3"]
+    parts = dict.fromkeys(encoders, "model") | dict.fromkeys(tokenizers, "")
+    parts["transformer"] = ""
     try:
         model = resolve_model(args, parts, token=None)
         for part, model_class in encoders.items():
-            if part in parts:
-                load_part(model_class.from_pretrained, model, part, device_map="meta")
+            load_part(model_class.from_pretrained, model, part, device_map="meta")
+        for part, tokenizer_class in tokenizers.items():
+            load_tokenizer(tokenizer_class, model, part)
     except UserError as error:
-        advice = "\nWithout T5, run with --t5_precision none." if "text_encoder_3" in str(error) else ""
+        is_about_t5 = any(part in str(error) for part in ("text_encoder_3", "tokenizer_3"))
+        advice = "\nWithout T5, run with --t5_precision none." if is_about_t5 else ""
         raise UserError(f"{error}{advice}") from error
     return model
 
