@@ -362,7 +362,7 @@ def encode_latents(examples: list[Example], args: Args, model: LocalModel, accel
             except UserError as error:
                 problems.add(str(error))
                 continue
-            proof = {"name": example.latents.stem, "sha256": digest_of_tensors(latents)}
+            proof = proof_of_latents(example.latents.stem, latents)
             write_file(example.latents, safetensors.torch.save(latents, proof))
         del vae
     diffusers.training_utils.free_memory()
@@ -421,17 +421,21 @@ def are_latents(path: Path) -> bool:
             pass
         with safe_open(path, "pt") as file:
             proof = file.metadata()
-        return proof == {"name": path.stem, "sha256": digest_of_tensors(load_file(path))}
+        return proof == proof_of_latents(path.stem, load_file(path))
     except Exception:  # a missing, short or damaged file fails in many ways; it is written again
         return False
 
 
-def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of the tensors' bytes, in the order of their names."""
-    content = hashlib.sha256()
-    for name in sorted(tensors):
-        content.update(tensors[name].contiguous().numpy().tobytes())
-    return content.hexdigest()
+def proof_of_latents(name: str, latents: dict[str, Tensor]) -> dict[str, str]:
+    """Return the metadata of a file of latents: a digest of its name, and of the tensors' names and bytes.
+
+    One entry, since safetensors writes several in any order, and the same photo is to give the same file.
+    """
+    content = hashlib.sha256(name.encode())
+    for tensor_name in sorted(latents):
+        content.update(tensor_name.encode())
+        content.update(latents[tensor_name].contiguous().numpy().tobytes())
+    return {"sha256": content.hexdigest()}
 
 
 FORMAT_VERSION = 2  # of the embeddings' file
