@@ -248,21 +248,6 @@ def test_latents_that_are_gone_are_one_message(train: Train, monkeypatch: pytest
     assert lora(train())
 
 
-def test_embeddings_are_kept_when_their_file_is_in_use(
-    tiny: Path, photos: Path, tmp_path: Path, in_use: Callable[..., list]
-) -> None:
-    """Under another name, since T5 takes long; the older file stays, and so does a third one."""
-    path = compute(tiny, photos, tmp_path / "e.parquet", "--no_t5")
-    (tmp_path / "e-2.parquet").touch()
-    before = path.read_bytes()
-    in_use(lambda target: target == path)
-    with pytest.raises(SystemExit, match=f"{path} is in use. .*e-3.parquet"):
-        compute(tiny, photos, path, "--no_t5", "--prompt=another")
-    assert path.read_bytes() == before
-    assert "another" in embed.pq.read_table(tmp_path / "e-3.parquet")["prompt"].to_pylist()
-    assert len(list(tmp_path.iterdir())) == 3
-
-
 def mapped(path: object, *_: object, **__: object) -> bool:
     """Whether this process maps a file that is, or lies in, this path."""
     lines = Path("/proc/self/maps").read_text().splitlines()

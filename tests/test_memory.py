@@ -112,7 +112,7 @@ def test_on_a_gpu_clip_is_in_fp16(tiny: Path, monkeypatch: pytest.MonkeyPatch) -
         raise SystemExit(str(dtype))
 
     monkeypatch.setattr(CLIPTextModelWithProjection, "from_pretrained", refuse)
-    args = embed.parse_args([f"--pretrained_model_name_or_path={tiny}"])
+    model = embed.LocalModel(str(tiny), tiny, commit=None, variant=None)
     for device, dtype in (("cuda", "float16"), ("cpu", "float32")):
         with pytest.raises(SystemExit, match=dtype):
-            embed.load_clip(args, torch.device(device))
+            embed.load_clip(model, torch.device(device))

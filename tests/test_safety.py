@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,14 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import peft
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import compute_embeddings as embed
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import PREVIEW_PROMPT, compute, equal, logged, lora, names
 from kill import AIMS, survive
@@ -493,6 +490,19 @@ def test_the_trainer_shows_captions_as_far_as_the_terminal_can(
     assert "\\u72ac" in shown.getvalue().decode(encoding)
 
 
+def test_the_name_of_a_file_commands_no_terminal(
+    tiny: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its control characters are shown as escapes, in a note and in the message at the end."""
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (folder / "\x1b[2J.pdf").touch()
+    (folder / "\x1b[2J.png").touch()
+    with pytest.raises(SystemExit) as stop:
+        compute(tiny, folder, tmp_path / "e.parquet")
+    said = capsys.readouterr().out + str(stop.value.code)
+    assert "\x1b" not in said and said.count("\\x1b[2J") >= 2
+
+
 @pytest.mark.parametrize("stdout", ["reader gone", "closed"])
 def test_compute_embeddings_needs_no_output(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdout: str
@@ -524,21 +534,3 @@ def test_a_killed_data_worker_is_one_message(train: Train, monkeypatch: pytest.M
         with pytest.raises(SystemExit, match="DataLoader worker .*--dataloader_num_workers 0"):
             train("--dataloader_num_workers=1", "--checkpointing_steps=1")
     assert equal(lora(train(LATEST)), expected)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_in_compute_embeddings_leaves_the_older_file(
-    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """One line, no traceback, no scratch file beside it or elsewhere."""
-    output, scratch, load_clip = tmp_path / "embeddings.parquet", tmp_path / "scratch", embed.load_clip
-    pq.write_table(pa.table({"older": [1]}), output)
-    before = output.read_bytes()
-    scratch.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    monkeypatch.setattr(embed, "load_clip", lambda *args: os.kill(os.getpid(), number) or load_clip(*args))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts in the background may ignore it
-    with pytest.raises(SystemExit, match="^Interrupted; nothing was written.$"):
-        compute(tiny, photos, output, "--no_t5")
-    assert output.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["embeddings.parquet", "scratch"]
