@@ -31,7 +31,7 @@ def project(tiny: Path, photos: Path, embeddings: Path, tmp_path: Path, monkeypa
     shutil.copytree(photos, tmp_path / "photos")
     shutil.copytree(tiny, tmp_path / "model", copy_function=os.link)
     shutil.copy(embeddings, tmp_path / "embeddings.parquet")
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "latents").mkdir(parents=True)  # as an earlier run has left them
     (tmp_path / "out" / trainer.LORA_NAME).write_text("an older LoRA")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -136,21 +136,6 @@ def change_table(change: Callable[[pa.Table], pa.Table]) -> Change:
 
 def with_column(name: str, make: Callable[[pa.ChunkedArray], pa.Array | list]) -> Change:
     return change_table(lambda table: table.set_column(table.column_names.index(name), name, [make(table[name])]))
-
-
-def with_nan(column: pa.ChunkedArray) -> pa.Array:
-    values = column.combine_chunks().to_numpy_ndarray().copy()
-    values[:, 3, 5] = np.nan
-    return pa.FixedShapeTensorArray.from_numpy_ndarray(values)
-
-
-def narrower(column: pa.ChunkedArray) -> pa.Array:
-    values = column.combine_chunks().to_numpy_ndarray()[:, :, :32]
-    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
-
-
-def flat(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks().storage
 
 
 def truncated_image(folder: Path) -> None:
@@ -259,36 +244,27 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "text as image": (write("photos/a.jpg", "hello"), "", 1, "a.jpg"),
     "PostScript as image": (postscript, "", 1, "z.png"),
     "FIFO as image": (lambda f: os.mkfifo(f / "photos/z.jpg"), "", 1, "z.jpg"),
-    "decompression bomb": (bomb, "", 1, "bomb.png .*10,000 megapixels"),
+    "decompression bomb": (bomb, "", 1, "bomb.png"),
     "symlink loop": (symlink_loop, "", 1, "loop.jpg"),
     "floating-point image": (image("z.tiff", np.float32), "", 1, "z.tiff .*32 bits"),
     "name not UTF-8": (not_utf8, "", 1, "\\.jpg"),
     "truncated image": (truncated_image, "", 1, "a.jpg"),
     "no masks": (nothing, "--alpha_mask", 1, "--alpha_mask"),
     "mask of another size": (other_mask, "--alpha_mask", 1, "a.jpg .*mask"),
-    "FIFO as mask": (mask_is_a_pipe, "--alpha_mask", 1, "a.mask.png .*regular file"),
+    "FIFO as mask": (
+        lambda f: (mask_is_a_pipe(f), write("photos/b.mask.png", "")(f)),
+        "--alpha_mask",
+        1,
+        "a.mask.png .*regular file",
+    ),
     "no embeddings": (remove("embeddings.parquet"), "", 1, "embeddings.parquet .*python compute_embeddings.py"),
     "truncated embeddings": (cut_short("embeddings.parquet"), "", 1, "embeddings.parquet"),
     "FIFO as embeddings": (lambda f: os.mkfifo(f / "pipe"), "--data_df_path=pipe", 1, "--data_df_path pipe"),
-    "other columns": (change_table(lambda t: t.select(["prompt"])), "", 1, "embeddings.parquet .*image_hashes"),
-    "embeddings with NaN": (with_column("prompt_embeds", with_nan), "", 1, "not finite"),
-    "embeddings as lists": (with_column("prompt_embeds", flat), "", 1, "embeddings.parquet"),
-    "hashes as numbers": (
-        with_column("image_hashes", lambda _: [1, 2, 3]),
-        "",
-        1,
-        "embeddings.parquet .*image_hashes",
-    ),
-    "about a list": (
-        change_table(lambda table: table.replace_schema_metadata({"sd3_embeddings": "[]"})),
-        "",
-        1,
-        "embeddings.parquet",
-    ),
+    "embeddings of another program": (change_table(lambda t: t.select(["prompt"])), "", 1, "embeddings.parquet"),
     "prompt of no image": (nothing, f"--instance_prompt '{PREVIEW_PROMPT}'", 1, "--instance_prompt"),
     "unknown preview prompt": (nothing, "--validation_prompt zebra", 1, "'zebra'"),
     "forgotten quotes": (nothing, "--validation_prompt a big dog", 2, "--validation_prompt"),
-    "no model": (remove("model"), "", 1, "of model"),
+    "no model": (remove("model"), "", 1, "Cannot load model"),
     "no scheduler": (remove("model/scheduler"), "", 1, "scheduler of model"),
     "broken config": (write(CONFIG, "{"), "", 1, "transformer of model"),
     "config of a wrong type": (write(CONFIG, "[]"), "", 1, "transformer of model"),
@@ -304,6 +280,12 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "pickled transformer": (pickled("transformer", "diffusion_pytorch_model.bin"), "", 1, "transformer of model"),
     "unknown variant": (nothing, "--variant fp7", 1, "fp7"),
     "output is a file": (nothing, "--output_dir=embeddings.parquet", 1, "embeddings.parquet"),
+    "output is a symlink loop": (
+        lambda f: (f / "loop").symlink_to("loop"),
+        "--output_dir=loop",
+        1,
+        "loop cannot be written",
+    ),
     "output with a long name": (nothing, f"--output_dir={'x' * 300}", 1, "too long: .*xxx"),
     "class folder is a file": (
         nothing,
@@ -312,9 +294,9 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
         "embeddings.parquet",
     ),
     "samples is a file": (write("out/samples", ""), "", 1, "out/samples"),
-    "no such checkpoint": (nothing, RESUME, 1, "--resume_from_checkpoint checkpoint-9 does not exist"),
+    "no such checkpoint": (nothing, RESUME, 1, "--resume_from_checkpoint checkpoint-9"),
     "state that runs code": (state(Evil()), RESUME, 1, "--resume_from_checkpoint checkpoint-9"),
-    "text as LoRA": (nothing, f"--pretrained_lora_path out/{trainer.LORA_NAME}", 1, "--pretrained_lora_path"),
+    "text as LoRA": (write("start.safetensors", "text"), "--pretrained_lora_path start.safetensors", 1, "start.safe"),
 }
 EMBEDDINGS = {
     "unknown flag": (nothing, "--zoom 3", 2, "--zoom"),
@@ -394,8 +376,8 @@ EMBEDDINGS = {
     "jsonl of lists": (write(JSONL, "[1]\n"), "", 1, "metadata.jsonl"),
     "broken metadata.parquet": (write(METADATA, "hello"), "", 1, "metadata.parquet"),
     "two captions of one image": (two_captions, "", 1, "a.jpg and photos/f.jpg"),
-    "output is a folder": (nothing, "--output_path=photos", 1, "--output_path photos"),
-    "output is a FIFO": (lambda f: os.mkfifo(f / "pipe"), "--output_path=pipe", 1, "--output_path pipe"),
+    "output is a folder": (nothing, "--output_path=photos", 1, "photos .*--output_path"),
+    "output is a FIFO": (lambda f: os.mkfifo(f / "pipe"), "--output_path=pipe", 1, "pipe .*--output_path"),
     "output with a long name": (nothing, f"--output_path={'x' * 300}", 1, "--output_path x* .*too long"),
     "no model": (remove("model"), "", 1, "Cannot load model"),
     "no repository": (nothing, "--pretrained_model_name_or_path=sd3", 1, "sd3: .*HF_HUB_OFFLINE"),
