@@ -6,18 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT
-
-
-def parse(*flags: str, model: Path = Path("m")) -> Namespace:
-    required = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=d", "--data_df_path=e"]
-    return trainer.parse_args([*required, "--instance_prompt=p", "--report_to=none", *flags])
-
+from conftest import PREVIEW_PROMPT, parse
 
 # -------------------------------------------------------------------------------------------------------- what moves
 
@@ -64,7 +58,7 @@ def test_batches_are_copied_without_waiting_on_cuda_alone(monkeypatch: pytest.Mo
 def problems_on(device: str, *flags: str) -> list[str]:
     accelerator = Namespace(device=torch.device(device), mixed_precision="no", is_main_process=True, log_with=[])
     problems = trainer.Problems(accelerator)
-    trainer.check_machine(parse(*flags), accelerator, problems)
+    trainer.check_machine(parse("--report_to=none", *flags), accelerator, problems)
     return problems.problems
 
 
@@ -75,25 +69,11 @@ def test_4_bit_weights_are_refused_without_a_gpu_of_nvidia(device: str) -> None:
     assert problems_on("cuda", "--quantize_base=nf4") == []
 
 
-@pytest.mark.parametrize(("device", "precision", "can", "noted"), [
-    ("cpu", "bf16", False, True), ("cpu", "bf16", True, False), ("cpu", "no", False, False),
-    ("mps", "bf16", False, False),
-])  # fmt: skip
-def test_a_cpu_without_bf16_gets_a_note(
-    monkeypatch: pytest.MonkeyPatch, device: str, precision: str, can: bool, noted: bool
-) -> None:
-    """It emulates it, at minutes a step."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: can)
-    accelerator = Namespace(device=torch.device(device), mixed_precision=precision, is_main_process=True, log_with=[])
-    problems = trainer.Problems(accelerator)
-    trainer.check_machine(parse(), accelerator, problems)
-    assert ["--mixed_precision no" in note for note in problems.notes] == [True] * noted and not problems.problems
-
-
-def test_a_tpu_is_refused() -> None:
+def test_a_tpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what makes accelerate take the GPU beside it."""
-    [problem] = problems_on("xla")
-    assert "USE_TORCH_XLA=0" in problem
+    monkeypatch.setattr(trainer, "Accelerator", lambda **_: Namespace(distributed_type=DistributedType.XLA))
+    with pytest.raises(SystemExit, match="USE_TORCH_XLA=0"):
+        trainer.make_accelerator(parse())
 
 
 def test_a_precision_that_accelerate_refuses_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
