@@ -2694,8 +2694,9 @@ def srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
 
 
 def masks_beside(images: list[Path]) -> dict[Path, Path]:
-    """Return the mask file of each image that has one beside it."""
+    """Return the mask file of each image that has one beside it; one in another image's own letters is not shared."""
     files_in: dict[Path, dict[str, Path]] = {}
+    stems = {image.stem for image in images}
     masks = {}
     for image in images:
         folder = image.parent
@@ -2704,7 +2705,7 @@ def masks_beside(images: list[Path]) -> dict[Path, Path]:
         for ending in reversed(MASK_ENDINGS):  # the first one wins
             name = f"{image.stem}{ending}"
             mask = files_in[folder].get(name) or files_in[folder].get(comparable(name))
-            if mask:
+            if mask and (mask.name == name or mask.name.removesuffix(ending) not in stems):
                 masks[image] = mask
     return masks
 
