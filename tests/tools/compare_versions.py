@@ -49,8 +49,8 @@ COMMON = (
     "--resolution 64 --train_batch_size 1 --max_train_steps 4 --checkpointing_steps 2 --seed 1 --report_to none "
     "--learning_rate 1e-3 --lr_warmup_steps 0 --rank 8 --num_inference_steps 2 --num_validation_images 1"
 )
-# Flags by configuration; they override COMMON. {own} and {other} are the folders of this version's and of the other
-# version's runs, {sd35} is a pipeline like SD3.5. A run may use what an earlier one has written.
+# Flags by configuration; they override COMMON. {own} is the folder of the version's own runs, {sd35} a pipeline like
+# SD3.5. A run may use what an earlier one has written.
 CONFIGURATIONS = {
     "rank-alpha-cosine-accumulation": "--lora_alpha 4 --lr_scheduler cosine --gradient_accumulation_steps 2",
     "resume": (
@@ -78,8 +78,6 @@ CONFIGURATIONS = {
     "sd35": "--pretrained_model_name_or_path {sd35} --weighting_scheme sigma_sqrt",
     "nf4": "--quantize_base nf4 --mixed_precision bf16",  # last: what lets it run on a CPU stays patched
 }
-# This version continues the other's checkpoint of step 2 and must end where the other ended uninterrupted.
-CROSS_RESUMED = ("rank-alpha-cosine-accumulation", "buckets-batch-2", "dropout", "prior-preservation", "8bit-adam")
 
 
 # ------------------------------------------------------------------------------------------------------------ inputs
@@ -114,18 +112,12 @@ def make_pipelines(folder: Path) -> None:
 
 def make_jobs(version: str, output_dir: Path) -> list[dict]:
     """Return one dictionary per training run of a version, "this" or "other": its flags and its output folder."""
-    own, other = output_dir / version, output_dir / "other"
-    places = {"own": own, "other": other, "sd35": output_dir / "sd35"}
-    flags_of = {}
-    if version == "this":
-        for name in CROSS_RESUMED:
-            resume = f"--resume_from_checkpoint {{other}}/{name}/checkpoint-2"
-            flags_of[f"cross-resume-{name}"] = f"{CONFIGURATIONS[name]} {resume}"
-    flags_of |= CONFIGURATIONS
+    own = output_dir / version
+    places = {"own": own, "sd35": output_dir / "sd35"}
     inputs = ["--pretrained_model_name_or_path", str(output_dir / "sd3"), "--instance_prompt", PROMPT]
     inputs += ["--instance_data_dir", str(output_dir / "photos"), "--data_df_path", str(own / "embeddings.parquet")]
     jobs = []
-    for name, text in flags_of.items():
+    for name, text in CONFIGURATIONS.items():
         flags = [flag.format(**places) for flag in shlex.split(f"{COMMON} {text}")]
         jobs.append({"folder": str(own / name), "flags": [*inputs, *flags, "--output_dir", str(own / name)]})
     return jobs
@@ -268,7 +260,7 @@ def compare(this_dir: Path, other_dir: Path, output_dir: Path) -> bool:
     """Run both versions, print a line per configuration, and return whether all are equal."""
     make_photos(output_dir / "photos")
     make_pipelines(output_dir)
-    run_version(other_dir, "other", output_dir)  # first: this version resumes its checkpoints
+    run_version(other_dir, "other", output_dir)
     run_version(this_dir, "this", output_dir)
     this, other = output_dir / "this", output_dir / "other"
     table = "embeddings.parquet"
@@ -276,9 +268,6 @@ def compare(this_dir: Path, other_dir: Path, output_dir: Path) -> bool:
     for name, flags in CONFIGURATIONS.items():
         steps = (4,) if "--resume_from_checkpoint" in flags else (2, 4)
         equal.append(report(name, partial(read_run, steps=steps), this / name, other / name))
-    for name in CROSS_RESUMED:
-        resumed = f"cross-resume-{name}"
-        equal.append(report(resumed, partial(read_run, steps=(4,)), this / resumed, other / name))
     print(f"{sum(equal)} of {len(equal)} are equal")
     return all(equal)
 
