@@ -165,7 +165,8 @@ def main() -> None:
     settings = ["--instance_prompt=p", f"--resolution={options.resolution}", f"--lora_layers={FOUR_LAYERS}"]
     args = trainer.parse_args([*required, *settings])
     # One set of frozen weights for both, since not every card has room for two.
-    frozen = trainer.load_transformer(args, dtype).to(device)
+    files = trainer.resolve_model(args, trainer.WEIGHTS, token=None)
+    frozen = trainer.load_transformer(files, args, dtype).to(device)
     shared = {id(tensor): tensor for tensor in itertools.chain(frozen.parameters(), frozen.buffers())}
     beside = copy.deepcopy(frozen, shared)  # other modules, the same weights
     batch = random_batch(frozen.config, options.resolution, device)

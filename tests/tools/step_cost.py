@@ -178,15 +178,17 @@ def prepare_trainer(
 ) -> tuple[SD3Transformer2DModel, Optimizer, Callable[[], Tensor]]:
     """All that is asked of the trainer: its transformer, its optimizer, and its loss of a micro-batch of one image."""
 
-    def from_pretrained(*_: object, dtype: torch.dtype = torch.float32, **__: object) -> nn.Module:
-        return on_meta(partial(SD3Transformer2DModel, **MODELS[model]), dtype, counter)
+    def from_pretrained(*_: object, dtype: torch.dtype = torch.float32, **__: object) -> tuple[nn.Module, dict]:
+        nothing_differs = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+        return on_meta(partial(SD3Transformer2DModel, **MODELS[model]), dtype, counter), nothing_differs
 
     required = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--data_df_path=e"]
     targets = (LAYERS | LATER)[layers]
     flags = ["--instance_prompt=p", "--seed=0", f"--resolution={resolution}", f"--lora_layers={targets}"]
     args = trainer.parse_args([*required, *flags, "--rank=4", "--optimizer=adamw", "--train_batch_size=1"])
     with patch.object(SD3Transformer2DModel, "from_pretrained", from_pretrained):
-        transformer = trainer.load_transformer(args, torch.float16).train()
+        files = trainer.LocalModel("m", Path("m"), commit=None, variant=None)
+        transformer = trainer.load_transformer(files, args, torch.float16).train()
     with torch.device("meta"):
         trainer.add_lora(transformer, args, seed=0)
     trainer.recompute_blocks(transformer, len(transformer.transformer_blocks) if checkpointing else 0)

@@ -22,6 +22,8 @@ import train_dreambooth_sd3_lora_miniature as trainer
 PARTS = {
     "make_accelerator": "starting accelerate",
     "preflight": "checking everything, hashing images and model",
+    "resolve_model": "downloading the model, or finding it",
+    "start_tracker": "starting the tracker (and importing TensorBoard)",
     "load_vae": "loading the VAE",
     "encode_latents": "encoding images",
     "load_transformer": "loading the transformer",
