@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,10 +38,12 @@ AIMS = {  # what is to be seen in the output folder when the kill comes
     "class image": "class_images-*/.unfinished-*/*.png",
     "preview": "samples/.unfinished-*/step-*.png",
     "sheet of previews": "samples/.unfinished-*/progress.png",
-    "checkpoint": f".unfinished-*/checkpoint-*/{trainer.STATE_NAME}",
+    "LoRA of a checkpoint": f"checkpoint-*/.unfinished-*/{trainer.LORA_NAME}",
+    "state of a checkpoint": f"checkpoint-*/.unfinished-*/{trainer.STATE_NAME}",
     "LoRA": f".unfinished-*/{trainer.LORA_NAME}",
     "card": ".unfinished-*/README.md",
 }
+LAST_STEP = 8
 HANGS_AFTER = 120  # seconds
 SLOW_SYNC = 0.02  # seconds that a disk takes, so that what is being written is seen
 
@@ -57,24 +60,26 @@ def make_inputs(folder: Path) -> list[str]:
     table = folder / "embeddings.parquet"
     embed.main(embed.parse_args([*shared, f"--local_data_dir={photos}", f"--output_path={table}", "--no_t5"]))
     flags = ["--instance_prompt=a photo of sks dog", f"--instance_data_dir={photos}", f"--data_df_path={table}"]
-    flags += ["--resolution=64", "--train_batch_size=1", "--max_train_steps=8", "--rank=64", "--use_8bit_adam"]
-    flags += ["--seed=0", "--report_to=none", "--checkpointing_steps=2", "--checkpoints_total_limit=2"]
-    flags += ["--with_prior_preservation", "--num_class_images=2", "--sample_batch_size=1"]
-    flags += ["--validation_steps=4", "--num_validation_images=1", "--num_inference_steps=1"]
+    flags += ["--resolution=64", "--train_batch_size=1", f"--max_train_steps={LAST_STEP}", "--rank=64"]
+    flags += ["--use_8bit_adam", "--seed=0", "--report_to=none", "--checkpointing_steps=2"]
+    flags += ["--checkpoints_total_limit=2", "--with_prior_preservation", "--num_class_images=2"]
+    flags += ["--sample_batch_size=1", "--validation_steps=4", "--num_validation_images=1", "--num_inference_steps=1"]
     return [*shared, *flags, "--resume_from_checkpoint=latest"]
 
 
 def train(flags: list[str], output: Path, sync: Callable[[int], None]) -> None:
-    """Be a process that trains, on a disk that syncs so."""
+    """Be a process that trains, on a disk that syncs so. What it says goes into a file beside the output folder."""
     signal.alarm(HANGS_AFTER)
     tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes, and one was killed with it
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
+    log = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     os.fsync = sync
     try:
         trainer.main(trainer.parse_args([*flags, f"--output_dir={output}"]))
     except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
         os._exit(1)
     os._exit(0)
 
@@ -96,7 +101,8 @@ def attempt(flags: list[str], output: Path, kill_after: float | None = None, aim
     _, status = os.waitpid(child, 0)
     exit_code = os.waitstatus_to_exitcode(status)
     if exit_code not in (0, -signal.SIGKILL):
-        raise SystemExit(f"an attempt failed with exit code {exit_code}")
+        said = Path(f"{output}.log").read_text(errors="replace")
+        raise SystemExit(f"an attempt failed with exit code {exit_code}:\n{said[-3000:]}")
     return exit_code == 0
 
 
@@ -108,30 +114,45 @@ def seen(output: Path, aim: str, child: int) -> bool:
     return True
 
 
-def read_lora(folder: Path) -> tuple[dict, dict]:
-    """Tensors, and metadata but for the title, the folder's name, and the date; safetensors shuffles metadata."""
-    with safe_open(folder / trainer.LORA_NAME, "np") as file:
+def read_tensors(path: Path) -> tuple[dict, dict]:
+    """Metadata but for the title, the folder's name, and the date, and tensors; safetensors shuffles metadata."""
+    with safe_open(path, "np") as file:
         varying = ("modelspec.title", "modelspec.date")
         metadata = {key: value for key, value in file.metadata().items() if key not in varying}
         return metadata, {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 
 def check(output: Path, whole: Path, complete: bool) -> None:
-    """Every file but checkpoints and unfinished ones is that of the undisturbed run, byte for byte."""
+    """Every file but checkpoints and unfinished ones is that of the undisturbed run, byte for byte.
+
+    Every checkpoint that counts as one can be read. A run that is complete lacks no file but previews on the way.
+    """
+    for folder in trainer.list_checkpoints(output):
+        assert trainer.read_state(folder)["global_step"] == trainer.step_of(folder), f"{folder} is of another step"
+        assert read_tensors(folder / trainer.LORA_NAME)[1], f"{folder} has an empty LoRA"
     if complete:
-        assert (output / "README.md").exists() and not list(output.rglob(".unfinished-*"))
+        assert not list(output.rglob(".unfinished-*")), "something unfinished is left"
+        assert lasting_files(whole) <= lasting_files(output), f"without {lasting_files(whole) - lasting_files(output)}"
     for path in output.rglob("*.*"):
         name = path.relative_to(output)
         if path.is_dir() or "checkpoint-" in str(name) or "/." in f"/{name}":
             continue
-        if name.name == trainer.LORA_NAME:
-            assert read_lora(output) == read_lora(whole), "another LoRA"
+        if path.suffix == ".safetensors":
+            assert read_tensors(path) == read_tensors(whole / name), f"another {name}"
         elif name.name == "README.md":
             assert path.read_text().replace(output.name, whole.name) == (whole / name).read_text(), "another card"
         elif name.name == "progress.png":
             Image.open(path).load()  # it lacks a preview that a kill has cost
         else:
             assert path.read_bytes() == (whole / name).read_bytes(), f"another {name}"
+
+
+def lasting_files(output: Path) -> set[Path]:
+    """The names of a complete run's files, without the previews that a kill can cost."""
+    files = {path.relative_to(output) for path in output.rglob("*.*") if path.is_file()}
+    previews = {path for path in files if path.name.startswith("step-")}
+    last_previews = {path for path in previews if path.name.startswith(f"step-{LAST_STEP:06}")}
+    return files - previews | last_previews
 
 
 def survive(kills: int, rounds: int, seed: int = 0) -> tuple[int, int]:
