@@ -13,6 +13,7 @@ import os
 import random
 import runpy
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -51,7 +52,6 @@ REQUIRED = {
         f"--instance_prompt={PROMPT}",
         "--resolution=64",
         "--max_train_steps=1",
-        "--output_dir=out",
     ],
 }
 INTEGERS = [
@@ -143,8 +143,8 @@ def make_project(folder: Path) -> None:
     flags = ["--output_path=embeddings.parquet", f"--class_prompt={CLASS_PROMPT}", "--no_t5"]
     for name, extra in (
         ("compute_embeddings", [*flags, f"--validation_prompt={PREVIEW_PROMPT}"]),
-        ("train", ["--checkpointing_steps=1", "--output_dir=lora"]),
-        ("train", ["--checkpointing_steps=1"]),
+        ("train", ["--output_dir=lora"]),
+        ("train", ["--output_dir=out"]),
     ):
         outcome = run(name, [*REQUIRED[name], *extra])
         assert outcome == "success", outcome
@@ -188,8 +188,9 @@ def command_line(name: str, flags: list[argparse.Action], rng: random.Random) ->
             command.append(f"{option}={value_of(flag, dry, rng)}")
         else:
             command += [option, value_of(flag, dry, rng)]
-    if name == "train":
-        command.append("--dry_run" if dry else "--report_to=none")
+    if name == "train":  # `out` has a checkpoint, so it is for a run that resumes
+        output = rng.choice(["new", "new", "out"])
+        command = [f"--output_dir={output}", *command, "--dry_run" if dry else "--report_to=none"]
     if rng.random() < 0.15:
         command = in_a_file(command, rng)
     if rng.random() < 0.03:
@@ -260,6 +261,7 @@ def fuzz(name: str, count: int, seed: int = 0) -> tuple[Counter, list[str]]:
         for _ in range(count):
             command = command_line(name, flags, rng)
             end = run(name, command)
+            shutil.rmtree("new", ignore_errors=True)
             ends["traceback" if "Traceback" in end else end] += 1
             if "Traceback" in end:
                 tracebacks.append(f"{name} {command!r}\n{end}")
