@@ -78,8 +78,7 @@ class GpuMemory(nullcontext):
         super().__init__()
         self.card = 0
         if limit < float("inf"):
-            whole = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole))
+            limit_for_good(limit / torch.cuda.get_device_properties(0).total_memory)
 
     @property
     def allocated(self) -> int:
@@ -99,6 +98,17 @@ class GpuMemory(nullcontext):
             "VRAM reserved": torch.cuda.max_memory_reserved() / GIB,
             "VRAM in use": self.card / GIB,
         }
+
+
+def limit_for_good(largest: float) -> None:
+    """Let PyTorch have at most this fraction of the GPU's memory, also where the script sets a fraction of its own."""
+    set_fraction = torch.cuda.set_per_process_memory_fraction
+
+    def set_smaller_fraction(fraction: float, device: object = None) -> None:
+        set_fraction(min(fraction, largest), device)
+
+    torch.cuda.set_per_process_memory_fraction = set_smaller_fraction
+    set_smaller_fraction(1.0)
 
 
 def watch_memory(limit_gb: float) -> CpuMemory | GpuMemory | None:
