@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
-import gpu_report
+import full_size
 import measuring
 
 TOOL = ROOT / "tests" / "tools" / "gpu_report.py"
@@ -50,11 +52,11 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
 def mutated(folder: Path, patch: str) -> Path:
     """A copy of both scripts, the trainer with a few lines more before it starts."""
     folder.mkdir()
-    shutil.copy(ROOT / gpu_report.EMBEDDER, folder)
-    source = (ROOT / gpu_report.TRAINER).read_text()
+    shutil.copy(ROOT / full_size.EMBEDDER, folder)
+    source = (ROOT / full_size.TRAINER).read_text()
     start = 'if __name__ == "__main__":'
     assert source.count(start) == 1
-    (folder / gpu_report.TRAINER).write_text(source.replace(start, f"{patch}\n\n{start}"))
+    (folder / full_size.TRAINER).write_text(source.replace(start, f"{patch}\n\n{start}"))
     return folder
 
 
@@ -101,7 +103,18 @@ def test_a_wasteful_trainer_shows(tmp_path: Path, patch: str, column: str, mib: 
     row = run(folder, f"--only={PREVIEWS}", f"--scripts_dir={mutated(tmp_path / 'scripts', patch)}")[PREVIEWS]
     excess = {"growth": row["growth"], "kept": row["kept"], "held": 1024 * (row["held"] - row["counted held"])}
     assert excess[column] > 0.99 * mib
-    assert gpu_report.cell(row[column]) in (folder / "report.md").read_text()
+    assert full_size.cell(row[column]) in (folder / "report.md").read_text()
+
+
+def test_the_script_cannot_lift_a_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer sets a limit of its own, for the whole card; the smaller one counts."""
+    fractions: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, _: fractions.append(fraction))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
+    measuring.GpuMemory(limit=8e9)
+    for fraction in (0.95, 0.05):
+        torch.cuda.set_per_process_memory_fraction(fraction)
+    assert fractions == [0.1, 0.1, 0.05]
 
 
 def test_a_hanging_process_is_killed_with_its_children(tmp_path: Path) -> None:
@@ -142,17 +155,15 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "chosen"),
     [
-        ("0 of 24 blocks recompute", "none"),
-        ("12 of 24 blocks recompute", "half"),
-        ("24 of 24 blocks recompute", "all"),
-        ("gradient checkpointing: off", "none"),
-        ("gradient checkpointing: half", "half"),
+        ("gradient checkpointing: off, peak RAM 1.00 GiB", "none"),
+        ("gradient checkpointing: 12 of 24 blocks, peak RAM 1.00 GiB", "half"),
+        ("gradient checkpointing: all 24 blocks, peak RAM 1.00 GiB", "all"),
         ("it said nothing", None),
     ],
 )
 def test_the_recomputation_is_read_from_what_the_trainer_says(said: str, chosen: str | None) -> None:
-    """In either wording."""
-    assert gpu_report.chosen_recomputation(said) == chosen
+    """None, half or all of the blocks."""
+    assert full_size.chosen_recomputation(said) == chosen
 
 
 def test_time_that_is_over_is_a_row(tmp_path: Path) -> None:

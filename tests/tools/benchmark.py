@@ -15,12 +15,10 @@ import argparse
 import json
 import os
 import platform
-import re
 import shlex
+import shutil
 import subprocess
 import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,49 +28,62 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from full_size import (
+    Inputs,
+    Row,
+    embeddings_command,
+    measured,
+    new_logs,
+    table,
+    training_cells,
+    training_command,
+    versions,
+)
 from measuring import draw_images, measure_or_exit
 from random_pipeline import write_pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
-PROMPT = "a photo of sks dog"
-PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "peft")
+ROOT = HERE.parents[1]
 
 
-def embeddings_row(args: argparse.Namespace, precision: str, images: Path) -> dict[str, object]:
-    """compute_embeddings.py, two prompts."""
+COLUMNS = {  # the name in a row: the title in the table
+    "what": "what",
+    "VRAM allocated": "peak VRAM GiB",
+    "VRAM reserved": "reserved GiB",
+    "anonymous RAM": "anonymous RAM GiB",
+    "RAM": "RAM GiB",
+    "seconds": "seconds",
+    "to first step": "seconds to the first step",
+    "s/step": "s/step",
+    "recomputed": "blocks recomputed",
+    "Parquet MB": "Parquet MB",
+    "T5 error": "T5 error",
+}
+
+
+def embeddings_row(args: argparse.Namespace, precision: str, images: Path) -> Row:
+    """compute_embeddings.py, four prompts."""
     path = args.output_dir / f"{precision}.parquet"
-    flags = {"pretrained_model_name_or_path": args.pipeline_dir, "local_data_dir": images, "prompt": PROMPT}
-    flags |= {"output_path": path, "t5_precision": precision}
-    script = [args.scripts_dir / "compute_embeddings.py", *(f"--{name}={value}" for name, value in flags.items())]
-    log = args.output_dir / f"{precision}.log"
-    row = measure_or_exit([str(part) for part in script], log, vram_limit_gb=args.vram_limit_gb)
-    return {"what": f"embeddings, {precision}"} | row | {"Parquet MB": path.stat().st_size / 1e6}
+    command = embeddings_command(Inputs(args.scripts_dir, args.pipeline_dir, images), path, precision)
+    taken = measure_or_exit(command, args.output_dir / f"{precision}.log", vram_limit_gb=args.vram_limit_gb)
+    return {"what": f"embeddings, {precision}", **measured(taken), "Parquet MB": path.stat().st_size / 1e6}
 
 
-def training_row(args: argparse.Namespace, images: Path, name: str) -> dict[str, object]:
-    """The trainer through accelerate launch; seconds come from the wall times of TensorBoard's events."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = args.output_dir / f"run-{name}"
-    flags = {
-        "pretrained_model_name_or_path": args.pipeline_dir, "instance_data_dir": images, "instance_prompt": PROMPT,
-        "data_df_path": args.output_dir / f"{args.t5_precision[0]}.parquet", "output_dir": folder, "seed": 0,
-        "resolution": args.resolution, "train_batch_size": 1, "max_train_steps": args.max_train_steps,
-        "lr_warmup_steps": 0, "mixed_precision": args.mixed_precision, "logging_dir": f"logs-{time.time():.0f}",
-    }  # fmt: skip
-    script = [f"--{flag}={value}" for flag, value in flags.items()]
-    script += ["--center_crop", *shlex.split(args.training_flags)]
-    launch = ["-m", "accelerate.commands.launch", "--quiet", f"--num_cpu_threads_per_process={args.threads}"]
-    command = [str(args.scripts_dir / "train_dreambooth_sd3_lora_miniature.py"), *script]
+def training_row(args: argparse.Namespace, images: Path, name: str) -> Row:
+    """The trainer, started by accelerate launch."""
     log = args.output_dir / f"run-{name}.log"
-    row = measure_or_exit(command, log, launcher=(sys.executable, *launch), vram_limit_gb=args.vram_limit_gb)
-    logs = folder / flags["logging_dir"]
-    logs = [EventAccumulator(str(file)).Reload() for file in logs.rglob("events.out*")]
-    [losses] = [log.Scalars("loss") for log in logs if "loss" in log.Tags()["scalars"]]
-    times = [event.wall_time for event in losses]
-    row |= {"to first step": times[0] - row["started"], "s/step": (times[-1] - times[0]) / max(1, len(times) - 1)}
-    recomputed = re.findall(r"gradient checkpointing: ([^,]+),", log.read_text())
-    return {"what": f"training, {name}"} | row | {"recomputed": "".join(recomputed[:1])}
+    logs = new_logs(args.output_dir / f"run-{name}")
+    shutil.rmtree(logs.parent, ignore_errors=True)  # of an earlier benchmark: a new run wants a new folder
+    settings = {
+        "resolution": args.resolution,
+        "max_train_steps": args.max_train_steps,
+        "mixed_precision": args.mixed_precision,
+    }
+    embeddings = args.output_dir / f"{args.t5_precision[0]}.parquet"
+    inputs = Inputs(args.scripts_dir, args.pipeline_dir, images)
+    command = training_command(inputs, embeddings, logs, settings, shlex.split(args.training_flags))
+    launch = ["-m", "accelerate.commands.launch", "--quiet", f"--num_cpu_threads_per_process={args.threads}"]
+    taken = measure_or_exit(command, log, launcher=(sys.executable, *launch), vram_limit_gb=args.vram_limit_gb)
+    return {"what": f"training, {name}", **training_cells(taken, log, logs)}
 
 
 def t5_error(some: Path, exact: Path) -> float:
@@ -82,16 +93,6 @@ def t5_error(some: Path, exact: Path) -> float:
         for path in (some, exact)
     )
     return float(np.linalg.norm(some - exact) / np.linalg.norm(exact))
-
-
-def print_table(rows: list[dict[str, object]]) -> None:
-    names = ["what", "VRAM allocated", "VRAM reserved", "anonymous RAM", "RAM", "seconds", "to first step", "s/step",
-             "recomputed", "Parquet MB", "T5 error"]  # fmt: skip
-    names = [name for name in names if any(name in row for row in rows)]
-    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
-    for row in rows:
-        cells = [row.get(name, "") for name in names]
-        print(f"| {' | '.join(f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in cells)} |")
 
 
 def parse_args() -> argparse.Namespace:
@@ -127,13 +128,13 @@ def main() -> None:
     for count in args.images:
         images = everything if count == max(args.images) else draw_images(args.output_dir / f"{count}", count)
         rows += [training_row(args, images, f"{count} images{again}") for again in ("", " again")]
-    print_table(rows)
+    print(table(rows, COLUMNS))
     commit = ["git", "-C", args.scripts_dir, "rev-parse", "--short", "HEAD"]
     about = {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, 
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
         "cpu": platform.processor() or platform.machine(), "threads": args.threads,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "settings": {name: str(value) for name, value in vars(args).items() if not name.endswith("_dir")},
     }  # fmt: skip
     print(json.dumps(about))

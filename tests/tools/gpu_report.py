@@ -24,7 +24,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -32,7 +31,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,16 +42,28 @@ sys.path.insert(0, str(HERE))
 import psutil
 import torch
 
-from measuring import GIB, MIB, draw_images, measure
+from full_size import (
+    CLASS_PROMPT,
+    LORA_NAME,
+    PREVIEW_PROMPT,
+    Inputs,
+    Row,
+    as_flags,
+    cell,
+    embeddings_command,
+    measured,
+    new_logs,
+    table,
+    tensor_sizes,
+    training_cells,
+    training_command,
+    versions,
+)
+from measuring import GIB, draw_images, measure
 
-TRAINER, EMBEDDER = "train_dreambooth_sd3_lora_miniature.py", "compute_embeddings.py"
-LORA_NAME = "pytorch_lora_weights.safetensors"
-PROMPT, CLASS_PROMPT, PREVIEW_PROMPT = "a photo of sks dog", "a photo of a dog", "sks dog in a bucket"
-PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "peft")
 ADAM_BYTES = 4 + 4 + 2  # a LoRA's parameter: itself and its gradient in fp32, two states in 8 bit
 NF4_BYTES = 0.5625  # a weight and its share of the scales
 SHORTEST_S = 15  # with less time left nothing is begun
-Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -104,23 +114,6 @@ the weights, the LoRA, its gradients and its 8-bit states must take. "Reserved" 
 driver's account."""
 
 
-def cell(value: object) -> str:
-    """Three digits of a number; text as it is, without what would end a cell."""
-    if isinstance(value, bool) or value is None:
-        return "" if value is None else ("yes" if value else "**no**")
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value).replace("|", "/").replace("\n", " ")
-
-
-def table(rows: list[Row], columns: dict[str, str]) -> str:
-    """A Markdown table of the columns that some row has."""
-    names = [name for name in columns if any(row.get(name) is not None for row in rows)]
-    lines = [[columns[name] for name in names], ["---"] * len(names)]
-    lines += [[cell(row.get(name)) for name in names] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 @dataclass
 class Report:
     """What is known so far; every addition is printed and written at once."""
@@ -168,53 +161,6 @@ class Report:
 # ------------------------------------------------------------------------------------------------ what a run has shown
 
 
-def chosen_recomputation(said: str) -> str | None:
-    """none, half or all: how many blocks the trainer said it recomputes."""
-    if found := re.search(r"(\d+) of (\d+) blocks", said):
-        count, blocks = map(int, found.groups())
-        return {0: "none", blocks: "all"}.get(count, "half")
-    if found := re.search(r"checkpointing:? (off|none|half|all)", said):
-        return found[1].replace("off", "none")
-    return None
-
-
-def read_losses(logs: Path) -> list[tuple[int, float, float]]:
-    """The step, the wall time and the value of every loss in TensorBoard's files under a folder."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for file in sorted(logs.rglob("events.out.tfevents*")):
-        events = EventAccumulator(str(file)).Reload()
-        if "loss" in events.Tags()["scalars"]:
-            return [(event.step, event.wall_time, event.value) for event in events.Scalars("loss")]
-    return []
-
-
-def memory_over_time(events: list[list]) -> Row:
-    """What is held after the second step, what a step adds to it, and what the previews between two steps add."""
-    steps = [number for number, (kind, _) in enumerate(events) if kind == "step"]
-    if len(steps) < 2:
-        return {}
-    alone: list[float] = []
-    around_previews: list[float] = []
-    # Not from the first step, which makes the optimizer's states, nor to the last, which has no next batch beside it.
-    for before, after in zip(steps[1:-2], steps[2:-1], strict=True):
-        added = (events[after][1] - events[before][1]) / MIB
-        (alone if after == before + 1 else around_previews).append(added)
-    row: Row = {"held": events[steps[1]][1] / GIB}
-    if alone:
-        row["growth"] = statistics.mean(alone)
-    if around_previews:
-        row["kept"] = statistics.mean(around_previews) - row.get("growth", 0.0)
-    return row
-
-
-def tensor_sizes(path: Path) -> dict[str, list[int]]:
-    """The shapes of a safetensors file's tensors."""
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {name: about["shape"] for name, about in header.items() if name != "__metadata__"}
-
-
 def counted_held(transformer: Path, lora: Path, nf4: bool) -> float:
     """GiB that must be held after a step: the frozen weights, and the LoRA with its gradients and 8-bit states."""
     held = sum(ADAM_BYTES * math.prod(shape) for shape in tensor_sizes(lora).values())
@@ -253,6 +199,10 @@ class Session:
     def pipelines(self) -> Path:
         return self.folder / "pipelines"
 
+    def inputs(self, model: str = "") -> Inputs:
+        """What the scripts work on, with the model of parts b to d or another one."""
+        return Inputs(self.args.scripts_dir, self.pipelines / (model or self.sizes.model), self.folder / "images")
+
     def add(self, what: str, result: str, **cells: object) -> None:
         self.report.add({"part": self.part, "what": what, "result": result, **cells})
 
@@ -283,27 +233,12 @@ class Session:
         return "ok" if taken["code"] == 0 else f"**failed**: {last_words(log)}"
 
 
-def measured(taken: Row) -> Row:
-    """The cells that every run has."""
-    names = ("VRAM allocated", "VRAM reserved", "VRAM in use", "anonymous RAM", "seconds")
-    return {name: taken[name] for name in names if name in taken} | memory_over_time(taken.get("events", []))
-
-
 def embed(session: Session, precision: str) -> None:
     """A run of compute_embeddings.py."""
     what = f"embeddings, T5 {precision}"
     if precision != "exact" and not session.wanted(what):  # the trainings need one of them
         return
-    flags = {
-        "pretrained_model_name_or_path": session.pipelines / session.sizes.model,
-        "local_data_dir": session.folder / "images",
-        "prompt": PROMPT,
-        "class_prompt": CLASS_PROMPT,
-        "validation_prompt": PREVIEW_PROMPT,
-        "t5_precision": precision,
-        "output_path": session.folder / f"{precision}.parquet",
-    }
-    command = [session.args.scripts_dir / EMBEDDER, *as_flags(flags)]
+    command = embeddings_command(session.inputs(), session.folder / f"{precision}.parquet", precision)
     if done := session.run(what, command, limit_s=120):
         session.add(what, session.result(*done), count=f"T5 {precision}", **measured(done[0]))
 
@@ -331,21 +266,20 @@ def train(session: Session, training: Training) -> None:
     model = training.model or session.sizes.model
     resolution = training.resolution or session.sizes.resolutions[0]
     output = session.folder / "runs" / (training.folder or f"{session.part} {training.what}")
-    logs = output / f"logs-{time.time():.0f}"
+    logs = new_logs(output)
     settings = {
-        "pretrained_model_name_or_path": session.pipelines / model,
-        "output_dir": output,
-        "logging_dir": logs.name,
         "resolution": resolution,
         "mixed_precision": training.precision,
         "max_train_steps": training.max_steps or session.sizes.steps,
+        "rank": session.sizes.rank,
     }
-    command = [session.args.scripts_dir / TRAINER, *as_flags(settings), *common_flags(session), *training.flags]
+    flags = ["--use_8bit_adam", *training.flags]
+    command = training_command(session.inputs(model), session.folder / "exact.parquet", logs, settings, flags)
     if done := session.run(training.what, command, training.limit_s, training.vram_limit_gb):
         cells = training_cells(*done, logs)
         cells |= {"count": f"{model} {resolution}", "nf4": "--quantize_base=nf4" in training.flags}
         result = session.result(*done, training.expected)
-        if cells["first step"] == 1 and "--resume_from_checkpoint=latest" in training.flags:
+        if cells.get("first step") == 1 and "--resume_from_checkpoint=latest" in training.flags:
             result = "**failed**: it began at step 1"
         if cells.get("losses") is False:
             result = "**failed**: a loss is not finite"
@@ -353,43 +287,6 @@ def train(session: Session, training: Training) -> None:
             transformer = session.pipelines / model / "transformer"
             cells["counted held"] = counted_held(transformer, output / LORA_NAME, cells["nf4"])
         session.add(training.what, result, **cells)
-
-
-def as_flags(settings: dict[str, object]) -> list[str]:
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def common_flags(session: Session) -> list[str]:
-    """What all trainings have in common."""
-    settings = {
-        "instance_data_dir": session.folder / "images",
-        "data_df_path": session.folder / "exact.parquet",
-        "instance_prompt": PROMPT,
-        "rank": session.sizes.rank,
-        "train_batch_size": 1,
-        "seed": 0,
-    }
-    return [*as_flags(settings), "--use_8bit_adam", "--center_crop"]
-
-
-def training_cells(taken: Row, log: Path, logs: Path) -> Row:
-    """What a training took, its losses and what it said, wherever it ended."""
-    losses = read_losses(logs)
-    row = measured(taken) | speed_and_losses(losses)
-    row["recomputed"] = chosen_recomputation(log.read_text(errors="replace"))
-    row["first step"] = losses[0][0] if losses else None
-    return row
-
-
-def speed_and_losses(losses: list[tuple[int, float, float]]) -> Row:
-    """Seconds a step, the median of the differences, and whether every loss is finite."""
-    if not losses:
-        return {}
-    times = [wall_time for _, wall_time, _ in losses]
-    row: Row = {"losses": all(math.isfinite(value) for _, _, value in losses)}
-    if len(times) > 1:
-        row["s/step"] = statistics.median(later - time for time, later in zip(times, times[1:], strict=False))
-    return row
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
@@ -568,9 +465,7 @@ def describe(path: Path) -> None:
         f"{os.cpu_count()} CPUs, {psutil.virtual_memory().total / GIB:.0f} GiB of RAM, {platform.platform()}"
     )
     about["Python"] = platform.python_version()
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            about[name] = version(name)
+    about |= versions()
     path.write_text(json.dumps(about))
 
 
