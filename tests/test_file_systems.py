@@ -101,46 +101,18 @@ def test_a_file_that_is_in_use_for_a_moment_is_replaced_after_it(train: Train, i
     assert len(tried) == 15
 
 
-def test_a_checkpoint_in_use_stays_whole_and_training_goes_on(
+def test_previews_and_card_in_use_end_no_run(
     train: Train, in_use: Callable[..., list], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its LoRA is shown in ComfyUI while another run with the same folder reaches its step."""
-    flags = ["--checkpointing_steps=2"]
-    before = (train(*flags) / "checkpoint-2" / trainer.STATE_NAME).read_bytes()
-    in_use(lambda target: "checkpoint-2" in target.parts)
-    output = train(*flags, "--seed=1")
-    assert f"note: {output / 'checkpoint-2'} is not saved" in capsys.readouterr().out
-    assert (output / "checkpoint-2" / trainer.STATE_NAME).read_bytes() == before
-    assert names(trainer.list_checkpoints(output)) == ["checkpoint-2", "checkpoint-4"]
-
-
-def test_a_signal_at_a_checkpoint_in_use_does_not_say_that_it_is_saved(
-    train: Train, in_use: Callable[..., list], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The earlier one of that name is there."""
-    output = train()
-    in_use(lambda target: "checkpoint-1" in target.parts)
-    monkeypatch.setattr(trainer, "finish_gradients", lambda *_: (True, 0.0, True))
-    with pytest.raises(SystemExit, match="after step 1; its checkpoint could not be saved"):
-        train()
-    assert names(trainer.list_checkpoints(output)) == ["checkpoint-4"]
-
-
-def test_previews_and_card_in_use_end_no_run(
-    train: Train, in_use: Callable[..., list], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In an image viewer, neither replaced nor removed; each is a note. The LoRA is the same."""
-    expected = lora(train(PREVIEWS))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "unlink", refuse(errno.EACCES, lambda path, *_: Path(path).suffix == ".png")(os.unlink))
-        patch.setattr(Path, "unlink", lambda path: os.unlink(path))
-        in_use(lambda target: target.suffix in (".png", ".md"))
-        output = train(PREVIEWS)
+    """In an image viewer, say; each is a note. The LoRA is the same."""
+    expected = lora(train(PREVIEWS, output="whole"))
+    in_use(lambda target: target.suffix in (".png", ".md"))
+    output = train(PREVIEWS, output="in use")
     said = capsys.readouterr().out
     for name in ("step-000000-prompt-0-0.png", "step-000004-prompt-0-0.png", "README.md"):
         assert re.search(f"note: .*{name}", said), name
     in_use(lambda target: target.name == "progress.png")
-    assert equal(lora(train(PREVIEWS)), expected) and equal(lora(output), expected)
+    assert equal(lora(train(PREVIEWS, output="sheet")), expected) and equal(lora(output), expected)
     assert "progress.png is not written" in capsys.readouterr().out
 
 
@@ -156,19 +128,18 @@ def test_a_samples_folder_that_is_gone_ends_no_run(train: Train, monkeypatch: py
     assert lora(train(PREVIEWS))
 
 
-def test_a_lora_in_use_can_be_found_and_is_written_by_a_resumed_run(train: Train, in_use: Callable[..., list]) -> None:
-    """The checkpoint of the last step has it; the same command alone would train anew."""
-    output = train()
-    tried = in_use(lambda target: target == output / trainer.LORA_NAME, times=21)
-    copy = output / "checkpoint-4" / trainer.LORA_NAME
-    with pytest.raises(SystemExit, match=f"{copy}. .*--resume_from_checkpoint latest"):
-        train("--seed=1")
-    assert len(tried) == 21 and not equal(lora(output), lora(copy.parent))
-    train("--seed=1", LATEST)
-    assert equal(lora(output), lora(copy.parent))
+def test_a_lora_in_use_is_written_by_a_resumed_run(train: Train, tmp_path: Path, in_use: Callable[..., list]) -> None:
+    """The checkpoint of the last step has it."""
+    path = tmp_path / "out" / trainer.LORA_NAME
+    tried = in_use(lambda target: target == path, times=21)
+    with pytest.raises(SystemExit, match=f"{path}.*--resume_from_checkpoint latest"):
+        train()
+    assert len(tried) == 21 and not path.exists()
+    output = train(LATEST)
+    assert equal(lora(output), lora(output / "checkpoint-4"))
 
 
-@pytest.mark.parametrize("flags", [[LATEST], ["--resume_from_checkpoint=checkpoint-4"], []])
+@pytest.mark.parametrize("flags", [[LATEST], ["--resume_from_checkpoint=checkpoint-4"]])
 def test_a_checkpoint_that_cannot_be_read_now_stops_the_start(
     train: Train, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
@@ -177,19 +148,9 @@ def test_a_checkpoint_that_cannot_be_read_now_stops_the_start(
     before = [path.read_bytes() for path in states]
     offline = refuse(errno.EACCES, lambda path, *_: Path(path).parent.name == "checkpoint-4")
     monkeypatch.setattr(torch, "load", offline(torch.load))
-    with pytest.raises(SystemExit, match=f"Cannot start:\n- .*checkpoint-4/{trainer.STATE_NAME}"):
+    with pytest.raises(SystemExit, match="Cannot start:\n- --resume_from_checkpoint .*checkpoint-4 cannot be read"):
         train("--checkpointing_steps=2", *flags)
     assert [path.read_bytes() for path in states] == before
-
-
-def test_an_old_checkpoint_that_cannot_be_read_during_training_is_a_note(
-    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The next checkpoint looks again which ones are too many."""
-    monkeypatch.setattr(torch, "load", refuse(errno.EACCES)(torch.load))
-    output = train("--checkpointing_steps=1", "--checkpoints_total_limit=1", max_train_steps=2)
-    assert capsys.readouterr().out.count("no old checkpoint is removed") == 2
-    assert lora(output)
 
 
 @pytest.mark.parametrize(("first", "last"), [(2, 3), (4, 5), (4, 99)], ids=["at the start", "once", "from then on"])
@@ -207,27 +168,15 @@ def test_a_log_that_cannot_be_written_ends_no_run(
     assert said.out.count("note: nothing more is logged: [Errno 13]") == 1 and "Traceback" not in said.err
 
 
-@pytest.mark.parametrize(("module", "name", "error"), [
-    (trainer, "save_file", trainer.SafetensorError("Error while serializing: I/O error: Access denied (os error 5)")),
-    (torch, "save", RuntimeError("File checkpoint-4/training_state.pt cannot be opened.")),
-    (torch, "save", RuntimeError("Parent directory checkpoint-4 does not exist.")),
-    (os, "fsync", OSError(errno.EIO, "Input/output error")),
-], ids=["safetensors", "torch.save", "folder", "fsync"])  # fmt: skip
-def test_a_refused_write_is_one_message(
-    train: Train, monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: Exception
-) -> None:
-    """It names the file, also where the library does not; any other error of these keeps its traceback."""
-
-    def fail(*_: object) -> None:
-        raise error
-
-    output = train("--report_to=none")
-    monkeypatch.setattr(module, name, fail)
-    with pytest.raises(SystemExit, match=f"{output}.*checkpoint-4.*What was saved before is complete"):
-        train("--report_to=none")
-    monkeypatch.setattr(module, name, lambda *_: {}["of an extender"])
+def test_a_refused_write_is_one_message(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the file and what is safe; any other error keeps its traceback."""
+    broken = refuse(errno.EIO, lambda file: "checkpoint-4" in file.name)
+    monkeypatch.setattr(trainer, "flush_to_disk", broken(trainer.flush_to_disk))
+    with pytest.raises(SystemExit, match=f"{tmp_path}.*checkpoint-4.*What was saved before is complete"):
+        train()
+    monkeypatch.setattr(trainer, "write_file", lambda *_: {}["of an extender"])
     with pytest.raises(KeyError):
-        train("--report_to=none")
+        train(output="other")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -296,9 +245,9 @@ def test_the_scratch_folder_goes_when_nothing_in_it_is_mapped(
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="it lists what is mapped")
 def test_training_replaces_and_removes_no_mapped_file(train: Train, windows: list[str]) -> None:
-    """Latents, checkpoints, previews and LoRA, also those of an earlier run."""
+    """Latents, checkpoints, previews and LoRA, also where a run resumes or starts from another one's LoRA."""
     flags = ["--checkpointing_steps=1", "--checkpoints_total_limit=1", PREVIEWS, "--validation_steps=1"]
     train(*flags, max_train_steps=2)
-    train(*flags, LATEST, max_train_steps=3)
-    train(*flags, f"--pretrained_lora_path={train(*flags, max_train_steps=2)}", max_train_steps=2)
+    first = train(*flags, LATEST, max_train_steps=3)
+    train(*flags, f"--pretrained_lora_path={first}", output="second", max_train_steps=2)
     assert not windows
