@@ -52,7 +52,7 @@ def test_previews_have_fixed_noise(train: Train) -> None:
 
 
 def test_progress_is_seen_at_a_glance(train: Train) -> None:
-    """One sheet: a row per prompt, a column per preview, the first without LoRA; not those of a longer run."""
+    """One sheet: a row per prompt, a column per preview, the first without LoRA; after going back, no later ones."""
     flags = ["--validation_prompt", PREVIEW_PROMPT, PROMPT, "--validation_steps=2", "--num_validation_images=2"]
     samples = train(*flags, max_train_steps=6) / "samples"
     sheet = Image.open(samples / "progress.png")
@@ -63,7 +63,7 @@ def test_progress_is_seen_at_a_glance(train: Train) -> None:
             alone = Image.open(samples / f"step-{step:06d}-prompt-{row}-0.png").resize((256, 256))
             assert sheet.crop(box).tobytes() == alone.tobytes()
     assert len(list(samples.glob("step-000000-*"))) == 2 and len(list(samples.glob("step-000006-*"))) == 4
-    train(*flags, max_train_steps=4)
+    train(*flags, "--resume_from_checkpoint=checkpoint-2", max_train_steps=4)
     assert Image.open(samples / "progress.png").size == (3 * 256, 2 * 256)
 
 
@@ -130,4 +130,4 @@ def test_a_preview_that_is_not_finite_is_named(
     assert f"no preview of {PREVIEW_PROMPT!r} after step 1: the image is not finite" in capsys.readouterr().out
     assert not list((output / "samples").iterdir()) and (output / trainer.LORA_NAME).exists()
     with pytest.raises(SystemExit, match="Class images cannot be made"):
-        train("--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=1")
+        train("--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=1", output="other")
