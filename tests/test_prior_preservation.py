@@ -33,7 +33,7 @@ def test_class_images_are_generated_once_and_resumably(train: Train, tmp_path: P
     shutil.copytree(folder, before)
     kept = files[2].stat().st_mtime_ns
     files[1].unlink()
-    train(*class_flags(folder))
+    train(*class_flags(folder), output="again")
     assert difference(files[1], before / files[1].name) <= 1
     assert sorted(folder.iterdir()) == files and files[2].stat().st_mtime_ns == kept
 
@@ -54,8 +54,9 @@ def test_other_class_images_are_noted_on_resume(
 def test_class_images_of_another_class_are_not_reused(train: Train) -> None:
     """Each class prompt has its own folder."""
     flags = ["--with_prior_preservation", "--num_class_images=1", "--max_train_steps=1"]
-    for more in ([f"--class_prompt={PREVIEW_PROMPT}"], [f"--class_prompt={PROMPT}"], [f"--class_prompt={PROMPT}"]):
-        output = train(*flags, *more)
+    for prompt in (PREVIEW_PROMPT, PROMPT, PROMPT):
+        output = train(*flags, f"--class_prompt={prompt}")
+        shutil.rmtree(output / "checkpoint-1")  # a new run wants a folder without
     assert len(list(output.glob("class_images-*/class-00000.png"))) == 2
 
 
@@ -73,7 +74,14 @@ def test_class_images_are_made_at_the_largest_resolution_and_trained_at_each(
 ) -> None:
     """--num_class_images counts images, not their resolutions; previews have the largest as well."""
     orders = []
-    monkeypatch.setattr(trainer, "check_order", lambda order, *_: orders.append(order))
+    sample_order = trainer.sample_order
+
+    def order_and_keep(*given: object) -> list[trainer.Example]:
+        order = sample_order(*given)
+        orders.append(order)
+        return order
+
+    monkeypatch.setattr(trainer, "sample_order", order_and_keep)
     flags = [f"--validation_prompt={PREVIEW_PROMPT}", "--num_validation_images=1", "--validation_steps=2"]
     output = train(*class_flags(tmp_path / "class", 2), *flags, "--resolution", "48", "64", "--max_train_steps=8")
     made = sorted((tmp_path / "class").iterdir())
