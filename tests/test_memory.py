@@ -14,6 +14,7 @@ import compute_embeddings as embed
 import quantized_on_cpu
 import step_cost
 import train_dreambooth_sd3_lora_miniature as trainer
+from conftest import parse
 
 GIB = 2**30
 
@@ -74,9 +75,9 @@ def test_the_vae_is_gone_before_the_transformer_loads(
 
 def kept_share(tiny: Path, flags: list[str]) -> float:
     """Bytes that a LoRA layer in fp16 adds to those of its input until the backward pass, over those of its result."""
-    required = [f"--pretrained_model_name_or_path={tiny}", "--instance_data_dir=d", "--data_df_path=e"]
-    args = trainer.parse_args([*required, "--instance_prompt=p", "--lora_layers=attn.to_q", *flags])
-    transformer = trainer.load_transformer(args, torch.float16)
+    args = parse("--lora_layers=attn.to_q", *flags)
+    model = trainer.LocalModel(str(tiny), tiny, None, None)
+    transformer = trainer.load_transformer(model, args, torch.float16)
     trainer.add_lora(transformer, args, 0)
     layer = next(module for module in transformer.modules() if isinstance(module, LoraLayer))
     tokens = torch.randn(1, 4096, 64, dtype=torch.float16, requires_grad=True)
