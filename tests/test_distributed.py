@@ -188,7 +188,7 @@ def test_what_each_process_finds_is_one_message(launch: Launch, photos: Path, tm
     for name in ("a.jpg", "b.JPEG"):
         (tmp_path / "photos" / name).write_bytes(b"no image")
     [printed] = finish(launch(tmp_path / "out", instance_data_dir=tmp_path / "photos"), code=1)
-    assert printed.count("a.jpg is not a readable image") == printed.count("b.JPEG is not a readable image") == 1
+    assert printed.count("a.jpg cannot be read") == printed.count("b.JPEG cannot be read") == 1
     assert printed.count("Cannot start") == 1 and SCRIPT_LINE not in printed
     assert not (tmp_path / "out" / "latents").exists()
 
