@@ -100,6 +100,7 @@ def compute(args: Args) -> None:
 
     # Whatever can be wrong is found now: a text encoder takes minutes.
     captions = caption_images(args)
+    digest = digest_of_captions(args.local_data_dir)  # now: a download can take an hour, in which captions change
     path = args.output_path
     path.parent.mkdir(parents=True, exist_ok=True)
     check_output(path)
@@ -113,7 +114,7 @@ def compute(args: Args) -> None:
         "prompt": args.prompt,
         "max_sequence_length": args.max_sequence_length,
         "t5": args.t5_precision,
-        "captions": digest_of_captions(args.local_data_dir),
+        "captions": digest,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
     }
     with scratch_folder(path.parent) as scratch:

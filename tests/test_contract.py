@@ -182,6 +182,22 @@ def before_the_rows(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None])
     monkeypatch.setattr(pq, "write_table", act_and_write)
 
 
+def test_the_digest_is_that_of_the_captions_that_were_read(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of what they have become while a model was downloaded."""
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    before, find_model = embed.digest_of_captions(folder), embed.find_model
+
+    def write_and_find(args: embed.Args) -> embed.LocalModel:
+        (folder / "a.txt").write_text("another caption")
+        return find_model(args)
+
+    monkeypatch.setattr(embed, "find_model", write_and_find)
+    path = compute(tiny, folder, tmp_path / "e.parquet", "--no_t5")
+    assert json.loads(pq.read_schema(path).metadata[b"sd3_embeddings"])["captions"] == before
+
+
 def test_a_flipped_bit_is_an_error(embeddings: Path, tmp_path: Path) -> None:
     """Wherever it is in the numbers; without checksums of pages it would be another embedding."""
     data = embeddings.read_bytes()
