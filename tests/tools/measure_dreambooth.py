@@ -44,7 +44,7 @@ SAMPLES = 32
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--output_dir", type=Path, required=True, help="where everything goes")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder, where everything goes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the training")
     parser.add_argument("--variant", action="append", default=[], help="flags to add to the trainer's; several times")
     parser.add_argument("--guidance_scale", type=float, default=1.25, help="of the samples that are measured")
@@ -91,7 +91,9 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     args = parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.output_dir.exists():  # the trainer starts no new run in a folder with checkpoints
+        raise SystemExit(f"--output_dir {args.output_dir} exists. Name a new folder.")
+    args.output_dir.mkdir(parents=True)
     embeddings = args.output_dir / "embeddings.parquet"
     flags = [
         "@tests/toy/embeddings.txt",
@@ -102,7 +104,7 @@ def main() -> None:
     ]
     subprocess.run([sys.executable, "compute_embeddings.py", *flags], cwd=ROOT, check=True)
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(TOY / "model", torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(TOY / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     columns, before = measure(pipe, args.guidance_scale)
     results = {"before": columns}
