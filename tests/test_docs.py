@@ -28,7 +28,7 @@ from conftest import ROOT, names
 
 TRAINER = "train_dreambooth_sd3_lora_miniature.py"
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / name for name in ("README.md", "tests/README.md", "tests/toy/README.md")]
+PAGES = [ROOT / name for name in ("README.md", "tests/README.md", "tests/MEASURED.md", "tests/toy/README.md")]
 NOTEBOOK = json.loads((ROOT / "notebook.ipynb").read_text())
 CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 COMMANDS = [
