@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_sigkill_loses_nothing() -> None:
-    """Killed at random moments, and while each kind of file is written. The long version is kill_test.py."""
+    """Killed at random moments, and while each kind of file is written. tools/kill.py does it more often."""
     cut, completed = survive(kills=3, rounds=1)
     assert cut == 3 + len(AIMS) and completed >= 1
 
