@@ -59,6 +59,7 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from packaging.version import Version
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -411,7 +412,7 @@ def clean_caption(text: Any) -> str:
     """Return a caption in one line; raise ValueError if it is none."""
     is_nan = text != text  # what pandas has for an empty cell
     if isinstance(text, bool) or not isinstance(text, str | int | float) or is_nan:
-        raise ValueError(f"a caption is {text!r}, which is no text")
+        raise ValueError("a caption is missing" if is_nan else f"a caption is {text!r}, which is no text")
     caption = " ".join(str(text).split())
     caption.encode()  # a ValueError: JSON can hold one half of an emoji
     if "\0" in caption:
@@ -652,6 +653,8 @@ def download(args: Args, patterns: list[str], token: str | None, **kwargs: Any) 
         return snapshot_download(
             name, revision=args.revision, cache_dir=args.cache_dir, token=token, allow_patterns=patterns, **kwargs
         )
+    except HFValidationError as error:
+        raise UserError(f"There is no folder {name}, and no repository can have this name.") from error
     except Exception as error:  # of the Hub, the network or the file system, which share no class
         raise UserError(
             f"Cannot load {name}: {first_line(error)}. There is no such folder. If it is a repository, it may be "

@@ -85,6 +85,7 @@ from accelerate.utils import (
 )
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -2885,6 +2886,8 @@ def download(args: Args, patterns: list[str], token: str | None, **kwargs: Any) 
         return snapshot_download(
             name, revision=args.revision, cache_dir=args.cache_dir, token=token, allow_patterns=patterns, **kwargs
         )
+    except HFValidationError as error:
+        raise UserError(f"There is no folder {name}, and no repository can have this name.") from error
     except Exception as error:  # of the Hub, the network or the file system, which share no class
         raise UserError(
             f"Cannot load {name}: {first_line(error)}. There is no such folder. If it is a repository, it may be "
