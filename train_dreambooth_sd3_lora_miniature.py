@@ -120,9 +120,7 @@ def main(args: Args) -> None:
             return
         with lock_output_dir(args.output_dir, accelerator):
             plan = create_repository(args, plan, accelerator)
-            files = resolve_model(args, WEIGHTS, args.hub_token)  # downloads what preflight has not
-            # The VAE's work comes first and can take minutes: compare the transformer with its files before.
-            load_part(diffusers.SD3Transformer2DModel.from_pretrained, files, "transformer", device_map="meta")
+            resolve_model(args, WEIGHTS, args.hub_token)  # downloads what preflight has not
             start_tracker(args, plan, accelerator)
 
             # Latents first: the VAE is gone before the transformer comes.
