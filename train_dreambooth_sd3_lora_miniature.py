@@ -2215,7 +2215,10 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
     except Exception as error:  # of the file system, safetensors, the Hub, or what the file says
         problems.add(f"--pretrained_lora_path {path} cannot be used: {first_line(error)}.")
         return {}
-    misfit = misfit_of_lora(weights, args, base_model)
+    prefix = "transformer."
+    others = [name for name in weights if not name.startswith(prefix)]  # their alpha would stand elsewhere as well
+    weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    misfit = others[0] if others else misfit_of_lora(weights, args, base_model)
     if misfit:
         problems.add(
             f"--pretrained_lora_path {path} is not a LoRA in diffusers' layout with --rank {args.rank} and these "
@@ -2248,7 +2251,7 @@ def load_lora_at_strength(path: str, args: Args) -> dict[str, Tensor]:
         scaled = weight.float() * (alpha / args.lora_alpha if "lora_B" in name else 1)
         if not scaled.isfinite().all():
             raise ValueError(f"its {name} is not finite")
-        weights[name.removeprefix("transformer.")] = scaled
+        weights[name] = scaled
     return weights
 
 
