@@ -24,7 +24,6 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from filelock import FileLock
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 import compute_embeddings as embed
@@ -329,43 +328,6 @@ def without(end: str) -> Callable[[Weights], object]:
     return lambda weights: weights.pop([name for name in weights if name.endswith(end)][-1])
 
 
-@pytest.mark.parametrize(
-    ("part", "change", "expected"),
-    [
-        ("text_encoder", without("text_projection.weight"), r"1 missing \(first: text_projection.weight\)"),
-        ("text_encoder_3", without("SelfAttention.q.weight"), r"1 missing \(first: encoder.block.1.*q.weight\)"),
-        (
-            "text_encoder_3",
-            lambda weights: weights.update({"scale_weight": torch.ones(1), "scaled_fp8": torch.ones(1)}),
-            r"2 unexpected \(first: scale_weight\)",
-        ),
-        (
-            "text_encoder_2",
-            lambda weights: weights.update({"text_projection.weight": torch.ones(3, 3)}),
-            r"1 mismatched \(first: text_projection.weight\)",
-        ),
-    ],
-)
-def test_weights_that_are_not_those_of_their_part_end_the_run_at_its_start(
-    part: str,
-    change: Callable[[Weights], object],
-    expected: str,
-    tiny: Path,
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The libraries fill what is missing with random numbers and drop what is too much, both in silence."""
-    model = Path(shutil.copytree(tiny, tmp_path / "model"))
-    [path] = (model / part).glob("*.safetensors")
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path, {"format": "pt"})
-    monkeypatch.setattr(embed, "encode_prompts", lambda *_: pytest.fail("encoded"))
-    with pytest.raises(SystemExit, match=f"Cannot load {part} of {model}: .*{expected}"):
-        compute(model, photos, tmp_path / "e.parquet")
-
-
 def test_weights_in_several_files_and_of_a_variant_are_whole(tiny: Path, photos: Path, tmp_path: Path) -> None:
     """As T5 of SD3 has them: the same embeddings; without one of the files, a message that names it."""
     model = Path(shutil.copytree(tiny, tmp_path / "model"))
@@ -385,17 +347,6 @@ def test_weights_in_several_files_and_of_a_variant_are_whole(tiny: Path, photos:
     files[1].unlink()
     with pytest.raises(SystemExit, match=f"text_encoder_3 .*{files[1].name}"):
         compute(model, photos, tmp_path / "e.parquet", "--variant=fp16")
-
-
-def test_a_model_without_t5_is_told_its_flag(tiny: Path, photos: Path, tmp_path: Path) -> None:
-    """As some repositories are; and a file of all weights is told how it is converted."""
-    model = Path(shutil.copytree(tiny, tmp_path / "model"))
-    shutil.rmtree(model / "text_encoder_3")
-    with pytest.raises(SystemExit, match="(?s)text_encoder_3 .*--t5_precision none"):
-        compute(model, photos, tmp_path / "e.parquet")
-    (tmp_path / "sd3.safetensors").touch()
-    with pytest.raises(SystemExit, match="(?s)sd3.safetensors .*from_single_file.*save_pretrained"):
-        compute(tmp_path / "sd3.safetensors", photos, tmp_path / "e.parquet")
 
 
 def test_only_what_is_needed_comes_from_the_hub(
