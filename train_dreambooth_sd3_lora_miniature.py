@@ -217,6 +217,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     global_step: int  # optimizer steps that are done
+    first_step: int  # those that were done when this run began
+    has_saved: bool = False  # whether this run has saved a checkpoint
 
 
 # Previews, class images and all choices about a sample are drawn from generators that are seeded by the run's seed,
@@ -783,7 +785,6 @@ def train(
     loss_sum = torch.zeros((), device=accelerator.device)
     skipped_in_a_row = 0
     started = time.monotonic()
-    first_step = state.global_step
     progress = tqdm(
         desc="Training",
         total=plan.max_train_steps,
@@ -833,7 +834,7 @@ def train(
         is_due = state.global_step % args.checkpointing_steps == 0
         if is_main and (report.stops or is_last or has_previews or is_due):
             save_checkpoint(args, plan, state, accelerator)
-            seconds = (time.monotonic() - started) / (state.global_step - first_step)
+            seconds = (time.monotonic() - started) / (state.global_step - state.first_step)
             tqdm.write(f"step {state.global_step}: loss {report.loss:.4f}, {seconds:.2g} s per step, checkpoint saved")
         if report.stops:
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
@@ -1001,7 +1002,7 @@ def start_or_resume(
         power=args.lr_power,
     )
     if not saved:
-        return TrainState(transformer, optimizer, lr_scheduler, global_step=0)
+        return TrainState(transformer, optimizer, lr_scheduler, global_step=0, first_step=0)
 
     # The optimizer's state is the checkpoint's, with what Prodigy has found; what the flags set is this run's.
     [group] = optimizer.state_dict()["param_groups"]
@@ -1014,14 +1015,14 @@ def start_or_resume(
     lr_scheduler.step()
     if accelerator.scaler and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
-    return TrainState(transformer, optimizer, lr_scheduler, saved["global_step"])
+    return TrainState(transformer, optimizer, lr_scheduler, saved["global_step"], first_step=saved["global_step"])
 
 
 def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> None:
     """Write checkpoint-N, then remove those that it replaces.
 
-    These are the oldest ones beyond --checkpoints_total_limit and, after a resume from an earlier checkpoint, the
-    later ones: this run has parted from them.
+    These are the oldest ones beyond --checkpoints_total_limit and, if this run was resumed from an earlier one, those
+    that came after it then.
     """
     from peft import get_peft_model_state_dict
 
@@ -1043,12 +1044,13 @@ def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Acce
     write_lora(folder / LORA_NAME, state.transformer, plan.name, args)
     write_file(folder / STATE_NAME, content.getbuffer())
 
-    checkpoints = list_checkpoints(args.output_dir)
-    place = checkpoints.index(folder)
-    for later in checkpoints[place + 1 :]:
-        remove_checkpoint(later)
+    if not state.has_saved:
+        for other in list_checkpoints(args.output_dir):
+            if step_of(other) > state.first_step and other != folder:
+                remove_checkpoint(other)
+    state.has_saved = True
     if args.checkpoints_total_limit:
-        for old in checkpoints[: place + 1][: -args.checkpoints_total_limit]:
+        for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
             remove_checkpoint(old)
 
 
@@ -2233,6 +2235,8 @@ def load_lora_at_strength(path: str, args: Args) -> dict[str, Tensor]:
 
     Raises an error of any class if the file cannot be read, is not finite, or does not say how strong it is.
     """
+    if not Path(path).exists() and path.count("/") != 1:  # a repository is OWNER/NAME
+        raise ValueError("it does not exist")
     if Path(path).exists() and not Path(path).is_dir():
         with reading(Path(path), ""):
             pass
