@@ -831,8 +831,8 @@ def train(
         if is_last and skipped_in_a_row:
             raise SystemExit(diverged(args, skipped_in_a_row) if is_main else 1)
         has_previews = state.global_step in plan.preview_steps
-        is_due = state.global_step % args.checkpointing_steps == 0
-        if is_main and (report.stops or is_last or has_previews or is_due):
+        is_due = is_last or has_previews or state.global_step % args.checkpointing_steps == 0
+        if is_main and (report.stops or is_due and report.is_finite):  # a skipped step is not worth a good checkpoint
             save_checkpoint(args, plan, state, accelerator)
             seconds = (time.monotonic() - started) / (state.global_step - state.first_step)
             tqdm.write(f"step {state.global_step}: loss {report.loss:.4f}, {seconds:.2g} s per step, checkpoint saved")

@@ -259,11 +259,11 @@ def test_a_step_that_is_not_finite_is_skipped(train: Train, spoiled: Callable[[r
     """The LoRA stays finite; fp16's loss scale is halved."""
     spoiled(range(1, 2))
     output = train(f"--mixed_precision={precision}", "--checkpointing_steps=1", "--checkpoints_total_limit=0")
-    saved = [lora(output / f"checkpoint-{step}") for step in (1, 2, 3)]
+    assert names(trainer.list_checkpoints(output)) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
     assert all(value.isfinite().all() for value in lora(output).values())
-    assert equal(saved[0], saved[1]) and not equal(saved[1], saved[2])
+    assert not equal(lora(output / "checkpoint-1"), lora(output / "checkpoint-3"))
     if precision == "fp16":
-        states = [torch.load(output / f"checkpoint-{step}" / trainer.STATE_NAME) for step in (1, 2)]
+        states = [torch.load(output / f"checkpoint-{step}" / trainer.STATE_NAME) for step in (1, 3)]
         assert states[0]["scaler"]["scale"] == 2 * states[1]["scaler"]["scale"]
 
 
