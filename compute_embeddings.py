@@ -45,9 +45,11 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 # Both would end an import below with a traceback of a library.
 if sys.flags.optimize > 1:
-    raise SystemExit("python -OO and PYTHONOPTIMIZE=2 take away docstrings, which transformers reads. Use python -O.")
+    raise SystemExit("python -OO and PYTHONOPTIMIZE=2 strip the docstrings that transformers reads. Use python -O.")
 if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "INFO").upper()), int):
-    raise SystemExit(f"ACCELERATE_LOG_LEVEL={os.environ['ACCELERATE_LOG_LEVEL']} is no level, such as INFO or ERROR.")
+    raise SystemExit(
+        f"ACCELERATE_LOG_LEVEL={os.environ['ACCELERATE_LOG_LEVEL']} is not a log level such as INFO or ERROR."
+    )
 
 import diffusers  # this and transformers load their parts on first use, so --help answers soon
 import numpy as np
@@ -155,8 +157,7 @@ def encode_with_clip(
     The first array lives in a file: 1.2 MB per prompt would not fit in RAM for ten thousand captions.
     """
     pipeline = load_clip(model, device)
-    for chunk in chunks:
-        report_truncated(pipeline.tokenizer, chunk, pipeline.tokenizer.model_max_length, "CLIP")
+    note_unseen_text(pipeline.tokenizer, sum(chunks, []), pipeline.tokenizer.model_max_length, "CLIP")
     pooled_prompt_embeds = []
     with open(path, "wb") as file:  # written, not mapped: on a full disk, writing to a mapped page is a crash
         for chunk in tqdm(chunks, desc="Encoding with CLIP", unit="chunk", disable=None):
@@ -185,8 +186,7 @@ def encode_with_t5(
     """Write T5's part into prompt_embeds, (N, CLIP tokens + T5 tokens, D), in place."""
     length = args.max_sequence_length
     tokenizer = load_tokenizer(transformers.T5TokenizerFast, model, "tokenizer_3")
-    for chunk in chunks:
-        report_truncated(tokenizer, chunk, length, "T5")
+    note_unseen_text(tokenizer, sum(chunks, []), length, "T5")
     encoder = load_t5(model, args.t5_precision, device, scratch)
     blocks = encoder.encoder.block
     row = 0
@@ -287,14 +287,24 @@ def load_tokenizer(load: Any, model: LocalModel, part: str) -> Any:
     return tokenizer
 
 
-def report_truncated(tokenizer: Any, prompts: list[str], max_length: int, name: str) -> None:
-    """Note the end of each prompt that is too long for an encoder."""
+def note_unseen_text(tokenizer: Any, prompts: list[str], max_length: int, name: str) -> None:
+    """Note how many prompts are too long for an encoder, and words that it does not know, each with an example."""
     room = max_length - tokenizer.num_special_tokens_to_add()
+    cut = []
+    unknown = []
     for prompt in prompts:
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         if len(ids) > room:
-            unseen = tokenizer.decode(ids[room:])
-            print(f"note: {name} reads {max_length} tokens; of {prompt!r} it does not see {unseen!r}")
+            cut.append(f"of {prompt[:60]!r}... it does not see {tokenizer.decode(ids[room:])[:60]!r}")
+        for word in prompt.split():
+            # CLIP has bytes for all that is written; its unknown token is also that of the end.
+            if name == "T5" and tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids:
+                unknown.append(word)
+    if cut:
+        print(f"note: {name} reads {max_length} tokens; {len(cut)} of {len(prompts)} prompts are longer: {cut[0]}")
+    if unknown:
+        words = ", ".join(repr(word) for word in dict.fromkeys(unknown[:5]))
+        print(f"note: {name} does not know all of these words, so it does not see them as they are: {words}")
 
 
 def to_float16(embeds: Tensor, name: str) -> np.ndarray:
@@ -309,7 +319,7 @@ def to_float16(embeds: Tensor, name: str) -> np.ndarray:
 # Which prompt belongs to which image. Everything that is wrong with the folder is collected and reported at once.
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
-CAPTION_SUFFIXES = (".txt", ".caption")  # of the files beside their images, the first one wins
+CAPTION_SUFFIXES = (".txt", ".caption")  # of the files beside their images
 
 
 def caption_images(args: Args) -> dict[str, list[str]]:
@@ -348,9 +358,12 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
     hashes_of: dict[str, list[str]] = {}
     first_of: dict[str, Path] = {}  # by hash
     repeated = []
+    animated = []
     for path in tqdm(images, desc="Reading images", unit="image", leave=False, disable=None):
         try:
             with opened_photo(path) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    animated.append(path)
                 image.load()
             sha256 = sha256_of(path)
         except UserError as error:
@@ -363,8 +376,10 @@ def hash_images(images: list[Path], caption_of: dict[Path, str], problems: list[
             problems.append(f"{first} and {path} are the same image with different captions. Remove one of them.")
         else:
             repeated.append(f"{path} is {first.name}")
+    if animated:
+        print(f"note: images of several frames, of which the first is used: {len(animated)} (first: {animated[0]})")
     if repeated:
-        print(f"note: images that are there twice are trained twice as often: {len(repeated)} (first: {repeated[0]})")
+        print(f"note: duplicate images count once per copy: {len(repeated)} (first: {repeated[0]})")
     return hashes_of
 
 
@@ -381,14 +396,19 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
             captions |= read_metadata(files[name], images, problems)
             used.add(files[name])
     for image in images:
-        path = sidecar_of(image, files)
-        if path:
+        paths = sidecars_of(image, files)
+        texts = []
+        for path in paths:
             used.add(path)
             try:
                 with reading(path, "Write a caption in UTF-8, or remove the file."):
-                    captions[image] = clean_caption(path.read_text("utf-8-sig"))
+                    texts.append(clean_caption(path.read_text("utf-8-sig")))
             except UserError as error:
                 problems.append(str(error))
+        if len(set(texts)) > 1:
+            problems.append(f"{image.name} has two captions, {paths[0]} and {paths[1]}. Remove one of them.")
+        if texts:
+            captions[image] = texts[0]
     if images:
         note_skipped(folder, used)
     return captions
@@ -399,24 +419,26 @@ def files_by_name(paths: list[Path]) -> dict[str, Path]:
     return {comparable(path.name): path for path in paths} | {path.name: path for path in paths}
 
 
-def sidecar_of(image: Path, files: dict[str, Path]) -> Path | None:
-    """Return the file with the caption of an image, of files by name; one in the image's own letters wins."""
+def sidecars_of(image: Path, files: dict[str, Path]) -> list[Path]:
+    """Return the files with captions of an image, of files by name; an exact match of its letters wins."""
+    sidecars = []
     for suffix in CAPTION_SUFFIXES:
-        for name in (f"{image.stem}{suffix}", comparable(f"{image.stem}{suffix}")):
-            if name in files:
-                return files[name]
-    return None
+        name = f"{image.stem}{suffix}"
+        path = files.get(name) or files.get(comparable(name))
+        if path:
+            sidecars.append(path)
+    return sidecars
 
 
 def clean_caption(text: Any) -> str:
     """Return a caption in one line; raise ValueError if it is none."""
     is_nan = text != text  # what pandas has for an empty cell
     if isinstance(text, bool) or not isinstance(text, str | int | float) or is_nan:
-        raise ValueError("a caption is missing" if is_nan else f"a caption is {text!r}, which is no text")
+        raise ValueError("a caption is missing" if is_nan else f"a caption is {text!r}, which is not text")
     caption = " ".join(str(text).split())
     caption.encode()  # a ValueError: JSON can hold one half of an emoji
     if "\0" in caption:
-        raise ValueError("a caption has zero bytes, as UTF-16 has; save it as UTF-8")
+        raise ValueError("a caption contains zero bytes, as UTF-16 does; save it as UTF-8")
     if all(unicodedata.category(character)[0] in "CZ" for character in caption):  # controls, joiners and spaces
         raise ValueError("a caption is empty")
     return caption
@@ -427,9 +449,7 @@ def digest_of_captions(folder: Path) -> str:
     files = files_by_name(sorted(folder.glob("[!.]*")))
     paths = {files[name] for name in METADATA_NAMES if name in files}
     for image in find_images(folder):
-        sidecar = sidecar_of(image, files)
-        if sidecar:
-            paths.add(sidecar)
+        paths.update(sidecars_of(image, files))
     entries = sorted([comparable(path.name), sha256_of(path)] for path in paths)
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
@@ -576,10 +596,7 @@ def flush_to_disk(file: Any) -> None:
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Rename a file over another one, after up to 2 s if that is open elsewhere.
-
-    Windows refuses it for as long as a virus scanner, a program that synchronizes or a viewer has the file open.
-    """
+    """Replace a file, retrying for up to 2 s: Windows refuses while a virus scanner or a viewer has it open."""
     for _ in range(20):
         with suppress(PermissionError):
             os.replace(source, target)
@@ -654,7 +671,7 @@ def download(args: Args, patterns: list[str], token: str | None, **kwargs: Any) 
             name, revision=args.revision, cache_dir=args.cache_dir, token=token, allow_patterns=patterns, **kwargs
         )
     except HFValidationError as error:
-        raise UserError(f"There is no folder {name}, and no repository can have this name.") from error
+        raise UserError(f"There is no folder {name}, and this is not a valid name of a repository.") from error
     except Exception as error:  # of the Hub, the network or the file system, which share no class
         raise UserError(
             f"Cannot load {name}: {first_line(error)}. There is no such folder. If it is a repository, it may be "
@@ -684,8 +701,8 @@ def loading(model: LocalModel, part: str) -> Iterator[None]:
         raise
     except Exception as error:  # of the file system, safetensors or the library, which share no class
         raise UserError(
-            f"Cannot load {part} of {model.name}: {first_line(error)}. It must be as diffusers' save_pretrained "
-            "writes it, with whole weight files in the safetensors format."
+            f"Cannot load {part} of {model.name}: {first_line(error)}. It must be laid out as diffusers' "
+            "save_pretrained writes it, with complete weight files in the safetensors format."
         ) from error
 
 
@@ -711,7 +728,7 @@ def load_part(load: Callable[..., Any], model: LocalModel, part: str, **kwargs: 
             if names:
                 differences.append(f"{len(names)} {kind} (first: {names[0]})")
         if differences:
-            raise ValueError(f"tensors in its files that differ from those of the part: {', '.join(differences)}")
+            raise ValueError(f"its tensors do not match the model: {', '.join(differences)}")
     return loaded
 
 
@@ -796,7 +813,7 @@ class Parser(argparse.ArgumentParser):
     """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
     def __init__(self, flags: type, description: str) -> None:
-        epilog = "Flags can also be read from a file, one with its value per line: @FILE."
+        epilog = "@FILE reads flags from a file, one flag and its value per line."
         super().__init__(usage="%(prog)s [FLAGS]", description=description, allow_abbrev=False, epilog=epilog)
         types = get_type_hints(flags)
         groups: dict[str, Any] = {}
@@ -814,7 +831,7 @@ class Parser(argparse.ArgumentParser):
         """End the program with one message, where argparse would print its usage of all flags first."""
         message = re.sub(r"hf_\w+", "hf_...", message).translate(CONTROLS)
         if message.startswith("unrecognized arguments") and re.search("['\u201c\u201d]", message):
-            message += '\nOnly "these quotes" hold words together everywhere; Windows takes others for letters.'
+            message += '\nUse "double quotes": Windows treats other quotes as letters.'
         self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
 
     def unknown_flags(self, argv: list[str]) -> list[str]:
@@ -884,10 +901,10 @@ def with_flag_files(argv: list[str], seen: set[Path]) -> list[str]:
 def read_flag_file(path: Path) -> list[str]:
     """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
     arguments = []
-    with reading(path, "Flags are UTF-8 text, one with its value per line."):
+    with reading(path, "It must be UTF-8 text, a flag a line. A prompt that begins with @: --prompt=@..."):
         data = path.read_bytes()
         if b"\0" in data:
-            raise ValueError("it is UTF-16 or no text; save it as UTF-8")
+            raise ValueError("it is UTF-16 or not text; save it as UTF-8")
         text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
         for number, line in enumerate(text.splitlines(), start=1):
             inside_words = "\ue000"  # in place of a # in a word, such as C#, which shlex would take for a comment
@@ -945,7 +962,7 @@ def flag_problems(args: Args) -> list[str]:
                 if not low <= value <= high:  # this way around, since nan compares as False
                     problems.append(f"--{each.name} {value} is not between {low} and {high}")
             if re.fullmatch(r"['\u2018\u201c]\S*", str(value)):  # the first word of what such quotes were to hold
-                problems.append(f'--{each.name} {value} begins with a quote; "these quotes" work everywhere')
+                problems.append(f'--{each.name} {value} begins with a quote; use "double quotes"')
             try:
                 str(value).encode()
             except UnicodeEncodeError:
@@ -963,7 +980,7 @@ with suppress(ImportError):  # the photos of many phones
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-# Pillow's own limits stay, but such photos and such texts, of programs that note how an image was made, do exist.
+# Pillow's own limits are lower than what phones take and what image generators write into a PNG's text.
 Image.MAX_IMAGE_PIXELS = 200_000_000  # as phones make them; it refuses twice as many
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
@@ -978,7 +995,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def comparable(name: object) -> str:
-    """Return a file's name as names are compared: in small letters, as on Windows, and in one Unicode form.
+    """Return a file's name as names are compared: in lowercase, as on Windows, and in one Unicode form.
 
     A Mac may have written accents apart from their letters (NFD), where other systems have one character (NFC).
     """
@@ -1040,14 +1057,14 @@ def opened_photo(path: Path) -> Iterator[Image.Image]:
 
 
 class UserError(Exception):
-    """What the user of this program can mend; the message says what, where and how."""
+    """A mistake that the user can fix; the message says what, where and how."""
 
 
 @contextmanager
 def reading(path: Path, advice: str) -> Iterator[None]:
     """Turn whatever reading a user's file raises into a UserError. Keep the block to reading, and to what is used.
 
-    Only a regular file is read: a pipe would be waited for forever.
+    Only a regular file is read: reading a pipe could block forever.
     """
     try:
         if not path.exists():

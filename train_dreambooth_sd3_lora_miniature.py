@@ -1,4 +1,4 @@
-"""Train a DreamBooth LoRA of Stable Diffusion 3 on a few images, from embeddings that compute_embeddings.py wrote.
+"""Train a DreamBooth LoRA for Stable Diffusion 3 on a few images, with embeddings from compute_embeddings.py.
 
     accelerate launch --quiet train_dreambooth_sd3_lora_miniature.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers \
@@ -9,16 +9,17 @@
 Memory for SD3-medium at 1024 x 1024 and rank 4, as counted by tests/tools/step_cost.py: 7.2 GiB of VRAM, and 4.4 GiB
 with --gradient_checkpointing. No text encoder is ever loaded. Everything random about a training sample is a function
 of the seed and the sample's number, so a resumed run continues exactly, and any number of processes sees the same
-samples. "The reference" is diffusers' examples/research_projects/sd3_lora_colab, whose command line still runs.
+samples (where images have several shapes, if batch size times processes stays the same). "The reference" is diffusers'
+examples/research_projects/sd3_lora_colab, whose command line still runs.
 
 The file is read like a newspaper: what matters most comes first, and a name may be used before it is defined.
 
     main      the order in which everything happens
-    part I    the job: records, data, model and LoRA, loss, training loop, checkpoints. A first reading may stop here.
+    part I    the job: records, data, model and LoRA, loss, training loop, checkpoints, memory. Stop here first.
     part II   what a run also makes: previews, class images, the model card, the upload. For users of those flags.
-    part III  what can be asked of it: Args, where each flag is declared once, and the parser. For who adds a flag.
-    part IV   what is checked before it begins. For who wonders where a message comes from.
-    part V    what the world does to a run: images as people have them, files, signals, errors, launchers.
+    part III  what can be asked of it: Args, where each flag is declared once, and the parser. For whoever adds a flag.
+    part IV   what is checked before it begins. For whoever wonders where a message comes from.
+    part V    what the world does to a run: input, files, signals, errors, launchers.
 """
 
 from __future__ import annotations
@@ -57,13 +58,15 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 # Both would end an import below with a traceback of a library.
 if sys.flags.optimize > 1:
-    raise SystemExit("python -OO and PYTHONOPTIMIZE=2 take away docstrings, which transformers reads. Use python -O.")
+    raise SystemExit("python -OO and PYTHONOPTIMIZE=2 strip the docstrings that transformers reads. Use python -O.")
 if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "INFO").upper()), int):
-    raise SystemExit(f"ACCELERATE_LOG_LEVEL={os.environ['ACCELERATE_LOG_LEVEL']} is no level, such as INFO or ERROR.")
+    raise SystemExit(
+        f"ACCELERATE_LOG_LEVEL={os.environ['ACCELERATE_LOG_LEVEL']} is not a log level such as INFO or ERROR."
+    )
 
 # Segments that grow leave fewer holes; torch reads this when it is imported. A setting of the user's stays.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -86,6 +89,7 @@ from accelerate.utils import (
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -94,7 +98,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
-T = TypeVar("T")
 STARTED = time.monotonic()
 LORA_NAME = "pytorch_lora_weights.safetensors"
 STATE_NAME = "training_state.pt"
@@ -120,7 +123,7 @@ def main(args: Args) -> None:
             return
         with lock_output_dir(args.output_dir, accelerator):
             plan = create_repository(args, plan, accelerator)
-            resolve_model(args, WEIGHTS, args.hub_token)  # downloads what preflight has not
+            download_weights(args)
             start_tracker(args, plan, accelerator)
 
             # Latents first: the VAE is gone before the transformer comes.
@@ -129,12 +132,12 @@ def main(args: Args) -> None:
             transformer = load_transformer(plan.base_model.files, args, plan.weight_dtype).to(accelerator.device)
 
             # Class images show what the model knew before, so they are made while it has no LoRA.
-            kinds = [plan.examples]
+            groups = [plan.examples]
             if args.with_prior_preservation:
                 class_examples = make_class_images(args, plan, transformer, accelerator)
                 plan = with_class_images(plan, class_examples, accelerator)
                 encode_latents(class_examples, args, plan.base_model.files, accelerator)
-                kinds.append(class_examples)
+                groups.append(class_examples)
 
             add_lora(transformer, args, plan.seed)
             state = start_or_resume(args, plan, transformer, accelerator)
@@ -142,7 +145,7 @@ def main(args: Args) -> None:
             # The whole run's samples, in order; a resumed run trains the rest of them.
             micro_batch = args.train_batch_size * accelerator.num_processes
             length = plan.max_train_steps * plan.samples_per_step
-            order = sample_order(kinds, args.class_every_n_samples, plan.seed, micro_batch, length)
+            order = sample_order(groups, args.class_every_n_samples, plan.seed, micro_batch, length)
             dataset = SampleDataset(order, plan.embeddings, plan.base_model.noise_scheduler.sigmas, args, plan.seed)
             model, dataloader = prepare_training(args, plan, state, dataset, accelerator)
             preview_untrained(args, plan, state, accelerator)
@@ -163,7 +166,8 @@ def main(args: Args) -> None:
 # keeps all of it. Whoever wants to learn how that is done needs only this part.
 
 # ------------------------------------------------------------------------------------------ records, random numbers
-# Two records carry a run. Preflight makes the Plan, which never changes; the training loop changes the TrainState.
+# Two records carry a run. Preflight makes the Plan, to which main adds the repository's name and the class images; the
+# training loop changes the TrainState.
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,7 @@ CLASS_IMAGE_STREAM = 3
 
 def seeded_generator(*numbers: int) -> torch.Generator:
     """Return a random generator that depends on these numbers and on nothing else."""
-    seed = int(digest(numbers), 16) >> 1  # 63 bits, as many as a generator takes
+    seed = int(digest(numbers), 16) >> 1  # 63 bits: not negative as a signed integer
     return torch.Generator().manual_seed(seed)
 
 
@@ -258,7 +262,7 @@ class Photos:
 
 
 def find_photos(args: Args, problems: Problems) -> Photos:
-    """Return the photos that are trained on. Another source of photos goes here; nothing else asks where they are."""
+    """Return the training photos. Another source of photos goes here."""
     folder = args.instance_data_dir
     paths = find_images(folder)
     if not paths:
@@ -274,7 +278,7 @@ def find_photos(args: Args, problems: Problems) -> Photos:
 def find_examples(
     images: list[Path], args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems
 ) -> list[Example]:
-    """Return an Example for each image and resolution, still without prompts; each process inspects its share."""
+    """Return an Example for each image and resolution; each process inspects its share. with_prompts adds prompts."""
     shapes_of = training_shapes(args)
     identity = base_model.identity if base_model else ""
     masks = masks_beside(images) if args.alpha_mask else {}
@@ -297,6 +301,8 @@ def examples_of_image(
     with opened_photo(path) as image:
         size = upright_size(image)
         has_alpha = image.has_transparency_data
+    if max(size) < 64:
+        raise UserError(f"{path} has {size[1]} x {size[0]} pixels, which is too small. Remove it from the folder.")
     sha256 = sha256_of(path)
     mask_sha256 = sha256_of(mask) if mask else None
     crops = True if args.center_crop else CROPS_PER_IMAGE
@@ -363,8 +369,8 @@ def encode_latents(examples: list[Example], args: Args, model: LocalModel, accel
             except UserError as error:
                 problems.add(str(error))
                 continue
-            proof = proof_of_latents(example.latents.stem, latents)
-            write_file(example.latents, safetensors.torch.save(latents, proof))
+            checksum = checksum_of_latents(example.latents.stem, latents)
+            write_file(example.latents, safetensors.torch.save(latents, checksum))
         del vae
     diffusers.training_utils.free_memory()
     problems.stop_if_any()
@@ -416,21 +422,18 @@ def encode_crop(vae: diffusers.AutoencoderKL, crop: Image.Image, mask: Image.Ima
 
 
 def are_latents(path: Path) -> bool:
-    """Whether a file of latents is there, whole, and the one of its name."""
+    """Whether a file of latents exists, is intact and matches its name."""
     try:
-        with reading(path, ""):
-            pass
-        with safe_open(path, "pt") as file:
-            proof = file.metadata()
-        return proof == proof_of_latents(path.stem, load_file(path))
-    except Exception:  # a missing, short or damaged file fails in many ways; it is written again
+        with reading(path, ""), safe_open(path, "pt") as file:
+            return file.metadata() == checksum_of_latents(path.stem, load_file(path))
+    except UserError:  # a missing, short or damaged file is written again
         return False
 
 
-def proof_of_latents(name: str, latents: dict[str, Tensor]) -> dict[str, str]:
+def checksum_of_latents(name: str, latents: dict[str, Tensor]) -> dict[str, str]:
     """Return the metadata of a file of latents: a digest of its name, and of the tensors' names and bytes.
 
-    One entry, since safetensors writes several in any order, and the same photo is to give the same file.
+    It is a single entry because safetensors does not fix the order of several, and the same photo gives the same file.
     """
     content = hashlib.sha256(name.encode())
     for tensor_name in sorted(latents):
@@ -478,29 +481,29 @@ class PromptEmbeddings:
 
 
 def sample_order(
-    kinds: list[list[Example]], class_every: int, seed: int, micro_batch: int, length: int
+    groups: list[list[Example]], class_every: int, seed: int, micro_batch: int, length: int
 ) -> list[Example]:
     """Return which image each sample of the run shows: each image of a shape comes once before any comes again.
 
-    kinds: the images of the subject and perhaps those of its class. The subject takes class_every - 1 turns, then the
+    groups: the images of the subject and perhaps those of its class. The subject takes class_every - 1 turns, then the
     class takes one. A turn is a sample or, where shapes differ, a micro-batch, which holds images of one shape. Shapes
     get turns in proportion to their images.
     """
-    turns = [0] * (class_every - 1) + [1] if len(kinds) > 1 else [0]  # of the kinds, over and over
+    turns = [0] * (class_every - 1) + [1] if len(groups) > 1 else [0]  # of the groups, over and over
     rng = random.Random(seed)
-    shapes = {example.shape for kind in kinds for example in kind}
+    shapes = {example.shape for group in groups for example in group}
     samples_per_turn = micro_batch if len(shapes) > 1 else 1
-    # For each kind, a deck of its images' shapes, which says whose turn it is, and a deck of images for each shape.
+    # For each group: a deck of its images' shapes, which says what shape comes next, and one of images for each shape.
     shape_decks = []
     image_decks = []
-    for kind in kinds:
-        shape_decks.append(Deck([example.shape for example in kind], rng))
-        image_decks.append({shape: Deck([each for each in kind if each.shape == shape], rng) for shape in shapes})
+    for group in groups:
+        shape_decks.append(Deck([example.shape for example in group], rng))
+        image_decks.append({shape: Deck([each for each in group if each.shape == shape], rng) for shape in shapes})
     order: list[Example] = []
     while len(order) < length:
-        for kind_number in turns:
-            shape = shape_decks[kind_number].deal()
-            deck = image_decks[kind_number][shape]
+        for group_number in turns:
+            shape = shape_decks[group_number].deal()
+            deck = image_decks[group_number][shape]
             for _ in range(samples_per_turn):
                 order.append(deck.deal())
     return order[:length]
@@ -527,7 +530,7 @@ class SampleDataset(Dataset):
 
     order: list[Example]
     embeddings: PromptEmbeddings
-    sigmas: Tensor  # of the noise schedule, from 1 down
+    sigmas: Tensor  # of the noise schedule, from 1 down, shifted as the scheduler's config says
     args: Args
     seed: int
 
@@ -537,6 +540,7 @@ class SampleDataset(Dataset):
         example = self.order[number]
         generator = seeded_generator(self.seed, SAMPLE_STREAM, number)
 
+        # Draws come in a fixed order, so that old seeds keep their samples: add new ones at the end.
         # The latents: one variant of the image, drawn from the VAE's posterior, and the noise that is added to it.
         variants = load_file(example.latents)  # memory-mapped: the other variants are not read
         variant = int(torch.randint(len(variants["mean"]), (), generator=generator))
@@ -656,7 +660,7 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """What an optimizer is; all that depends on it follows from this."""
+    """What an optimizer is: its choice, default rate, room in memory and constructor follow from this."""
 
     module: str  # where it is imported from, and what is to be installed
     name: str
@@ -697,8 +701,8 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
 
 # -------------------------------------------------------------------------------------------------------------- loss
 # Rectified flow: noisy = (1 - sigma) * latents + sigma * noise, and the transformer learns the velocity along that
-# line, noise - latents. Another loss goes here. Another weighting goes into flow_matching_loss and the choices of
-# --weighting_scheme; SampleDataset then draws its noise levels uniformly.
+# line, noise - latents. Another loss takes the place of error**2 in flow_matching_loss, another weighting that of
+# `weighting` there, with a name among the choices of --weighting_scheme; its noise levels are then drawn uniformly.
 
 
 def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> Tensor:
@@ -708,7 +712,7 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
     noisy_latents = (1 - sigmas) * latents + sigmas * noise
     velocity_pred = model(
         hidden_states=noisy_latents.to(dtype),
-        timestep=1000 * batch["sigma"],
+        timestep=1000 * batch["sigma"],  # the model takes it in thousandths
         encoder_hidden_states=batch["prompt_embeds"].to(dtype),  # (B, L, D)
         pooled_projections=batch["pooled_prompt_embeds"].to(dtype),  # (B, P)
     ).sample
@@ -732,8 +736,7 @@ def flow_matching_loss(error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str,
 
 
 # ----------------------------------------------------------------------------------------------------- training loop
-# Before the loop one real micro-batch finds out how much memory a step takes. The loop itself knows no epochs: the
-# data loader holds exactly the samples that are left, in order.
+# The loop knows no epochs: the data loader holds exactly the samples that are left, in order.
 
 
 MAX_SKIPPED_STEPS = 20  # fp16's loss scale starts too high, which costs a few steps
@@ -782,7 +785,7 @@ def train(
     """
     is_main = accelerator.is_main_process
     lora_params = trainable_parameters(state.transformer)
-    loss_sum = torch.zeros((), device=accelerator.device)
+    step_loss = torch.zeros((), device=accelerator.device)
     skipped_in_a_row = 0
     started = time.monotonic()
     progress = tqdm(
@@ -800,16 +803,14 @@ def train(
                 torch.manual_seed(plan.seed + int(batch["sample_number"][0]))
             loss = training_loss(model, batch, plan.weight_dtype, args)
             accelerator.backward(loss)
-            loss_sum += loss.detach() / args.gradient_accumulation_steps
+            step_loss += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                report = finish_gradients(lora_params, loss_sum, args, accelerator, stop)
-                loss_sum.zero_()
+                report = finish_gradients(lora_params, step_loss, args, accelerator, stop)
+                step_loss.zero_()
                 skipped_in_a_row = 0 if report.is_finite else skipped_in_a_row + 1
-                if not report.is_finite:  # without gradients the optimizer skips its step; fp16's loss scale is halved
-                    state.optimizer.zero_grad()
-                    scale = accelerator.scaler.get_scale() if accelerator.scaler else math.inf
-                    if skipped_in_a_row == MAX_SKIPPED_STEPS or scale <= 1:
-                        raise SystemExit(diverged(args, skipped_in_a_row) if is_main else 1)
+                if not report.is_finite:
+                    state.optimizer.zero_grad()  # without gradients the optimizer skips its step
+                    stop_if_diverged(args, plan, state, skipped_in_a_row, accelerator)
             state.optimizer.step()
             state.optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -825,14 +826,13 @@ def train(
         progress.set_postfix_str(f"loss {report.loss:.4f}{vram_in_use()}", refresh=False)
         progress.update()
 
-        # Save before previews, which take long and may be interrupted; and the last step, so that the run can be
-        # continued to more steps.
-        is_last = state.global_step == plan.max_train_steps
-        if is_last and skipped_in_a_row:
-            raise SystemExit(diverged(args, skipped_in_a_row) if is_main else 1)
+        # Save when it is due, before previews, since they take long, and after the last step, so that more can follow.
+        # A stop saves in any case; a skipped step is not worth removing an older checkpoint.
         has_previews = state.global_step in plan.preview_steps
-        is_due = is_last or has_previews or state.global_step % args.checkpointing_steps == 0
-        if is_main and (report.stops or is_due and report.is_finite):  # a skipped step is not worth a good checkpoint
+        is_due = has_previews or state.global_step == plan.max_train_steps
+        if args.checkpointing_steps:
+            is_due = is_due or state.global_step % args.checkpointing_steps == 0
+        if is_main and (report.stops or (is_due and report.is_finite)):
             save_checkpoint(args, plan, state, accelerator)
             seconds = (time.monotonic() - started) / (state.global_step - state.first_step)
             tqdm.write(f"step {state.global_step}: loss {report.loss:.4f}, {seconds:.2g} s per step, checkpoint saved")
@@ -844,16 +844,21 @@ def train(
     progress.close()
 
 
-def diverged(args: Args, skipped: int) -> str:
-    """Return the message that ends a run whose loss or gradients are not finite."""
+def stop_if_diverged(args: Args, plan: Plan, state: TrainState, skipped: int, accelerator: Accelerator) -> None:
+    """End a run after so many skipped steps in a row, at its last step, or where fp16's loss scale is used up."""
+    scale = accelerator.scaler.get_scale() if accelerator.scaler else math.inf  # each skipped step halves it
+    is_last = state.global_step + 1 == plan.max_train_steps
+    if skipped < MAX_SKIPPED_STEPS and scale > 1 and not is_last:
+        return
     good = list_checkpoints(args.output_dir)
     where = f"The last good checkpoint is {good[-1]}." if good else "There is no checkpoint."
-    return (
-        f"The training has diverged: loss or gradients of the last {count_of(skipped, 'step')} were not finite, or "
-        "those of so many steps that fp16's loss scale fell below 1, where small gradients become zero. These steps "
-        "were skipped. Usual causes: a learning rate that is too high, fp16 where the model needs bf16, embeddings of "
-        f"another model. {where} Start again with a lower --learning_rate or another --mixed_precision."
+    message = (
+        f"The training has diverged: the last {count_of(skipped, 'step')} had a loss or gradients that are not finite "
+        "and were skipped. In fp16, so many such steps also end a run that its loss scale falls to 1, below which small "
+        "gradients become zero. Usual causes: a learning rate that is too high, fp16 where the model needs bf16, "
+        f"embeddings of another model. {where} Start again with a lower --learning_rate or another --mixed_precision."
     )
+    raise SystemExit(message if accelerator.is_main_process else 1)
 
 
 @dataclass(frozen=True)
@@ -873,109 +878,11 @@ def finish_gradients(
     One reduce for all of it, the step's only wait for the GPU (but bitsandbytes' optimizers and Prodigy wait for each
     parameter).
     """
-    norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(lora_params, args.max_grad_norm or math.inf)
     is_finite = norm.isfinite() & loss.isfinite()
     values = torch.stack([is_finite.float(), loss, loss.new_tensor(stop.requested)])
     finite_share, mean_loss, stopping_share = accelerator.reduce(values, "mean").tolist()
     return StepReport(finite_share == 1, mean_loss, stopping_share > 0)
-
-
-LATER_KERNELS = 256 * 2**20  # bytes of GPU memory: bitsandbytes' are loaded in the first optimizer step
-
-
-def choose_recomputation(
-    args: Args, plan: Plan, state: TrainState, dataset: SampleDataset, accelerator: Accelerator
-) -> float:
-    """Let as few blocks as possible recompute activations: none, half or all. Return a micro-batch's mean seconds.
-
-    Each choice is tried on a micro-batch of the largest shape, with room reserved for the optimizer's states; its
-    gradients are dropped. Which blocks recompute does not change a bit of the result, so each process decides for
-    itself.
-    """
-    areas = [math.prod(example.shape) for example in dataset.order]
-    largest = int(np.argmax(areas))
-    batch = default_collate([dataset[largest]] * args.train_batch_size)
-    batch = send_to_device(batch, accelerator.device)
-    lora_params = trainable_parameters(state.transformer)
-    states = OPTIMIZERS[args.optimizer].states
-    optimizer_states = [torch.empty_like(parameter) for parameter in lora_params * states]
-    blocks = len(blocks_in_backward(state.transformer))
-    counts = [blocks] if args.gradient_checkpointing else sorted({0, blocks // 2, blocks})
-    if accelerator.device.type == "cuda":
-        limit_gpu_memory(accelerator.device, plan.weight_dtype)
-    for count in counts:
-        recompute_blocks(state.transformer, count)
-        if count != counts[0] and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # the try that failed had filled the card
-        try:
-            seconds = time_micro_batch(state.transformer, batch, plan.weight_dtype, args)
-            break
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or count == blocks:
-                raise
-        finally:
-            state.transformer.zero_grad()
-            diffusers.training_utils.free_memory()
-    del optimizer_states  # only their room was wanted
-    total = len(state.transformer.transformer_blocks)
-    recomputed = {0: "off", total: f"all {total} blocks"}.get(count, f"{count} of {total} blocks")
-    accelerator.print(f"gradient checkpointing: {recomputed}, {peak_memory()}")
-    return seconds * float(np.mean(areas)) / max(areas)  # smaller shapes take less, roughly by their pixels
-
-
-def recompute_blocks(transformer: diffusers.SD3Transformer2DModel, count: int) -> None:
-    """Recompute activations in the backward pass instead of keeping them, in the first `count` of its blocks.
-
-    enable_gradient_checkpointing hands every block to `call`, which decides.
-    """
-    recomputed = set(blocks_in_backward(transformer)[:count])
-
-    def call(block: nn.Module, *inputs: object) -> object:
-        if block in recomputed:
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-    transformer.enable_gradient_checkpointing(call)
-
-
-def blocks_in_backward(transformer: diffusers.SD3Transformer2DModel) -> list[nn.Module]:
-    """Return the blocks that the backward pass goes through, which keep activations: from the first LoRA on."""
-    blocks = list(transformer.transformer_blocks)
-    for embedder in (transformer.pos_embed, transformer.context_embedder, transformer.time_text_embed):
-        if trainable_parameters(embedder):
-            return blocks
-    while blocks and not trainable_parameters(blocks[0]):
-        blocks.pop(0)
-    return blocks
-
-
-def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> float:
-    """Return the seconds that a forward and a backward pass take."""
-    for _ in range(2 if batch["latents"].is_cuda else 1):  # on a GPU, the first one loads kernels
-        started = time.monotonic()
-        loss = training_loss(model, batch, dtype, args)
-        loss.backward()
-        loss.item()  # waits for the GPU
-    return time.monotonic() - started
-
-
-def limit_gpu_memory(device: torch.device, dtype: torch.dtype) -> None:
-    """Let torch allocate what is free on the GPU, less a reserve for kernels that are loaded later.
-
-    The driver of Windows and WSL2 would go on in RAM, where every try fits and a step takes minutes.
-    """
-    ones = torch.ones(32, 32, device=device, dtype=dtype, requires_grad=True)
-    (ones @ ones).sum().backward()  # creates cuBLAS's handles, which live outside of torch's allocator
-    free, total = torch.cuda.mem_get_info()
-    limit = (free + torch.cuda.memory_reserved() - LATER_KERNELS) / total
-    with suppress(AttributeError):  # a device that only answers for CUDA may have no limit to set
-        torch.cuda.set_per_process_memory_fraction(max(limit, 0.0))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that the GPU is full; what is allocated beside torch's allocator has other errors."""
-    pattern = "CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_ALLOC_FAILED|out of memory"
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(pattern, str(error)))
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -1004,7 +911,8 @@ def start_or_resume(
     if not saved:
         return TrainState(transformer, optimizer, lr_scheduler, global_step=0, first_step=0)
 
-    # The optimizer's state is the checkpoint's, with what Prodigy has found; what the flags set is this run's.
+    # The optimizer's state is the checkpoint's, with what Prodigy has found; what flags set is this run's. A new flag
+    # that sets an option of an optimizer belongs among these names.
     [group] = optimizer.state_dict()["param_groups"]
     [saved_group] = saved["optimizer"]["param_groups"]
     from_flags = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
@@ -1052,6 +960,11 @@ def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Acce
     if args.checkpoints_total_limit:
         for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
             remove_checkpoint(old)
+
+
+def is_sd35(config: Any) -> bool:
+    """Whether the base model is one of SD3.5, from the transformer's config."""
+    return "v3.5" in architecture(config)
 
 
 def write_lora(path: Path, transformer: diffusers.SD3Transformer2DModel, name: str, args: Args) -> None:
@@ -1115,14 +1028,94 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return a checkpoint's training state. It cannot run code. Raises an error of any class if it is not whole."""
+    """Return a checkpoint's training state. It cannot run code. Raises UserError if it is not whole."""
     path = checkpoint / STATE_NAME
     with reading(path, ""):
-        pass
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip():  # torch.load does not look at the archive's checksums
-            raise ValueError("it is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the archive's checksums
+                raise ValueError("it is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+# Gradients need activations, which fill most of a small card. How many blocks may keep theirs is found by trying.
+
+
+def choose_recomputation(
+    args: Args, plan: Plan, state: TrainState, dataset: SampleDataset, accelerator: Accelerator
+) -> float:
+    """Let as few blocks as possible recompute activations: none, half or all. Return a micro-batch's mean seconds.
+
+    Each choice is tried on a micro-batch of the largest shape, with room reserved for the optimizer's states; its
+    gradients are dropped. Which blocks recompute does not change a bit of the result, so each process decides for
+    itself.
+    """
+    areas = [math.prod(example.shape) for example in dataset.order]
+    largest = int(np.argmax(areas))
+    batch = default_collate([dataset[largest]] * args.train_batch_size)
+    batch = send_to_device(batch, accelerator.device)
+    lora_params = trainable_parameters(state.transformer)
+    optimizer_states = []
+    for _ in range(OPTIMIZERS[args.optimizer].states):
+        optimizer_states += [torch.empty_like(parameter) for parameter in lora_params]
+    blocks = len(blocks_in_backward(state.transformer))
+    counts = [blocks] if args.gradient_checkpointing else sorted({0, blocks // 2, blocks})
+    if accelerator.device.type == "cuda":
+        limit_gpu_memory(accelerator.device, plan.weight_dtype)
+    for count in counts:
+        recompute_blocks(state.transformer, count)
+        if count != counts[0] and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # the try that failed had filled the card
+        try:
+            seconds = time_micro_batch(state.transformer, batch, plan.weight_dtype, args)
+            break
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or count == blocks:
+                raise
+        finally:
+            state.transformer.zero_grad()
+            diffusers.training_utils.free_memory()
+    del optimizer_states  # only their room was wanted
+    total = len(state.transformer.transformer_blocks)
+    recomputed = {0: "off", total: f"all {total} blocks"}.get(count, f"{count} of {total} blocks")
+    accelerator.print(f"gradient checkpointing: {recomputed}, {peak_memory()}")
+    return seconds * float(np.mean(areas)) / max(areas)  # smaller shapes take less, roughly by their pixels
+
+
+def recompute_blocks(transformer: diffusers.SD3Transformer2DModel, count: int) -> None:
+    """Recompute activations in the backward pass instead of keeping them, in the first `count` of its blocks.
+
+    enable_gradient_checkpointing hands every block to `call`, which decides.
+    """
+    recomputed = set(blocks_in_backward(transformer)[:count])
+
+    def call(block: nn.Module, *inputs: object) -> object:
+        if block in recomputed:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    transformer.enable_gradient_checkpointing(call)
+
+
+def blocks_in_backward(transformer: diffusers.SD3Transformer2DModel) -> list[nn.Module]:
+    """Return the blocks that the backward pass goes through, which keep activations: from the first LoRA on."""
+    blocks = list(transformer.transformer_blocks)
+    for embedder in (transformer.pos_embed, transformer.context_embedder, transformer.time_text_embed):
+        if trainable_parameters(embedder):
+            return blocks
+    while blocks and not trainable_parameters(blocks[0]):
+        blocks.pop(0)
+    return blocks
+
+
+def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> float:
+    """Return the seconds that a forward and a backward pass take."""
+    for _ in range(2 if batch["latents"].is_cuda else 1):  # on a GPU, the first one loads kernels
+        started = time.monotonic()
+        loss = training_loss(model, batch, dtype, args)
+        loss.backward()
+        loss.item()  # waits for the GPU
+    return time.monotonic() - started
 
 
 # ------------------------------------------------------------------ on a first reading, stop here: the job is complete
@@ -1137,7 +1130,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> list[tuple[str, Path]]:
     """Write samples/*.png and progress.png; return the prompt and the file of each sample."""
     folder = args.output_dir / "samples"
-    pipeline = make_pipeline(state.transformer, plan, args, accelerator.device)
+    pipeline = make_pipeline(state.transformer, plan, accelerator.device)
     count = args.num_validation_images if state.global_step else 1  # of the untrained model one is enough
     negative_prompt = plan.embeddings[args.negative_prompt]
     written: list[tuple[str, Path]] = []
@@ -1173,7 +1166,7 @@ def preview_untrained(args: Args, plan: Plan, state: TrainState, accelerator: Ac
 
 
 def make_pipeline(
-    transformer: diffusers.SD3Transformer2DModel, plan: Plan, args: Args, device: torch.device
+    transformer: diffusers.SD3Transformer2DModel, plan: Plan, device: torch.device
 ) -> diffusers.StableDiffusion3Pipeline:
     """Return a pipeline of the transformer as it is and the VAE, without text encoders."""
     vae = load_vae(plan.base_model.files, plan.weight_dtype).to(device)
@@ -1198,7 +1191,7 @@ def guidance_of(args: Args, config: Any) -> float:
     """Return --guidance_scale, or else what is published for the base model, from the transformer's config."""
     if args.guidance_scale is not None:
         return args.guidance_scale
-    return 4.5 if "v3.5" in architecture(config) else 7.0
+    return 4.5 if is_sd35(config) else 7.0
 
 
 def generate_images(
@@ -1268,11 +1261,23 @@ def draw_progress(folder: Path, rows: int, last_step: int) -> Image.Image:
     return Image.fromarray(np.hstack(columns))
 
 
+MADE_BY = "generated_with.json"  # beside class images that this program has generated
+
+
 def class_folder(args: Args) -> Path:
     """Return --class_data_dir, or a folder that another model, class prompt or resolution does not share."""
     model = Path(args.pretrained_model_name_or_path).as_posix()  # without a slash at its end, as completion adds it
     made_by = [model, args.revision, args.class_prompt, max(args.resolution)]
     return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
+
+
+def class_images_made_by(args: Args) -> dict[str, object]:
+    """Return what generated class images depend on, as it is stored beside them."""
+    return {
+        "model": args.pretrained_model_name_or_path,
+        "class_prompt": args.class_prompt,
+        "resolution": max(args.resolution),
+    }
 
 
 def make_class_images(
@@ -1291,7 +1296,8 @@ def make_class_images(
     batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
     share = batches[accelerator.process_index :: accelerator.num_processes]
     if share:
-        pipeline = make_pipeline(transformer, plan, args, accelerator.device)
+        write_file(folder / MADE_BY, json.dumps(class_images_made_by(args), indent=2).encode())
+        pipeline = make_pipeline(transformer, plan, accelerator.device)
         prompt = plan.embeddings[str(args.class_prompt)]
         for batch in tqdm(share, "Class images", unit="batch", disable=no_bar(accelerator)):
             generators = [seeded_generator(plan.seed, CLASS_IMAGE_STREAM, number_of[path]) for path in batch]
@@ -1323,7 +1329,7 @@ def with_class_images(plan: Plan, class_examples: list[Example], accelerator: Ac
     found = digest([example.latents.name for example in class_examples])
     before = plan.checkpoint.get("settings", {}).get("class images", found)
     if before != found:
-        accelerator.print("note: the class images are not those that the checkpoint was trained with")
+        accelerator.print("note: the class images differ from those that the checkpoint was trained with")
     return replace(plan, settings=plan.settings | {"class images": found})
 
 
@@ -1354,8 +1360,7 @@ def write_model_card(args: Args, plan: Plan, state: TrainState, previews: list[t
     path = args.output_dir / "README.md"
     base = args.pretrained_model_name_or_path
     repository = None if Path(base).is_dir() else base
-    is_sd35 = "v3.5" in architecture(state.transformer.config)
-    family = "sd3.5" if is_sd35 else "sd3"
+    family = "sd3.5" if is_sd35(state.transformer.config) else "sd3"
     data = ModelCardData(
         license="other",
         license_name="stabilityai-ai-community" if base.startswith("stabilityai/") else "license-of-the-base-model",
@@ -1385,8 +1390,7 @@ def card_text(args: Args, plan: Plan, steps: int, data: ModelCardData) -> str:
     source = args.pretrained_model_name_or_path
     base = f"[{source}](https://huggingface.co/{source})"
     if Path(source).is_dir():
-        is_sd35 = "v3.5" in architecture(plan.base_model.skeleton.config)
-        family = "Stable Diffusion 3.5" if is_sd35 else "Stable Diffusion 3"
+        family = "Stable Diffusion 3.5" if is_sd35(plan.base_model.skeleton.config) else "Stable Diffusion 3"
         base = f"a local copy of {family} (`{Path(source).resolve().name}`)"
         source = "FOLDER OR REPOSITORY OF THE BASE MODEL"
     code = usage_code(args, plan, source)
@@ -1414,14 +1418,14 @@ You should use `{prompt}` to trigger the image generation.
 
 ## Use it
 
-In ComfyUI at strength 1, or with diffusers 0.40 or later (before that, `dtype` was called `torch_dtype`). The file was
-tried with diffusers 0.31 and peft 0.15, with diffusers 0.42.1 and peft 0.21.2, and with versions in between.
+Load it in ComfyUI at strength 1, or in diffusers 0.40 or later (earlier, `dtype` was called `torch_dtype`). The file
+was tested with diffusers 0.31 and peft 0.15, with diffusers 0.42.1 and peft 0.21.2, and with versions in between.
 
 ```python
 {code}
 ```
 
-The license is that of the base model. Trained for {steps} steps with:
+The license of the base model applies. Trained for {steps} steps with:
 
 ```json
 {settings}
@@ -1524,9 +1528,11 @@ def push_to_hub(args: Args, plan: Plan, previews: list[tuple[str, Path]]) -> Non
 # compare, and the command line for compute_embeddings.py are all derived from these declarations.
 
 
-# What another value of a flag does to a run that resumes:
-REFUSED = "refused"  # the optimizer's state or the order of the samples would mean something else
-NOTED = "noted"  # it is followed from here on, and a note says so
+# What another value of a flag does to a run that resumes. Would the stored latents, the order of the samples or the
+# optimizer's state no longer fit? Refused. Is it only the objective from here on? Noted. tests/test_resume.py asks for
+# a value to try a new flag with.
+REFUSED = "refused"
+NOTED = "noted"
 FREE = "free"  # it does not change the LoRA; where the data are is free, what they are is compared by their contents
 FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what holds if it says nothing
     "minimum": None,  # lowest value of a number; None: 1 for integers, 1e-30 for real numbers
@@ -1538,7 +1544,6 @@ FLAG_DETAILS: dict[str, Any] = {  # what a flag can say about itself, and what h
     "aliases": (),  # its names in the other script, which are easily mixed up
     "on_resume": NOTED,
     "embeddings_flag": None,  # the flag of compute_embeddings.py that must agree with this one
-    "secret": False,  # never saved, logged or shown
 }
 
 
@@ -1584,8 +1589,8 @@ class Args:
         "data", MISSING, 'prompt of the images, such as "a photo of sks dog"', metavar="PROMPT",
         aliases=("prompt",), embeddings_flag="prompt")
     resolution: tuple[int, ...] = flag(
-        "data", (512,), "training resolution: the side of a square in pixels, a multiple of 16; of several, such as "
-        "512 1024, each image is trained at all that it is large enough for", on_resume=REFUSED)
+        "data", (512,), "training resolution: the side of a square in pixels, a multiple of 16; with several, such as "
+        "512 1024, each image is used at every one that it is large enough for", on_resume=REFUSED)
     aspect_ratio_buckets: str | None = flag(
         "data", None, "shapes to train on instead of the square; without a value, common shapes of the same area",
         const="auto", metavar="H,W;H,W", on_resume=REFUSED)
@@ -1605,7 +1610,7 @@ class Args:
 
     # prior preservation
     with_prior_preservation: bool = flag(
-        "prior preservation", False, "make some samples images of the class, so that the model keeps it",
+        "prior preservation", False, "mix in samples of the class, so that the model keeps it",
         on_resume=REFUSED)
     class_every_n_samples: int = flag(
         "prior preservation", 2, "every Nth sample shows the class; a higher N teaches the subject sooner and keeps "
@@ -1652,13 +1657,13 @@ class Args:
     num_train_epochs: int = flag("training", 1, "epochs over the images, unless --max_train_steps is given")
     max_train_steps: int | None = flag("training", None, "optimizer steps; unset: from --num_train_epochs")
     learning_rate: float = flag(
-        "training", None, "peak learning rate; unset: 1e-4, or 1 for prodigy, which multiplies it by what it finds")
+        "training", None, "peak learning rate; unset: 1e-4, or 1 for prodigy, which scales it by its own estimate")
     scale_lr: bool = flag("training", False, "multiply the learning rate by the number of images per optimizer step")
     lr_scheduler: str = flag(
         "training", "constant", "learning rate schedule",
         choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"))
     lr_warmup_steps: int = flag(
-        "training", 500, "optimizer steps of warm-up, for schedules that have one", minimum=0)
+        "training", 0, "optimizer steps of warm-up, for schedules that have one", minimum=0)
     lr_num_cycles: int = flag("training", 1, "number of restarts of cosine_with_restarts")
     lr_power: float = flag("training", 1.0, "exponent of polynomial; above 1, the rate falls faster at first")
     weighting_scheme: str = flag(
@@ -1674,7 +1679,7 @@ class Args:
         minimum=0, const=1, choices=(0, 1))
     optimizer: str = flag(
         "training", "adamw", "the 8-bit ones need bitsandbytes; the paged one can move its state to RAM when the GPU "
-        "is full, from rank 66 on; prodigy finds the learning rate itself, needs `pip install prodigyopt`, and goes "
+        "is full, from rank 66 on; prodigy finds the learning rate itself, needs `pip install prodigyopt`, and works "
         "best with a constant schedule",
         choices=tuple(OPTIMIZERS), parse=str.lower, on_resume=REFUSED)
     use_8bit_adam: bool = flag("training", False, "the same as --optimizer adamw_8bit", on_resume=FREE)
@@ -1682,18 +1687,18 @@ class Args:
     adam_beta2: float = flag("training", 0.999, "decay rate of the second moment", minimum=0, maximum=0.999999)
     adam_weight_decay: float = flag("training", 1e-4, "weight decay", minimum=0)
     adam_epsilon: float = flag("training", 1e-8, "added to the denominator of an update, against division by zero")
-    max_grad_norm: float = flag("training", 1.0, "gradients are clipped to this norm")
+    max_grad_norm: float = flag("training", 1.0, "gradients are clipped to this norm; 0: they are not", minimum=0)
 
     # memory and speed
     mixed_precision: str | None = flag(
-        "memory and speed", None, "precision of the frozen weights and the activations; unset: what accelerate is "
-        "configured for", choices=("no", "fp16", "bf16"))
+        "memory and speed", None, "precision of the frozen weights and the activations; unset: accelerate's "
+        "setting", choices=("no", "fp16", "bf16"))
     quantize_base: str | None = flag(
         "memory and speed", None, "keep the frozen weights in 4 bits; needs a GPU", choices=("nf4",))
     gradient_checkpointing: bool = flag(
-        "memory and speed", False, "recompute the activations of all blocks; unset: of only as many as memory "
+        "memory and speed", False, "recompute the activations of all blocks; unset: only as many as memory "
         "requires", on_resume=FREE)
-    allow_tf32: bool = flag("memory and speed", False, "TF32 matrix products on Ampere GPUs and later")
+    allow_tf32: bool = flag("memory and speed", False, "use TF32 matrix products on Ampere GPUs and later")
     prior_generation_precision: str | None = flag(  # the reference's; nothing uses it
         "memory and speed", None, argparse.SUPPRESS, on_resume=FREE)
     local_rank: str | None = flag("memory and speed", None, argparse.SUPPRESS, on_resume=FREE)
@@ -1708,23 +1713,27 @@ class Args:
     num_validation_images: int = flag("previews", 4, "images per prompt", on_resume=FREE)
     validation_epochs: int = flag("previews", 50, "epochs between previews", on_resume=FREE)
     validation_steps: int | None = flag(
-        "previews", None, "optimizer steps between previews; replaces --validation_epochs", on_resume=FREE)
+        "previews", None, "optimizer steps between previews, in place of --validation_epochs; 0: only before and "
+        "after the training", minimum=0, on_resume=FREE)
     num_inference_steps: int = flag(
-        "previews", 28, "denoising steps of a preview or class image", on_resume=FREE)
+        "previews", None, "denoising steps of a preview or class image; unset: 28, or 4 for a turbo model",
+        on_resume=FREE)
     guidance_scale: float | None = flag(
-        "previews", None, "classifier-free guidance of a preview or class image; unset: 7 for SD3, 4.5 for SD3.5",
+        "previews", None, "classifier-free guidance of a preview or class image; unset: 7 for SD3, 4.5 for SD3.5, "
+        "none for a turbo model",
         minimum=0, on_resume=FREE)
 
     # checkpoints and logs
     checkpointing_steps: int = flag(
-        "checkpoints and logs", 100, "optimizer steps between checkpoints", on_resume=FREE)
+        "checkpoints and logs", 100, "optimizer steps between checkpoints; 0: one at the end alone", minimum=0,
+        on_resume=FREE)
     checkpoints_total_limit: int = flag(
         "checkpoints and logs", 3, "number of checkpoints to keep, the newest ones; 0: all", minimum=0, on_resume=FREE)
     resume_from_checkpoint: str | None = flag(
         "checkpoints and logs", None, "checkpoint to continue from: the newest, or a path", metavar="latest|PATH",
         on_resume=FREE)
     report_to: str = flag(
-        "checkpoints and logs", "tensorboard", "a tracker that accelerate knows, or all, or none", metavar="TRACKER",
+        "checkpoints and logs", "tensorboard", "a tracker that accelerate supports, all, or none", metavar="TRACKER",
         on_resume=FREE)
     logging_dir: str = flag(
         "checkpoints and logs", "logs", "folder of TensorBoard's files, inside --output_dir", metavar="DIR",
@@ -1737,8 +1746,8 @@ class Args:
     hub_model_id: str | None = flag(
         "Hub", None, "repository to upload to; unset: the name of --output_dir", metavar="REPOSITORY", on_resume=FREE)
     hub_token: str | None = flag(
-        "Hub", None, "token; `hf auth login` or HF_TOKEN is safer, since command lines are seen and logged",
-        metavar="TOKEN", parse=str.strip, on_resume=FREE, secret=True)
+        "Hub", None, "token; `hf auth login` or HF_TOKEN is safer, since command lines can be seen and logged",
+        metavar="TOKEN", parse=str.strip, on_resume=FREE)
 # fmt: on
 
 
@@ -1753,11 +1762,38 @@ def parse_args(argv: list[str] | None = None) -> Args:
         values["learning_rate"] = OPTIMIZERS[values["optimizer"]].learning_rate
     if values["lora_alpha"] is None:
         values["lora_alpha"] = values["rank"]
+    is_turbo = "turbo" in values["pretrained_model_name_or_path"].lower()  # made to draw in few steps, unguided
+    if values["num_inference_steps"] is None:
+        values["num_inference_steps"] = 4 if is_turbo else 28
+    if values["guidance_scale"] is None and is_turbo:
+        values["guidance_scale"] = 0.0
     args = Args(**values)
     problems = flag_problems(args) + combination_problems(args)
     if problems:
         parser.error("\n  ".join(problems))
     return args
+
+
+# Flags that do nothing without another one, and the values of that one which they need; (): any.
+NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "class_prompt": ("with_prior_preservation", ()),
+    "class_data_dir": ("with_prior_preservation", ()),
+    "num_class_images": ("with_prior_preservation", ()),
+    "sample_batch_size": ("with_prior_preservation", ()),
+    "class_every_n_samples": ("with_prior_preservation", ()),
+    "prior_loss_weight": ("with_prior_preservation", ()),
+    "validation_steps": ("validation_prompt", ()),
+    "lr_num_cycles": ("lr_scheduler", ("cosine_with_restarts",)),
+    "lr_power": ("lr_scheduler", ("polynomial",)),
+    "lr_warmup_steps": (
+        "lr_scheduler",
+        ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    ),
+    "logit_mean": ("weighting_scheme", ("logit_normal",)),
+    "logit_std": ("weighting_scheme", ("logit_normal",)),
+    "mode_scale": ("weighting_scheme", ("mode",)),
+    "hub_private_repo": ("push_to_hub", ()),
+}
 
 
 def combination_problems(args: Args) -> list[str]:
@@ -1769,21 +1805,38 @@ def combination_problems(args: Args) -> list[str]:
         given = f"--resolution {listed(args.resolution)}, --aspect_ratio_buckets {args.aspect_ratio_buckets}"
         problems.append(f"{given}: sides must be multiples of 16, and shapes have the form height,width;height,width")
     if len(args.resolution) > 1 and args.aspect_ratio_buckets not in (None, "auto"):
-        problems.append("--aspect_ratio_buckets with shapes of your own goes with a single --resolution")
+        problems.append("--aspect_ratio_buckets with custom shapes needs a single --resolution")
     if args.hub_token and args.report_to in ("wandb", "all"):
         problems.append("--hub_token with --report_to wandb could expose the token; use `hf auth login` instead")
     if len(args.validation_prompt) > 2 and " " not in "".join(args.validation_prompt):
         problems.append('--validation_prompt: prompts of several words need quotes, such as "a photo of sks dog"')
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
-        problems.append(f"--lr_scheduler polynomial ends at 1e-07; --learning_rate {args.learning_rate} must be above")
-    if args.use_8bit_adam and not args.optimizer.startswith(("adamw", "paged_adamw")):
+        problems.append(
+            f"--lr_scheduler polynomial ends at 1e-07; --learning_rate {args.learning_rate} must be higher"
+        )
+    if args.use_8bit_adam and not args.optimizer.endswith("8bit"):
         problems.append(f"--use_8bit_adam and --optimizer {args.optimizer} are two different optimizers: choose one")
     if args.scale_lr and args.optimizer == "prodigy":
-        problems.append("--scale_lr scales a learning rate, but --optimizer prodigy finds it: leave one of them out")
+        problems.append("--scale_lr scales a learning rate, but --optimizer prodigy finds it: drop one")
     if args.with_prior_preservation and not args.class_prompt:
         problems.append('--with_prior_preservation needs --class_prompt, such as "a photo of a dog"')
-    if args.with_prior_preservation and class_folder(args).resolve() == args.instance_data_dir.resolve():
-        problems.append(f"--class_data_dir {args.class_data_dir} is the folder of the subject")
+    if args.class_prompt == args.instance_prompt:
+        problems.append("--class_prompt is --instance_prompt; it must name the class without the rare word")
+    if args.push_to_hub:
+        try:
+            validate_repo_id(name_of_lora(args))
+        except HFValidationError as error:
+            problems.append(f"--push_to_hub: {first_line(error)}. Choose a name with --hub_model_id")
+    if args.with_prior_preservation and os.path.realpath(class_folder(args)) == os.path.realpath(
+        args.instance_data_dir
+    ):
+        problems.append(f"{class_folder(args)} holds the images of the subject; choose another --class_data_dir")
+    defaults = {each.name: each.default for each in fields(Args)}
+    for name, (needed, values) in NEEDS.items():
+        has_it = getattr(args, needed) in values if values else bool(getattr(args, needed))
+        if getattr(args, name) != defaults[name] and not has_it:
+            choices = f" {' or '.join(values)}" if values else ""
+            problems.append(f"--{name} does nothing without --{needed}{choices}")
     return problems
 
 
@@ -1802,7 +1855,7 @@ def flag_problems(args: Args) -> list[str]:
                 if not low <= value <= high:  # this way around, since nan compares as False
                     problems.append(f"--{each.name} {value} is not between {low} and {high}")
             if re.fullmatch(r"['\u2018\u201c]\S*", str(value)):  # the first word of what such quotes were to hold
-                problems.append(f'--{each.name} {value} begins with a quote; "these quotes" work everywhere')
+                problems.append(f'--{each.name} {value} begins with a quote; use "double quotes"')
             try:
                 str(value).encode()
             except UnicodeEncodeError:
@@ -1819,7 +1872,7 @@ class Parser(argparse.ArgumentParser):
     """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
     def __init__(self, flags: type, description: str) -> None:
-        epilog = "Flags can also be read from a file, one with its value per line: @FILE."
+        epilog = "@FILE reads flags from a file, one flag and its value per line."
         super().__init__(usage="%(prog)s [FLAGS]", description=description, allow_abbrev=False, epilog=epilog)
         types = get_type_hints(flags)
         groups: dict[str, Any] = {}
@@ -1837,7 +1890,7 @@ class Parser(argparse.ArgumentParser):
         """End the program with one message, where argparse would print its usage of all flags first."""
         message = re.sub(r"hf_\w+", "hf_...", message).translate(CONTROLS)
         if message.startswith("unrecognized arguments") and re.search("['\u201c\u201d]", message):
-            message += '\nOnly "these quotes" hold words together everywhere; Windows takes others for letters.'
+            message += '\nUse "double quotes": Windows treats other quotes as letters.'
         self.exit(2, f"{self.prog}: error: {message}\nSee --help for all flags.\n")
 
     def unknown_flags(self, argv: list[str]) -> list[str]:
@@ -1936,10 +1989,10 @@ def with_flag_files(argv: list[str], seen: set[Path]) -> list[str]:
 def read_flag_file(path: Path) -> list[str]:
     """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
     arguments = []
-    with reading(path, "Flags are UTF-8 text, one with its value per line."):
+    with reading(path, "It must be UTF-8 text, a flag a line. A prompt that begins with @: --prompt=@..."):
         data = path.read_bytes()
         if b"\0" in data:
-            raise ValueError("it is UTF-16 or no text; save it as UTF-8")
+            raise ValueError("it is UTF-16 or not text; save it as UTF-8")
         text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
         for number, line in enumerate(text.splitlines(), start=1):
             inside_words = "\ue000"  # in place of a # in a word, such as C#, which shlex would take for a comment
@@ -1977,7 +2030,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     start_lora = read_start_lora(args, base_model, problems)
     photos = find_photos(args, problems)
     examples = find_examples(photos.paths, args, base_model, accelerator, problems)
-    check_masks(examples, args, problems)
+    check_masks(photos, examples, args, problems)
     check_class_images(args, base_model, accelerator, problems)
     embeddings = open_embeddings(args, base_model, photos, problems)
     examples = with_prompts(examples, embeddings, args, problems)
@@ -2004,7 +2057,12 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
             settings={},  # they describe the plan, so they follow once it exists
         )
         plan = replace(plan, settings=comparable_settings(args, plan, accelerator))
-        check_resume(args, plan, problems)
+        if args.lr_warmup_steps >= max_train_steps:
+            problems.add(
+                f"--lr_warmup_steps {args.lr_warmup_steps} is as long as the run of {max_train_steps} steps, which "
+                "would never reach its learning rate. Use fewer, or 0: a LoRA starts at zero and needs none."
+            )
+        check_resume(plan, problems)
         describe_plan(args, plan, problems)
     problems.stop_if_any()
     assert plan is not None  # what was not found was a problem
@@ -2012,7 +2070,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
 
 
 class Problems:
-    """What the checks of this process have to say: notes, and problems that end the run."""
+    """Notes from this process's checks, and problems that end the run."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -2049,12 +2107,12 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         problems.add(f"{torch.cuda.get_device_name()} only emulates bf16; use --mixed_precision fp16.")
     if accelerator.device.type == "cpu":
         problems.note(
-            f"no GPU: torch {torch.__version__}; SD3 would take days here. For a torch that uses an NVIDIA GPU, run: "
+            f"no GPU: torch {torch.__version__} finds none, and SD3 would take days. For an NVIDIA GPU, run: "
             "pip install uv && uv pip install --reinstall torch --torch-backend=auto"
         )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":
-        problems.note(f"--dynamo_backend {backend} of accelerate's configuration is ignored: nothing is compiled")
+        problems.note(f"accelerate's --dynamo_backend {backend} is ignored: nothing is compiled")
     if args.quantize_base and not on_cuda:
         problems.add("--quantize_base needs a GPU.")
     if args.report_to not in ("none", "all") and not accelerator.log_with:
@@ -2111,7 +2169,7 @@ def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
     if not wanted:
         if existing:
             problems.add(
-                f"{args.output_dir} has checkpoints of an earlier run (last: {existing[-1].name}). To go on with it, "
+                f"{args.output_dir} has checkpoints from an earlier run (last: {existing[-1].name}). To continue it, "
                 "add --resume_from_checkpoint latest. For a new run, choose another --output_dir."
             )
         return {}
@@ -2124,18 +2182,15 @@ def find_checkpoint(args: Args, problems: Problems) -> dict[str, Any]:
         return {}
     try:
         checkpoint = read_state(path)
-    except Exception as error:  # a file that is missing, locked or damaged fails in many ways
+    except UserError as error:
         names = ", ".join(each.name for each in existing) or "none"
         problems.add(
-            f"--resume_from_checkpoint {wanted}: {path} cannot be read ({first_line(error)}). {args.output_dir} has: "
-            f"{names}."
+            f"--resume_from_checkpoint {wanted}: {first_line(error)}. Use another one; {args.output_dir} has: {names}."
         )
         return {}
     later = [each.name for each in existing if step_of(each) > checkpoint["global_step"]]
     if later:
-        problems.note(
-            f"the first checkpoint that is saved replaces {', '.join(later)}; another --output_dir keeps them"
-        )
+        problems.note(f"the first new checkpoint replaces {', '.join(later)}; another --output_dir keeps them")
     return checkpoint
 
 
@@ -2172,6 +2227,11 @@ def inspect_base_model(args: Args, problems: Problems) -> BaseModel | None:
         if not lora_targets(skeleton, layer):
             problems.add(f"--lora_layers: the transformer has no linear layer {layer}.")
     return BaseModel(files, skeleton, files.commit or digest_of_weights(files), noise_scheduler)
+
+
+def download_weights(args: Args) -> None:
+    """Download the weights that are not there yet; preflight has fetched the small files alone. Raises UserError."""
+    resolve_model(args, WEIGHTS, args.hub_token)
 
 
 def note_download(args: Args, problems: Problems) -> None:
@@ -2277,14 +2337,14 @@ def open_embeddings(
         config = base_model.skeleton.config
         widths = [rows[0][name].shape[-1] for name in PromptEmbeddings.TENSORS]
         if widths != [config.joint_attention_dim, config.pooled_projection_dim]:
-            problems.add(f"{path} was computed with another kind of model. {fix}")
+            problems.add(f"{path} was computed with a different type of model. {fix}")
     length = about["max_sequence_length"]
     if args.max_sequence_length is not None and args.max_sequence_length != length:
         problems.add(f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {fix}")
     if about["captions"] != photos.captions:
         problems.add(f"Captions were added, changed or removed since {path} was computed. {fix}")
     if unknown:
-        problems.add(f"{path} has no embeddings of {', '.join(repr(prompt) for prompt in unknown)}. {fix}")
+        problems.add(f"{path} has no embeddings for {', '.join(repr(prompt) for prompt in unknown)}. {fix}")
     return embeddings
 
 
@@ -2330,15 +2390,25 @@ def with_prompts(
     prompt = args.instance_prompt
     captions = {example.prompt for example in examples}
     if prompt in embeddings.row_of_prompt and prompt != embeddings.about.get("prompt") and prompt not in captions:
-        problems.add(f"No image in {path} has the caption {prompt!r} of --instance_prompt. {fix}")
+        problems.add(f"No image in {path} has --instance_prompt {prompt!r} as its caption. {fix}")
     return examples
 
 
-def check_masks(examples: list[Example], args: Args, problems: Problems) -> None:
-    """Check that some image has a mask, if --alpha_mask is to mean something."""
-    has_masks = any(example.has_alpha or example.mask for example in examples)
-    if args.alpha_mask and examples and not has_masks:
+def check_masks(photos: Photos, examples: list[Example], args: Args, problems: Problems) -> None:
+    """Check that some image has a mask, if --alpha_mask is to mean something; note what may be meant as a mask."""
+    masked = paths_of([example for example in examples if example.has_alpha or example.mask])
+    count = f"{len(masked)} of {count_of(len(photos.paths), 'image')}"
+    if args.alpha_mask and examples and not masked:
         problems.add(f"--alpha_mask: no image has an alpha channel or a mask: NAME{', NAME'.join(MASK_ENDINGS)}.")
+    elif args.alpha_mask and len(masked) < len(photos.paths):
+        problems.note(f"--alpha_mask: {count} have a mask; of the others all is learned")
+    beside = masks_beside(photos.paths)
+    if beside and not args.alpha_mask:
+        problems.note(f"masks that are not used without --alpha_mask: {len(beside)} (first: {min(beside.values())})")
+    stems = {path.stem for path in photos.paths}
+    likely = [path for path in photos.paths if path.stem.removesuffix("mask").rstrip("-_. ") in stems - {path.stem}]
+    if likely:
+        problems.note(f"trained as photos, though named like masks: {len(likely)} (first: {likely[0]})")
 
 
 def check_encoded_masks(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
@@ -2353,9 +2423,7 @@ def check_encoded_masks(examples: list[Example], args: Args, accelerator: Accele
                 dark.append(example)
     if dark:
         count = f"{len(paths_of(dark))} (first: {dark[0].path})"
-        found = (
-            f"images whose mask is nowhere brighter than 127 of 255: {count}; it must be white where the subject is"
-        )
+        found = f"masks with no pixel above 127 of 255: {count}; a mask must be white on the subject"
         if len(dark) == len(examples):
             problems.add(f"--alpha_mask: {found}.")
         else:
@@ -2367,7 +2435,24 @@ def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Ac
     """Read the class images that exist and have no latents yet, before the others are generated, which takes long."""
     if not args.with_prior_preservation:
         return
-    paths = find_images(class_folder(args))[: args.num_class_images]
+    found = find_images(class_folder(args))
+    paths = found[: args.num_class_images]
+    if len(paths) < len(found):
+        problems.note(f"{len(paths)} of {len(found)} class images are used, as many as --num_class_images")
+    made_by = class_folder(args) / MADE_BY
+    if made_by.exists():
+        try:
+            with reading(made_by, ""):
+                before = json.loads(made_by.read_text("utf-8"))
+                differences = [name for name, value in class_images_made_by(args).items() if before[name] != value]
+        except UserError as error:
+            problems.add(str(error))
+        else:
+            if differences:
+                problems.add(
+                    f"The images in {class_folder(args)} were generated with another {differences[0]} "
+                    f"({before[differences[0]]}). Choose another --class_data_dir."
+                )
     examples = find_examples(paths, args, base_model, accelerator, problems)
     for example in examples[accelerator.process_index :: accelerator.num_processes]:
         try:
@@ -2381,19 +2466,19 @@ def note_odd_sizes(examples: list[Example], args: Args, problems: Problems) -> N
     """Note images that are enlarged more than twice, those that a resolution leaves out, and those mostly cut off."""
     enlarged = paths_of([each for each in examples if enlargement(each.size, each.shape) > 2])
     if enlarged:
-        problems.note(f"images that are enlarged more than twice: {len(enlarged)} (first: {enlarged[0]})")
+        problems.note(f"{count_of(len(enlarged), 'image')} enlarged more than 2x (first: {enlarged[0]})")
     counts = Counter(example.path for example in examples)
     small = [path for path, count in counts.items() if count < len(args.resolution)]
     if small:
         problems.note(
-            f"images too small for {max(args.resolution)} pixels, trained at lower resolutions alone: {len(small)} "
-            f"(first: {small[0]})"
+            f"{count_of(len(small), 'image')} too small for {max(args.resolution)} pixels, used only at lower "
+            f"resolutions (first: {small[0]})"
         )
     oblong = paths_of([each for each in examples if shown_share(each.size, each.shape) < 0.5])
     if oblong:
         problems.note(
-            f"images of which a crop shows less than half: {len(oblong)} (first: {oblong[0]}); crop "
-            "them to the subject, or use --aspect_ratio_buckets"
+            f"a crop shows less than half of {count_of(len(oblong), 'image')} (first: {oblong[0]}); crop them to the "
+            "subject, or use --aspect_ratio_buckets"
         )
 
 
@@ -2413,20 +2498,25 @@ COMMON_WORDS |= {"photo", "picture", "image", "painting", "drawing", "style"}
 
 
 def note_captions_without_rare_word(examples: list[Example], args: Args, problems: Problems) -> None:
-    """Note captions without any of the words that are to stand for the subject."""
-    common = COMMON_WORDS | words_of(args.class_prompt or "")
-    rare = words_of(args.instance_prompt) - common
+    """Note captions without any of the words that are to stand for the subject.
+
+    These are the words of --instance_prompt that the class prompt lacks; of "sks cat" those that captions have least.
+    """
+    captions = [words_of(example.prompt) for example in examples]
+    rare = words_of(args.instance_prompt) - COMMON_WORDS - words_of(args.class_prompt or "")
+    counts = {word: sum(word in words for words in captions) for word in rare}
+    rare = {word for word in rare if counts[word] == min(counts.values())}
     without = paths_of([each for each in examples if each.prompt and not rare & words_of(each.prompt)])
     if rare and without:
         words = ", ".join(sorted(rare))
         problems.note(
-            f"captions without any of the words {words}: {len(without)} (first: that of {without[0]}); these images "
-            "do not teach what --instance_prompt means"
+            f"captions with none of the words {words}: {len(without)} (first: that of {without[0]}); these images do "
+            "not teach what --instance_prompt means"
         )
 
 
 def words_of(prompt: str) -> set[str]:
-    """Return the words of a prompt in small letters."""
+    """Return the words of a prompt in lowercase."""
     return set(re.findall(r"\w+", prompt.lower()))
 
 
@@ -2462,7 +2552,7 @@ def samples_per_epoch(args: Args, examples: list[Example]) -> int:
 
 def find_preview_steps(args: Args, examples: list[Example], samples_per_step: int, max_train_steps: int) -> set[int]:
     """Return the steps after which previews are drawn: each one that completes another period, counted in samples."""
-    if not args.validation_prompt:
+    if not args.validation_prompt or args.validation_steps == 0:
         return set()
     if args.validation_steps:
         period = args.validation_steps * samples_per_step
@@ -2475,7 +2565,7 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
     """Return what a run that resumes this one is compared with: flags, and what was found out about the data."""
     settings: dict[str, object] = {}
     for each in fields(args):
-        if each.metadata["on_resume"] != FREE and not each.metadata["secret"]:
+        if each.metadata["on_resume"] != FREE:
             settings[each.name] = getattr(args, each.name)
     settings["resolution"] = listed(args.resolution)  # trackers take no tuple
     about = plan.embeddings.about
@@ -2493,7 +2583,7 @@ def comparable_settings(args: Args, plan: Plan, accelerator: Accelerator) -> dic
     }
 
 
-def check_resume(args: Args, plan: Plan, problems: Problems) -> None:
+def check_resume(plan: Plan, problems: Problems) -> None:
     """Compare the settings with those of the checkpoint: some must be the same, others are followed with a note."""
     if not plan.checkpoint:
         return
@@ -2539,6 +2629,15 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     if len(args.resolution) > 1:
         images += f" at the resolutions {listed(args.resolution)}"
     problems.note(f"{images}, {steps}: {epochs:.{digits}f} epochs, seed {plan.seed}")
+    if not args.max_train_steps and plan.max_train_steps < 100:
+        problems.note(
+            f"--num_train_epochs {args.num_train_epochs} is {count_of(plan.max_train_steps, 'step')} here; "
+            "--max_train_steps sets their number, a few hundred for a subject"
+        )
+    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
+        problems.note(
+            f"--optimizer prodigy multiplies what it finds by --learning_rate {args.learning_rate}: leave that out"
+        )
     if args.validation_prompt or args.with_prior_preservation:
         guidance = guidance_of(args, plan.base_model.skeleton.config)
         problems.note(f"previews and class images: {args.num_inference_steps} steps, --guidance_scale {guidance:g}")
@@ -2556,12 +2655,12 @@ with suppress(ImportError):  # the photos of many phones
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-# Pillow's own limits stay, but such photos and such texts, of programs that note how an image was made, do exist.
+# Pillow's own limits are lower than what phones take and what image generators write into a PNG's text.
 Image.MAX_IMAGE_PIXELS = 200_000_000  # as phones make them; it refuses twice as many
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as datasets' ImageFolder reads them
-CAPTION_SUFFIXES = (".txt", ".caption")  # of the files beside their images, the first one wins
+CAPTION_SUFFIXES = (".txt", ".caption")  # of the files beside their images
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -2575,7 +2674,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def comparable(name: object) -> str:
-    """Return a file's name as names are compared: in small letters, as on Windows, and in one Unicode form.
+    """Return a file's name as names are compared: in lowercase, as on Windows, and in one Unicode form.
 
     A Mac may have written accents apart from their letters (NFD), where other systems have one character (NFC).
     """
@@ -2595,13 +2694,15 @@ def files_by_name(paths: list[Path]) -> dict[str, Path]:
     return {comparable(path.name): path for path in paths} | {path.name: path for path in paths}
 
 
-def sidecar_of(image: Path, files: dict[str, Path]) -> Path | None:
-    """Return the file with the caption of an image, of files by name; one in the image's own letters wins."""
+def sidecars_of(image: Path, files: dict[str, Path]) -> list[Path]:
+    """Return the files with captions of an image, of files by name; an exact match of its letters wins."""
+    sidecars = []
     for suffix in CAPTION_SUFFIXES:
-        for name in (f"{image.stem}{suffix}", comparable(f"{image.stem}{suffix}")):
-            if name in files:
-                return files[name]
-    return None
+        name = f"{image.stem}{suffix}"
+        path = files.get(name) or files.get(comparable(name))
+        if path:
+            sidecars.append(path)
+    return sidecars
 
 
 def digest_of_captions(folder: Path) -> str:
@@ -2609,9 +2710,7 @@ def digest_of_captions(folder: Path) -> str:
     files = files_by_name(sorted(folder.glob("[!.]*")))
     paths = {files[name] for name in METADATA_NAMES if name in files}
     for image in find_images(folder):
-        sidecar = sidecar_of(image, files)
-        if sidecar:
-            paths.add(sidecar)
+        paths.update(sidecars_of(image, files))
     entries = sorted([comparable(path.name), sha256_of(path)] for path in paths)
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
@@ -2742,14 +2841,14 @@ def read_image(path: Path, mask_path: Path | None) -> tuple[Image.Image, Image.I
 
 
 class UserError(Exception):
-    """What the user of this program can mend; the message says what, where and how."""
+    """A mistake that the user can fix; the message says what, where and how."""
 
 
 @contextmanager
 def reading(path: Path, advice: str) -> Iterator[None]:
     """Turn whatever reading a user's file raises into a UserError. Keep the block to reading, and to what is used.
 
-    Only a regular file is read: a pipe would be waited for forever.
+    Only a regular file is read: reading a pipe could block forever.
     """
     try:
         if not path.exists():
@@ -2796,10 +2895,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Rename a file over another one, after up to 2 s if that is open elsewhere.
-
-    Windows refuses it for as long as a virus scanner, a program that synchronizes or a viewer has the file open.
-    """
+    """Replace a file, retrying for up to 2 s: Windows refuses while a virus scanner or a viewer has it open."""
     for _ in range(20):
         with suppress(PermissionError):
             os.replace(source, target)
@@ -2892,7 +2988,7 @@ def download(args: Args, patterns: list[str], token: str | None, **kwargs: Any) 
             name, revision=args.revision, cache_dir=args.cache_dir, token=token, allow_patterns=patterns, **kwargs
         )
     except HFValidationError as error:
-        raise UserError(f"There is no folder {name}, and no repository can have this name.") from error
+        raise UserError(f"There is no folder {name}, and this is not a valid name of a repository.") from error
     except Exception as error:  # of the Hub, the network or the file system, which share no class
         raise UserError(
             f"Cannot load {name}: {first_line(error)}. There is no such folder. If it is a repository, it may be "
@@ -2922,8 +3018,8 @@ def loading(model: LocalModel, part: str) -> Iterator[None]:
         raise
     except Exception as error:  # of the file system, safetensors or the library, which share no class
         raise UserError(
-            f"Cannot load {part} of {model.name}: {first_line(error)}. It must be as diffusers' save_pretrained "
-            "writes it, with whole weight files in the safetensors format."
+            f"Cannot load {part} of {model.name}: {first_line(error)}. It must be laid out as diffusers' "
+            "save_pretrained writes it, with complete weight files in the safetensors format."
         ) from error
 
 
@@ -2949,7 +3045,7 @@ def load_part(load: Callable[..., Any], model: LocalModel, part: str, **kwargs: 
             if names:
                 differences.append(f"{len(names)} {kind} (first: {names[0]})")
         if differences:
-            raise ValueError(f"tensors in its files that differ from those of the part: {', '.join(differences)}")
+            raise ValueError(f"its tensors do not match the model: {', '.join(differences)}")
     return loaded
 
 
@@ -3050,7 +3146,7 @@ def noted_logging(accelerator: Accelerator) -> Iterator[None]:
     except OSError as error:
         if is_full_disk(error):
             raise
-        print(f"note: nothing more is logged: {error}")
+        print(f"note: logging stops: {error}")
         accelerator.trackers.clear()  # TensorBoard would raise the same error at each step
 
 
@@ -3066,11 +3162,11 @@ def lock_output_dir(folder: Path, accelerator: Accelerator) -> Iterator[None]:
             lock.acquire()
     except Timeout:
         problems.add(
-            f"Another training is writing to {folder}: wait for it, or use another --output_dir. If none is running, "
+            f"Another run is writing to {folder}: wait for it, or use another --output_dir. If none is running, "
             f"another machine has left its lock: delete {lock.lock_file}."
         )
     except (OSError, NotImplementedError) as error:
-        problems.note(f"{folder} cannot be locked ({error}): keep other trainings out of it")
+        problems.note(f"{folder} cannot be locked ({error}): keep other runs out of it")
     problems.stop_if_any()
     try:
         if accelerator.is_main_process:
@@ -3140,6 +3236,28 @@ def ignore_end_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+LATER_KERNELS = 256 * 2**20  # bytes of GPU memory: bitsandbytes' are loaded in the first optimizer step
+
+
+def limit_gpu_memory(device: torch.device, dtype: torch.dtype) -> None:
+    """Let torch allocate what is free on the GPU, less a reserve for kernels that are loaded later.
+
+    The driver of Windows and WSL2 would go on in RAM, where every try fits and a step takes minutes.
+    """
+    ones = torch.ones(32, 32, device=device, dtype=dtype, requires_grad=True)
+    (ones @ ones).sum().backward()  # creates cuBLAS's handles, which live outside of torch's allocator
+    free, total = torch.cuda.mem_get_info()
+    limit = (free + torch.cuda.memory_reserved() - LATER_KERNELS) / total
+    with suppress(AttributeError):  # a device that only answers for CUDA may have no limit to set
+        torch.cuda.set_per_process_memory_fraction(max(limit, 0.0))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that the GPU is full; what is allocated beside torch's allocator has other errors."""
+    pattern = "CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_ALLOC_FAILED|out of memory"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(pattern, str(error)))
+
+
 @contextmanager
 def explained_errors() -> Iterator[None]:
     """Turn errors that preflight cannot foresee into one message; an unexpected error keeps its traceback."""
@@ -3155,11 +3273,11 @@ def explained_errors() -> Iterator[None]:
         message = explanation(error)
         if message:
             raise SystemExit(message.translate(CONTROLS)) from error
-        print(f"{NOTHING_LOST}. This error is not one that the program expects:", file=sys.stderr)
+        print(f"{NOTHING_LOST}. Unexpected error:", file=sys.stderr)
         raise
 
 
-NOTHING_LOST = "What was saved before is complete"
+NOTHING_LOST = "Saved files are intact"
 
 
 def explanation(error: Exception) -> str:
@@ -3171,15 +3289,15 @@ def explanation(error: Exception) -> str:
         return "Another process of this run has ended: see its message."
     if is_out_of_memory(error):
         fixes = "--gradient_checkpointing, --train_batch_size 1, a lower --resolution, --quantize_base nf4"
-        return f"Out of GPU memory, {peak_memory()}. What helps, cheapest first: {fixes}."
+        return f"Out of GPU memory, {peak_memory()}. Try, cheapest first: {fixes}."
     if is_full_disk(error):
         return f"The disk is full ({error}). {NOTHING_LOST}: make room and resume."
     names_file = isinstance(error, OSError) and error.filename is not None
     if names_file or isinstance(error, FileNotFoundError | PermissionError):  # a user's file or folder
         reason = str(error).rstrip().rpartition("\n")[2]  # a data worker's has its traceback above it
-        return f"{reason}. {NOTHING_LOST}: fix that and run {AGAIN} if training had begun."
+        return f"{reason}. {NOTHING_LOST}: fix this and run {AGAIN} if training had begun."
     if "DataLoader worker (pid" in str(error):  # it was killed; an error inside a worker speaks for itself
-        return f"{error} Usually RAM is short: use --dataloader_num_workers 0."
+        return f"{error} The usual cause is too little RAM: use --dataloader_num_workers 0."
     return ""
 
 

@@ -242,7 +242,7 @@ def test_an_image_that_is_there_twice_is_noted(folder: Path, capsys: pytest.Capt
     """A copy under another name doubles its weight."""
     shutil.copy(folder / "a.jpg", folder / "z.jpg")
     captions_of(folder)
-    assert f"twice as often: 1 (first: {folder / 'z.jpg'} is a.jpg)" in capsys.readouterr().out
+    assert f"once per copy: 1 (first: {folder / 'z.jpg'} is a.jpg)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"file_name;text\na.jpg;dog\n", "file_name,text\n".encode("utf-16")])

@@ -179,7 +179,7 @@ def test_a_folder_that_is_taken_is_one_message(launch: Launch, tmp_path: Path) -
     """Every process hears of it, and ends."""
     with FileLock(tmp_path / ".lock"):
         [printed] = finish(launch(tmp_path), code=1)
-    assert printed.count(f"Another training is writing to {tmp_path}") == 1 and SCRIPT_LINE not in printed
+    assert printed.count(f"Another run is writing to {tmp_path}") == 1 and SCRIPT_LINE not in printed
 
 
 def test_what_each_process_finds_is_one_message(launch: Launch, photos: Path, tmp_path: Path) -> None:

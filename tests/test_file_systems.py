@@ -165,14 +165,14 @@ def test_a_log_that_cannot_be_written_ends_no_run(
     monkeypatch.setattr(gfile.LocalFileSystem, "append", append)
     assert equal(lora(train(PREVIEWS)), expected)
     said = capsys.readouterr()
-    assert said.out.count("note: nothing more is logged: [Errno 13]") == 1 and "Traceback" not in said.err
+    assert said.out.count("note: logging stops: [Errno 13]") == 1 and "Traceback" not in said.err
 
 
 def test_a_refused_write_is_one_message(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It names the file and what is safe; any other error keeps its traceback."""
     broken = refuse(errno.EIO, lambda file: "checkpoint-4" in file.name)
     monkeypatch.setattr(trainer, "flush_to_disk", broken(trainer.flush_to_disk))
-    with pytest.raises(SystemExit, match=f"{tmp_path}.*checkpoint-4.*What was saved before is complete"):
+    with pytest.raises(SystemExit, match=f"{tmp_path}.*checkpoint-4.*Saved files are intact"):
         train()
     monkeypatch.setattr(trainer, "write_file", lambda *_: {}["of an extender"])
     with pytest.raises(KeyError):
@@ -193,7 +193,7 @@ def test_latents_that_are_gone_are_one_message(train: Train, monkeypatch: pytest
         patch.setattr(trainer, "choose_recomputation", tidy)
         with pytest.raises(SystemExit) as ended:
             train(f"--dataloader_num_workers={workers}")
-    assert re.fullmatch(".*latents/.*safetensors.* What was saved before is complete.*", str(ended.value))  # one line
+    assert re.fullmatch(".*latents/.*safetensors.* Saved files are intact.*", str(ended.value))  # one line
     assert lora(train())
 
 

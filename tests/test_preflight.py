@@ -81,7 +81,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert "a.jpg: trained as 80 x 48" in told
     assert told.count(repr(PROMPT)) == 5 and "4 steps of 5 samples: 4.0 epochs, seed 0" in told
     assert not output.exists()
-    with pytest.raises(SystemExit, match="no embeddings of 'a cow'"):
+    with pytest.raises(SystemExit, match="no embeddings for 'a cow'"):
         train("--dry_run", "--validation_prompt=a cow")
 
 
@@ -90,11 +90,11 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     (["--instance_data_dir=nowhere"], "--instance_data_dir nowhere does not exist"),
     (["--resume_from_checkpoint=nowhere"], "--resume_from_checkpoint nowhere"),
     (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot load nowhere/nothing"),
-    (["--instance_prompt=another prompt"], "has no embeddings of 'another prompt'"),
+    (["--instance_prompt=another prompt"], "has no embeddings for 'another prompt'"),
     (["--max_sequence_length=256"], "has 77 T5 tokens, not --max_sequence_length 256"),
     (["--resolution=1040"], "--resolution 1040 .*1040 pixels .*1024"),
     (["--report_to=comet_ml"], "--report_to comet_ml is not installed"),
-    (["--with_prior_preservation", "--class_prompt=a dog"], "(?s)no embeddings of 'a dog'.*--class_prompt 'a dog'"),
+    (["--with_prior_preservation", "--class_prompt=a dog"], "(?s)no embeddings for 'a dog'.*--class_prompt 'a dog'"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_model_loads(
     train: Train, monkeypatch: pytest.MonkeyPatch, flags: list[str], part: str

@@ -425,7 +425,7 @@ def test_a_second_training_in_the_same_folder_is_one_message(train: Train) -> No
     with subprocess.Popen([sys.executable, "-c", code, output / ".lock"], stdout=subprocess.PIPE) as owner:
         owner.stdout.readline()
         before = contents(output)
-        with pytest.raises(SystemExit, match=f"Another training is writing to {output}.* {output / '.lock'}"):
+        with pytest.raises(SystemExit, match=f"Another run is writing to {output}.* {output / '.lock'}"):
             train("--checkpointing_steps=1", LATEST, max_train_steps=6)
         assert contents(output) == before
         owner.kill()
