@@ -118,6 +118,7 @@ def compute(args: Args) -> None:
         "max_sequence_length": args.max_sequence_length,
         "t5": args.t5_precision,
         "captions": digest,
+        "rare_word": find_rare_word(args.prompt, model),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")},
     }
     with scratch_folder(path.parent) as scratch:
@@ -285,6 +286,22 @@ def load_tokenizer(load: Any, model: LocalModel, part: str) -> Any:
         if tokenizer.model_max_length > 10**6:  # transformers' value for an unknown length
             raise ValueError("its files are missing")
     return tokenizer
+
+
+def find_rare_word(prompt: str, model: LocalModel) -> str:
+    """Return the word of the prompt that CLIP has seen least, in lowercase; "" without a prompt.
+
+    Its vocabulary is ordered by how often a piece of text was seen: dog is number 1,929 of it, sks 48,136.
+    """
+    tokenizer = load_tokenizer(transformers.CLIPTokenizer, model, "tokenizer")
+    rarest = ""
+    highest = -1
+    for word in re.findall(r"\w+", prompt.lower()):
+        rank = max(tokenizer(word, add_special_tokens=False).input_ids)
+        if rank > highest:
+            rarest = word
+            highest = rank
+    return rarest
 
 
 def note_unseen_text(tokenizer: Any, prompts: list[str], max_length: int, name: str) -> None:

@@ -853,9 +853,9 @@ def stop_if_diverged(args: Args, plan: Plan, state: TrainState, skipped: int, ac
     good = list_checkpoints(args.output_dir)
     where = f"The last good checkpoint is {good[-1]}." if good else "There is no checkpoint."
     message = (
-        f"The training has diverged: the last {count_of(skipped, 'step')} had a loss or gradients that are not finite "
-        "and were skipped. In fp16, so many such steps also end a run that its loss scale falls to 1, below which small "
-        "gradients become zero. Usual causes: a learning rate that is too high, fp16 where the model needs bf16, "
+        f"The training has diverged: the loss or gradients of the last {count_of(skipped, 'step')} were not finite, so "
+        "these were skipped. In fp16, so many such steps also end a run that its loss scale falls to 1, below which "
+        "small gradients become zero. Usual causes: a learning rate that is too high, fp16 where the model needs bf16, "
         f"embeddings of another model. {where} Start again with a lower --learning_rate or another --mixed_precision."
     )
     raise SystemExit(message if accelerator.is_main_process else 1)
@@ -2035,7 +2035,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     embeddings = open_embeddings(args, base_model, photos, problems)
     examples = with_prompts(examples, embeddings, args, problems)
     note_odd_sizes(examples, args, problems)
-    note_captions_without_rare_word(examples, args, problems)
+    note_captions_without_rare_word(examples, embeddings, problems)
 
     # All of it together: how many steps, of what, and whether the checkpoint may be continued with that.
     plan = None
@@ -2493,25 +2493,16 @@ def paths_of(examples: list[Example]) -> list[Path]:
     return list(dict.fromkeys(example.path for example in examples))
 
 
-COMMON_WORDS = {"a", "an", "the", "of", "in", "on", "at", "with", "and"}
-COMMON_WORDS |= {"photo", "picture", "image", "painting", "drawing", "style"}
-
-
-def note_captions_without_rare_word(examples: list[Example], args: Args, problems: Problems) -> None:
-    """Note captions without any of the words that are to stand for the subject.
-
-    These are the words of --instance_prompt that the class prompt lacks; of "sks cat" those that captions have least.
-    """
-    captions = [words_of(example.prompt) for example in examples]
-    rare = words_of(args.instance_prompt) - COMMON_WORDS - words_of(args.class_prompt or "")
-    counts = {word: sum(word in words for words in captions) for word in rare}
-    rare = {word for word in rare if counts[word] == min(counts.values())}
-    without = paths_of([each for each in examples if each.prompt and not rare & words_of(each.prompt)])
-    if rare and without:
-        words = ", ".join(sorted(rare))
+def note_captions_without_rare_word(
+    examples: list[Example], embeddings: PromptEmbeddings | None, problems: Problems
+) -> None:
+    """Note captions without the word that stands for the subject, which is the rarest one of the prompt."""
+    rare_word = embeddings.about["rare_word"] if embeddings else ""
+    without = paths_of([each for each in examples if each.prompt and rare_word not in words_of(each.prompt)])
+    if rare_word and without:
         problems.note(
-            f"captions with none of the words {words}: {len(without)} (first: that of {without[0]}); these images do "
-            "not teach what --instance_prompt means"
+            f"captions without the word {rare_word}: {len(without)} (first: that of {without[0]}); these images do not "
+            "teach what --instance_prompt means"
         )
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import compute_embeddings as embed
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, PREVIEWS, PROMPT, Train, compute, logged, parse
+from conftest import PREVIEW_PROMPT, PREVIEWS, Train, compute, logged, parse
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -138,17 +138,6 @@ def test_a_tiny_photo_is_refused(train: Train, folder: Path) -> None:
     Image.new("RGB", (32, 48)).save(folder / "z.png")
     with pytest.raises(SystemExit, match="z.png has 32 x 48 pixels"):
         train("--dry_run", instance_data_dir=folder)
-
-
-def test_the_rare_word_is_not_the_class(
-    train: Train, tiny: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A caption with "dog" but without "sks" is noted, since others have both."""
-    (folder / "a.txt").write_text("a dog on a sofa")
-    (folder / "c.txt").write_text("sks dog on a sofa")
-    embeddings = compute(tiny, folder, tmp_path / "e.parquet", "--no_t5", f"--prompt={PROMPT}")
-    train("--dry_run", instance_data_dir=folder, data_df_path=embeddings)
-    assert f"with none of the words sks: 1 (first: that of {folder / 'a.jpg'})" in capsys.readouterr().out
 
 
 def test_two_captions_of_a_photo_are_refused(folder: Path) -> None:
