@@ -853,8 +853,8 @@ def stop_if_diverged(args: Args, plan: Plan, state: TrainState, skipped: int, ac
     good = list_checkpoints(args.output_dir)
     where = f"The last good checkpoint is {good[-1]}." if good else "There is no checkpoint."
     message = (
-        f"The training has diverged: the loss or gradients of the last {count_of(skipped, 'step')} were not finite, so "
-        "these were skipped. In fp16, so many such steps also end a run that its loss scale falls to 1, below which "
+        f"The training has diverged: the loss or gradients of the last {count_of(skipped, 'step')} were not finite, "
+        "so these were skipped. In fp16, so many such steps also end a run that its loss scale falls to 1, below which "
         "small gradients become zero. Usual causes: a learning rate that is too high, fp16 where the model needs bf16, "
         f"embeddings of another model. {where} Start again with a lower --learning_rate or another --mixed_precision."
     )
