@@ -854,9 +854,10 @@ def stop_if_diverged(args: Args, plan: Plan, state: TrainState, skipped: int, ac
     where = f"The last good checkpoint is {good[-1]}." if good else "There is no checkpoint."
     message = (
         f"The training has diverged: the loss or gradients of the last {count_of(skipped, 'step')} were not finite, "
-        "so these were skipped. In fp16, so many such steps also end a run that its loss scale falls to 1, below which "
-        "small gradients become zero. Usual causes: a learning rate that is too high, fp16 where the model needs bf16, "
-        f"embeddings of another model. {where} Start again with a lower --learning_rate or another --mixed_precision."
+        "so these were skipped. In fp16, many of them also end a run because its loss scale falls to 1, below which "
+        "small gradients become zero. Usual causes: a learning rate that is too high, fp16 where the model needs "
+        f"bf16, embeddings of another model. {where} Start again with a lower --learning_rate or another "
+        "--mixed_precision."
     )
     raise SystemExit(message if accelerator.is_main_process else 1)
 
@@ -2501,8 +2502,8 @@ def note_captions_without_rare_word(
     without = paths_of([each for each in examples if each.prompt and rare_word not in words_of(each.prompt)])
     if rare_word and without:
         problems.note(
-            f"captions without the word {rare_word}: {len(without)} (first: that of {without[0]}); these images do not "
-            "teach what --instance_prompt means"
+            f"captions without the word {rare_word}: {len(without)} (first: that of {without[0]}); these images do "
+            "not teach what --instance_prompt means"
         )
 
 
