@@ -449,7 +449,7 @@ def sidecars_of(image: Path, files: dict[str, Path]) -> list[Path]:
 
 def clean_caption(text: Any) -> str:
     """Return a caption in one line; raise ValueError if it is none."""
-    is_nan = text != text  # what pandas has for an empty cell
+    is_nan = pd.api.types.is_scalar(text) and pd.isna(text)  # of an empty cell
     if isinstance(text, bool) or not isinstance(text, str | int | float) or is_nan:
         raise ValueError("a caption is missing" if is_nan else f"a caption is {text!r}, which is not text")
     caption = " ".join(str(text).split())

@@ -48,7 +48,7 @@ def fidelity(train: Callable[..., Path], embeddings: Path, **changes: object) ->
 
 def test_fidelity_rises_with_training_and_not_without(train: Callable[..., Path], toy_embeddings: Path) -> None:
     """Five images, 150 steps; untrained samples look like the world's shapes."""
-    untrained = fidelity(train, toy_embeddings, max_train_steps=1, learning_rate=1e-30)
+    untrained = fidelity(train, toy_embeddings, max_train_steps=1, learning_rate=1e-30, output="untrained")
     trained = fidelity(train, toy_embeddings, max_train_steps=150)
     print(f"fidelity {untrained:.3f} untrained, {trained:.3f} trained")
     assert untrained < 0.12 and trained > 2 * untrained
