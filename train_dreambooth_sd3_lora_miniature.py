@@ -827,12 +827,12 @@ def train(
         progress.update()
 
         # Save when it is due, before previews, since they take long, and after the last step, so that more can follow.
-        # A stop saves in any case; a skipped step is not worth removing an older checkpoint.
+        # A step that was skipped is not worth an older checkpoint.
         has_previews = state.global_step in plan.preview_steps
-        is_due = has_previews or state.global_step == plan.max_train_steps
-        if args.checkpointing_steps:
-            is_due = is_due or state.global_step % args.checkpointing_steps == 0
-        if is_main and (report.stops or (is_due and report.is_finite)):
+        is_last = state.global_step == plan.max_train_steps
+        is_due = args.checkpointing_steps > 0 and state.global_step % args.checkpointing_steps == 0
+        is_worth_it = (has_previews or is_due) and report.is_finite
+        if is_main and (report.stops or is_last or is_worth_it):
             save_checkpoint(args, plan, state, accelerator)
             seconds = (time.monotonic() - started) / (state.global_step - state.first_step)
             tqdm.write(f"step {state.global_step}: loss {report.loss:.4f}, {seconds:.2g} s per step, checkpoint saved")
@@ -845,10 +845,12 @@ def train(
 
 
 def stop_if_diverged(args: Args, plan: Plan, state: TrainState, skipped: int, accelerator: Accelerator) -> None:
-    """End a run after so many skipped steps in a row, at its last step, or where fp16's loss scale is used up."""
+    """End a run after so many skipped steps in a row, fewer at its end, or where fp16's loss scale is used up."""
     scale = accelerator.scaler.get_scale() if accelerator.scaler else math.inf  # each skipped step halves it
-    is_last = state.global_step + 1 == plan.max_train_steps
-    if skipped < MAX_SKIPPED_STEPS and scale > 1 and not is_last:
+    tolerated = MAX_SKIPPED_STEPS - 1
+    if state.global_step + 1 == plan.max_train_steps:
+        tolerated = 1 if accelerator.scaler else 0  # the scaler doubles its scale now and then, which costs a step
+    if skipped <= tolerated and scale > 1:
         return
     good = list_checkpoints(args.output_dir)
     where = f"The last good checkpoint is {good[-1]}." if good else "There is no checkpoint."

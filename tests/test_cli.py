@@ -211,7 +211,7 @@ def test_quotes_that_hold_no_words_together_are_named(quotes: str, capsys: pytes
     for flag, text in (("--prompt", "a photo of sks dog"), ("--validation_prompt", "sks dog"), ("--prompt", "dog")):
         with pytest.raises(SystemExit):
             trainer.parse_args([*REQUIRED, flag, *f"{quotes[0]}{text}{quotes[1]}".split()])
-        assert '"these quotes"' in capsys.readouterr().err
+        assert '"double quotes"' in capsys.readouterr().err
 
 
 def test_commands_to_copy_are_quoted_as_their_system_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ def test_what_an_encoder_does_not_see_is_said(
     """A prompt longer than an encoder's tokens is cut; the cut end is printed."""
     compute(tiny, photos, tmp_path / "e.parquet", "--no_t5", "--prompt", "x" * 72 + "farend")
     output = capsys.readouterr().out
-    assert "CLIP reads 77 tokens" in output and "does not see 'end" in output
+    assert "CLIP reads 77 tokens; 1 of 2 prompts" in output and "does not see 'end" in output
 
 
 def before_the_rows(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:

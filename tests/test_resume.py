@@ -50,8 +50,19 @@ def values_of(on_resume: str, without: set[str] = frozenset()) -> dict[str, obje
     return {name: ANOTHER_VALUE[name] for name in names if name not in without}
 
 
+def active(values: dict[str, object]) -> dict[str, object]:
+    """Flags with their values, but for those that would do nothing without another one, and so are refused."""
+    idle = []
+    for name, (needed, choices) in trainer.NEEDS.items():
+        value = values.get(needed, getattr(trainer.Args, needed))
+        if not (value in choices if choices else value):
+            idle.append(name)
+    return {name: value for name, value in values.items() if name not in idle}
+
+
 def command(values: dict[str, object], folder: Path) -> list[str]:
     """A table's flags with their values."""
+    values = active(values)
     texts = {name: str(value).format(folder) for name, value in values.items()}
     return [f"--{name}" if values[name] is True else f"--{name}={text}" for name, text in texts.items()]
 
@@ -201,7 +212,7 @@ def test_what_is_followed_is_noted(
     quantized_on_cpu.allow(monkeypatch.setattr)
     resume(*command(values_of("noted"), tmp_path), "--dry_run")
     [note] = [line for line in capsys.readouterr().out.splitlines() if "changed settings" in line]
-    assert [name for name in values_of("noted") if not re.search(rf"\b{name} .* -> ", note)] == []
+    assert [name for name in active(values_of("noted")) if not re.search(rf"\b{name} .* -> ", note)] == []
 
 
 def test_what_makes_no_other_lora_is_not_mentioned(

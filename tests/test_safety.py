@@ -267,6 +267,18 @@ def test_a_step_that_is_not_finite_is_skipped(train: Train, spoiled: Callable[[r
         assert states[0]["scaler"]["scale"] == 2 * states[1]["scaler"]["scale"]
 
 
+@pytest.mark.parametrize(("precision", "skipped"), [("no", 1), ("fp16", 2)])
+def test_a_run_that_ends_in_such_steps_is_no_success(
+    train: Train, spoiled: Callable[[range], None], precision: str, skipped: int
+) -> None:
+    """The last good checkpoint is named, and no LoRA written; one step is what fp16's scaler costs now and then."""
+    spoiled(range(4 - skipped, 4))
+    with pytest.raises(SystemExit, match="(?s)diverged.*checkpoint-2.*--learning_rate"):
+        train(f"--mixed_precision={precision}", "--checkpointing_steps=2")
+    output = train("--mixed_precision=fp16", output="one step", max_train_steps=4 if skipped == 1 else 3)
+    assert trainer.list_checkpoints(output)
+
+
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_many_such_steps_in_a_row_end_the_run(train: Train, spoiled: Callable[[range], None], precision: str) -> None:
     """With the usual causes; the checkpoint before them is whole."""
