@@ -6,7 +6,7 @@ Stable Diffusion 3 reads a prompt with three text encoders: the two CLIPs run fi
 the next one comes. Peak on a GPU: 7.4 GiB with T5 in 8 bits, 1.7 GiB with --t5_precision exact (counted by
 tests/tools/step_cost.py). The file has one row per distinct prompt, and one for the empty prompt.
 
-A map of this file, from top to bottom. The job ends where the flags begin; what follows is there because of people:
+A map of this file, from top to bottom. The job ends where the flags begin; the rest deals with user input:
 
     Main              the order in which everything happens
     Text encoders     both CLIPs, then T5, into fp16 embeddings
@@ -810,6 +810,7 @@ class Args:
         "files", Path("dog"), "folder with the images of the subject", metavar="DIR", aliases=("instance_data_dir",))
     output_path: Path = flag(
         "files", Path("sample_embeddings.parquet"), "file to write", metavar="FILE", aliases=("data_df_path",))
+# fmt: on
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -987,7 +988,6 @@ def flag_problems(args: Args) -> list[str]:
     return problems
 
 
-
 # -------------------------------------------------------------------------------------------------------------- images
 
 PHOTO_SUFFIXES = (
@@ -1001,6 +1001,8 @@ with suppress(ImportError):  # the photos of many phones
 Image.MAX_IMAGE_PIXELS = 200_000_000  # as phones make them; it refuses twice as many
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 MASK_ENDINGS = (".mask.png", "-masklabel.png", "_mask.png")  # NAME.mask.png is ours, NAME-masklabel.png OneTrainer's
+
+
 def find_images(folder: Path) -> list[Path]:
     """Return the photos directly in a folder, sorted by name, without masks and hidden files."""
     images = []
@@ -1066,11 +1068,7 @@ def opened_photo(path: Path) -> Iterator[Image.Image]:
             yield image
 
 
-
 # ------------------------------------------------------------------------------------------------------ output, errors
-
-
-# fmt: on
 
 
 class UserError(Exception):
