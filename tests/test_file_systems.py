@@ -148,7 +148,9 @@ def test_a_checkpoint_that_cannot_be_read_now_stops_the_start(
     before = [path.read_bytes() for path in states]
     offline = refuse(errno.EACCES, lambda path, *_: Path(path).parent.name == "checkpoint-4")
     monkeypatch.setattr(torch, "load", offline(torch.load))
-    with pytest.raises(SystemExit, match="Cannot start:\n- --resume_from_checkpoint .*checkpoint-4 cannot be read"):
+    with pytest.raises(
+        SystemExit, match="Cannot start:\n- --resume_from_checkpoint .*checkpoint-4/training_state.pt cannot be read"
+    ):
         train("--checkpointing_steps=2", *flags)
     assert [path.read_bytes() for path in states] == before
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import LATEST, PREVIEW_PROMPT, PROMPT, Train, equal, logged, lora, parse
+from conftest import LATEST, PREVIEW_PROMPT, Train, compute, equal, logged, lora, parse
 
 
 def class_flags(folder: Path, count: int = 3) -> list[str]:
@@ -27,7 +27,7 @@ def test_class_images_are_generated_once_and_resumably(train: Train, tmp_path: P
     """From the stored embeddings; what is lost comes back the same but for rounding, the rest is left alone."""
     folder, before = tmp_path / "class", tmp_path / "before"
     train(*class_flags(folder))
-    files = sorted(folder.iterdir())
+    files = sorted(folder.glob("*.png"))
     assert [path.name for path in files] == [f"class-0000{number}.png" for number in range(3)]
     assert all(difference(one, other) > 20 for one, other in itertools.combinations(files, 2))
     shutil.copytree(folder, before)
@@ -35,7 +35,7 @@ def test_class_images_are_generated_once_and_resumably(train: Train, tmp_path: P
     files[1].unlink()
     train(*class_flags(folder), output="again")
     assert difference(files[1], before / files[1].name) <= 1
-    assert sorted(folder.iterdir()) == files and files[2].stat().st_mtime_ns == kept
+    assert sorted(folder.glob("*.png")) == files and files[2].stat().st_mtime_ns == kept
 
 
 def test_other_class_images_are_noted_on_resume(
@@ -51,11 +51,13 @@ def test_other_class_images_are_noted_on_resume(
     assert "class images differ from those that the checkpoint was trained with" in capsys.readouterr().out
 
 
-def test_class_images_of_another_class_are_not_reused(train: Train) -> None:
+def test_class_images_of_another_class_are_not_reused(train: Train, tiny: Path, photos: Path, tmp_path: Path) -> None:
     """Each class prompt has its own folder."""
+    prompts = ["--class_prompt=a dog", f"--validation_prompt={PREVIEW_PROMPT}"]
+    embeddings = compute(tiny, photos, tmp_path / "e.parquet", "--no_t5", *prompts)
     flags = ["--with_prior_preservation", "--num_class_images=1", "--max_train_steps=1"]
-    for prompt in (PREVIEW_PROMPT, PROMPT, PROMPT):
-        output = train(*flags, f"--class_prompt={prompt}")
+    for prompt in (PREVIEW_PROMPT, "a dog", "a dog"):
+        output = train(*flags, f"--class_prompt={prompt}", data_df_path=embeddings)
         shutil.rmtree(output / "checkpoint-1")  # a new run wants a folder without
     assert len(list(output.glob("class_images-*/class-00000.png"))) == 2
 
@@ -84,7 +86,7 @@ def test_class_images_are_made_at_the_largest_resolution_and_trained_at_each(
     monkeypatch.setattr(trainer, "sample_order", order_and_keep)
     flags = [f"--validation_prompt={PREVIEW_PROMPT}", "--num_validation_images=1", "--validation_steps=2"]
     output = train(*class_flags(tmp_path / "class", 2), *flags, "--resolution", "48", "64", "--max_train_steps=8")
-    made = sorted((tmp_path / "class").iterdir())
+    made = sorted((tmp_path / "class").glob("*.png"))
     assert [Image.open(path).size for path in made] == [(64, 64)] * 2
     assert Image.open(output / "samples" / "step-000002-prompt-0-0.png").size == (64, 64)
     shown = [(each.path.name, each.shape[0]) for each in orders[0] if each.path in made]
