@@ -7,10 +7,10 @@
         --use_8bit_adam --max_train_steps 500 --seed 0
 
 Memory for SD3-medium at 1024 x 1024 and rank 4, as counted by tests/tools/step_cost.py: 7.2 GiB of VRAM, and 4.4 GiB
-with --gradient_checkpointing. No text encoder is ever loaded. Everything random about a training sample is a function
-of the seed and the sample's number, so a resumed run continues exactly, and any number of processes sees the same
-samples (where images have several shapes, if batch size times processes stays the same). "The reference" is diffusers'
-examples/research_projects/sd3_lora_colab, whose command line still runs.
+with --gradient_checkpointing. No text encoder is ever loaded. Which image sample n shows follows from the seed and the
+list of images; its crop, noise and noise level follow from the seed and n. So a resumed run continues exactly, and any
+number of processes sees the same samples. "The reference" is diffusers' examples/research_projects/sd3_lora_colab,
+whose command line still runs.
 
 The file is read like a newspaper: what matters most comes first, and a name may be used before it is defined.
 
@@ -51,7 +51,7 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
@@ -181,7 +181,7 @@ class Example:
     size: tuple[int, int]  # (height, width) in pixels
     shape: tuple[int, int]  # (height, width) in pixels that it is trained in
     has_alpha: bool  # whether it has an alpha channel, which --alpha_mask can use
-    prompt: str = ""
+    prompt: str = ""  # set by with_prompts: what the embeddings' file has for sha256
     loss_weight: float = 1.0
 
 
@@ -250,19 +250,22 @@ def digest(value: object) -> str:
 # the latents, the embeddings and a random generator that is seeded by n.
 
 
-CROPS_PER_IMAGE = 4  # a random crop is one of this many places, since latents are encoded before training
+CROPS_PER_IMAGE = 4  # a random crop is one of this many places
 
 
 @dataclass(frozen=True)
 class Photos:
-    """The images of the subject, and what tells whether the embeddings know their captions."""
+    """The images of the subject, and a digest of their caption files, to compare with the embeddings' file."""
 
     paths: list[Path]
-    captions: str  # a digest of the files with captions
+    captions_digest: str
 
 
 def find_photos(args: Args, problems: Problems) -> Photos:
-    """Return the training photos. Another source of photos goes here."""
+    """Return the training photos. Another source of paths goes here.
+
+    Captions come from the embeddings' file, by an image's SHA-256: see with_prompts and open_embeddings.
+    """
     folder = args.instance_data_dir
     paths = find_images(folder)
     if not paths:
@@ -305,7 +308,7 @@ def examples_of_image(
         raise UserError(f"{path} has {size[1]} x {size[0]} pixels, which is too small. Remove it from the folder.")
     sha256 = sha256_of(path)
     mask_sha256 = sha256_of(mask) if mask else None
-    crops = True if args.center_crop else CROPS_PER_IMAGE
+    crops = 1 if args.center_crop else CROPS_PER_IMAGE
     examples = []
     for resolution, shapes in shapes_of.items():
         shape = shapes[diffusers.training_utils.find_nearest_bucket(*size, shapes)]
@@ -353,8 +356,8 @@ def load_vae(model: LocalModel, dtype: torch.dtype) -> diffusers.AutoencoderKL:
 def encode_latents(examples: list[Example], args: Args, model: LocalModel, accelerator: Accelerator) -> None:
     """Write the latents that do not exist yet, one safetensors file per Example; each process encodes its share.
 
-    A file that was cut short is written again. In fp32, as `force_upcast` in the VAE's config demands, and untiled:
-    tiles change latents by 11 to 34 % of their standard deviation.
+    A file that was cut short is written again. The VAE works in fp32, as `force_upcast` in its config demands, and
+    untiled, since tiles change latents by 11 to 34 % of their standard deviation.
     """
     problems = Problems(accelerator)
     share = examples[accelerator.process_index :: accelerator.num_processes]
@@ -515,13 +518,12 @@ class Deck:
     def __init__(self, items: Sequence[Any], rng: random.Random) -> None:
         self.items = items
         self.rng = rng
-        self.left: list[Any] = []
+        self.left: deque[Any] = deque()
 
     def deal(self) -> Any:
         if not self.left:
-            self.left = self.rng.sample(self.items, len(self.items))
-            self.left.reverse()  # so that pop(), which takes the last one, deals them in the order drawn
-        return self.left.pop()
+            self.left.extend(self.rng.sample(self.items, len(self.items)))
+        return self.left.popleft()
 
 
 @dataclass
@@ -660,7 +662,7 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """What an optimizer is: its choice, default rate, room in memory and constructor follow from this."""
+    """Where an optimizer is imported from, its default rate, its numbers per parameter, and options of its own."""
 
     module: str  # where it is imported from, and what is to be installed
     name: str
@@ -669,7 +671,7 @@ class OptimizerKind:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# A new optimizer goes here. It must take lr, betas, eps and weight_decay.
+# A new optimizer goes here: a class that takes lr, betas, eps and weight_decay, of this file (__name__) or another.
 OPTIMIZERS = {
     "adamw": OptimizerKind("torch.optim", "AdamW", options={"fused": True}),
     "adamw_8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit"),
@@ -701,8 +703,8 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
 
 # -------------------------------------------------------------------------------------------------------------- loss
 # Rectified flow: noisy = (1 - sigma) * latents + sigma * noise, and the transformer learns the velocity along that
-# line, noise - latents. Another loss takes the place of error**2 in flow_matching_loss, another weighting that of
-# `weighting` there, with a name among the choices of --weighting_scheme; its noise levels are then drawn uniformly.
+# line, noise - latents. To change the loss, replace error**2 in flow_matching_loss. To add a weighting, compute it
+# there, and add its name to the choices of --weighting_scheme; its noise levels are then drawn uniformly.
 
 
 def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> Tensor:
@@ -726,8 +728,8 @@ def flow_matching_loss(error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str,
     """Return the per-sample weighted squared error of the velocity, (B,). Rectified flow, arXiv 2403.03206, §3.1.
 
     error (B, 16, H/8, W/8), sigmas (B, 1, 1, 1). mask (B, 1, H/8, W/8) multiplies the squared error; the mean is over
-    all pixels, so a small subject counts less. With precondition it is the reference's error, that of the latents
-    which the velocity implies, noisy - sigma * velocity: sigma² times the squared error of the velocity.
+    all pixels, so a small subject counts less. With precondition it is the reference's loss, on the
+    clean latents noisy - sigma * velocity, which equals sigma² times this one.
     """
     weighting = diffusers.training_utils.compute_loss_weighting_for_sd3(scheme, sigmas)
     if precondition:
@@ -809,7 +811,7 @@ def train(
                 step_loss.zero_()
                 skipped_in_a_row = 0 if report.is_finite else skipped_in_a_row + 1
                 if not report.is_finite:
-                    state.optimizer.zero_grad()  # without gradients the optimizer skips its step
+                    state.optimizer.zero_grad()  # so the optimizer skips its step, which counts all the same
                     stop_if_diverged(args, plan, state, skipped_in_a_row, accelerator)
             state.optimizer.step()
             state.optimizer.zero_grad()
@@ -826,8 +828,8 @@ def train(
         progress.set_postfix_str(f"loss {report.loss:.4f}{vram_in_use()}", refresh=False)
         progress.update()
 
-        # Save when it is due, before previews, since they take long, and after the last step, so that more can follow.
-        # A step that was skipped is not worth an older checkpoint.
+        # Save when it is due, before previews, since they take long, and at the end, so that a run can be extended. A
+        # step that was skipped is not worth an older checkpoint.
         has_previews = state.global_step in plan.preview_steps
         is_last = state.global_step == plan.max_train_steps
         is_due = args.checkpointing_steps > 0 and state.global_step % args.checkpointing_steps == 0
@@ -845,7 +847,7 @@ def train(
 
 
 def stop_if_diverged(args: Args, plan: Plan, state: TrainState, skipped: int, accelerator: Accelerator) -> None:
-    """End a run after so many skipped steps in a row, fewer at its end, or where fp16's loss scale is used up."""
+    """After a skipped step, end the run if MAX_SKIPPED_STEPS were in a row, or its last ones, or fp16's scale is 1."""
     scale = accelerator.scaler.get_scale() if accelerator.scaler else math.inf  # each skipped step halves it
     tolerated = MAX_SKIPPED_STEPS - 1
     if state.global_step + 1 == plan.max_train_steps:
@@ -2344,7 +2346,7 @@ def open_embeddings(
     length = about["max_sequence_length"]
     if args.max_sequence_length is not None and args.max_sequence_length != length:
         problems.add(f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {fix}")
-    if about["captions"] != photos.captions:
+    if about["captions"] != photos.captions_digest:
         problems.add(f"Captions were added, changed or removed since {path} was computed. {fix}")
     if unknown:
         problems.add(f"{path} has no embeddings for {', '.join(repr(prompt) for prompt in unknown)}. {fix}")
