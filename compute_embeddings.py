@@ -564,7 +564,9 @@ def write_embeddings(
         "prompt_embeds": pa.FixedShapeTensorArray.from_numpy_ndarray(prompt_embeds),
         "pooled_prompt_embeds": pa.FixedShapeTensorArray.from_numpy_ndarray(pooled_prompt_embeds),
     }
-    table = pa.table(columns, metadata={"sd3_embeddings": json.dumps(about)})
+    text = json.dumps(about)
+    checksum = hashlib.sha256(text.encode()).hexdigest()  # Parquet has none for its metadata
+    table = pa.table(columns, metadata={"sd3_embeddings": text, "sha256": checksum})
     with open(path, "wb") as file:
         pq.write_table(table, file, row_group_size=1, write_page_checksum=True)  # a flipped bit is an error then
         flush_to_disk(file)

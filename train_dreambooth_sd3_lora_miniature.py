@@ -68,6 +68,7 @@ if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "I
         f"ACCELERATE_LOG_LEVEL={os.environ['ACCELERATE_LOG_LEVEL']} is not a log level such as INFO or ERROR."
     )
 
+PARENT = os.getppid()  # asked before the imports, during which a launcher may be killed
 # Segments that grow leave fewer holes; torch reads this when it is imported. A setting of the user's stays.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -461,9 +462,12 @@ class PromptEmbeddings:
         with reading(path, ""):
             self.file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
             metadata = self.file.schema_arrow.metadata or {}
-            self.about = json.loads(metadata.get(b"sd3_embeddings", b"{}"))
+            about = metadata.get(b"sd3_embeddings", b"{}")
+            self.about = json.loads(about)
             if self.about.get("format_version") != FORMAT_VERSION:
                 raise ValueError("it was not written by this version of compute_embeddings.py")
+            if hashlib.sha256(about).hexdigest() != metadata[b"sha256"].decode():
+                raise ValueError("it is damaged")
             for number, row in enumerate(self.file.read(["prompt", "image_hashes"]).to_pylist()):
                 self.row_of_prompt[row["prompt"]] = number
                 for sha256 in row["image_hashes"]:
@@ -1271,15 +1275,19 @@ MADE_BY = "generated_with.json"  # beside class images that this program has gen
 
 def class_folder(args: Args) -> Path:
     """Return --class_data_dir, or a folder that another model, class prompt or resolution does not share."""
-    model = Path(args.pretrained_model_name_or_path).as_posix()  # without a slash at its end, as completion adds it
-    made_by = [model, args.revision, args.class_prompt, max(args.resolution)]
+    made_by = [model_name(args), args.revision, args.class_prompt, max(args.resolution)]
     return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
+
+
+def model_name(args: Args) -> str:
+    """Return the base model's name without a slash at its end, as completion adds it."""
+    return Path(args.pretrained_model_name_or_path).as_posix()
 
 
 def class_images_made_by(args: Args) -> dict[str, object]:
     """Return what generated class images depend on, as it is stored beside them."""
     return {
-        "model": args.pretrained_model_name_or_path,
+        "model": model_name(args),
         "class_prompt": args.class_prompt,
         "resolution": max(args.resolution),
     }
@@ -1767,7 +1775,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         values["learning_rate"] = OPTIMIZERS[values["optimizer"]].learning_rate
     if values["lora_alpha"] is None:
         values["lora_alpha"] = values["rank"]
-    is_turbo = "turbo" in values["pretrained_model_name_or_path"].lower()  # made to draw in few steps, unguided
+    # Turbo models are made to draw in few steps, unguided.
+    is_turbo = "turbo" in Path(values["pretrained_model_name_or_path"]).name.lower()
     if values["num_inference_steps"] is None:
         values["num_inference_steps"] = 4 if is_turbo else 28
     if values["guidance_scale"] is None and is_turbo:
@@ -2370,8 +2379,11 @@ def embeddings_command(args: Args, about: dict[str, Any]) -> str:
         if name == "max_sequence_length":
             value = value or about.get("max_sequence_length")
         if name and value:
-            values = value if isinstance(value, tuple) else [value]
-            command += [f"--{name}", *[str(each_value) for each_value in values]]
+            texts = [str(each_value) for each_value in (value if isinstance(value, tuple) else [value])]
+            if len(texts) == 1 and texts[0].startswith(("@", "-")):  # else a file of flags, or a flag
+                command.append(f"--{name}={texts[0]}")
+            else:
+                command += [f"--{name}", *texts]
     if about.get("t5"):
         command += ["--t5_precision", about["t5"]]
     return shell_line(command)
@@ -2410,8 +2422,12 @@ def check_masks(photos: Photos, examples: list[Example], args: Args, problems: P
     beside = masks_beside(photos.paths)
     if beside and not args.alpha_mask:
         problems.note(f"masks that are not used without --alpha_mask: {len(beside)} (first: {min(beside.values())})")
-    stems = {path.stem for path in photos.paths}
-    likely = [path for path in photos.paths if path.stem.removesuffix("mask").rstrip("-_. ") in stems - {path.stem}]
+    stems = {comparable(path.stem) for path in photos.paths}
+    likely = []
+    for path in photos.paths:
+        stem = comparable(path.stem)
+        if stem.endswith("mask") and stem.removesuffix("mask").rstrip("-_. ") in stems:
+            likely.append(path)
     if likely:
         problems.note(f"trained as photos, though named like masks: {len(likely)} (first: {likely[0]})")
 
@@ -2428,7 +2444,7 @@ def check_encoded_masks(examples: list[Example], args: Args, accelerator: Accele
                 dark.append(example)
     if dark:
         count = f"{len(paths_of(dark))} (first: {dark[0].path})"
-        found = f"masks with no pixel above 127 of 255: {count}; a mask must be white on the subject"
+        found = f"masks that are dark all over at an eighth of the size: {count}; a mask must be white on the subject"
         if len(dark) == len(examples):
             problems.add(f"--alpha_mask: {found}.")
         else:
@@ -3192,7 +3208,7 @@ class StopRequest:
         self.saves_first = False
         self.first_signal: float | None = None  # when it came
         is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate launch always sets it
-        self.launcher = os.getppid() if is_launched else None
+        self.launcher = PARENT if is_launched else None
 
     @property
     def requested(self) -> bool:
@@ -3218,6 +3234,8 @@ class StopRequest:
             self.first_signal = now
             if not self.saves_first:
                 raise KeyboardInterrupt
+            with suppress(OSError):  # os.write, since print may be at work already
+                os.write(2, b"\nStopping after this step. Ctrl-C once more, in two seconds, ends the run at once.\n")
         elif now - self.first_signal > SAME_SIGNAL:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

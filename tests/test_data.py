@@ -300,7 +300,7 @@ def test_masks_that_are_dark_all_over_are_reported(
     for number, path in enumerate(trainer.find_images(folder)):
         mask = Image.new("L", Image.open(path).size, 1 if number < dark else 255)
         mask.save(folder / f"{path.stem}.mask.png")
-    expected = rf"no pixel above 127 of 255: {dark} \(first: {folder / 'a.jpg'}\)"
+    expected = rf"dark all over at an eighth of the size: {dark} \(first: {folder / 'a.jpg'}\)"
     if dark == 5:
         with pytest.raises(SystemExit, match=f"--alpha_mask: .*{expected}"):
             train("--alpha_mask", instance_data_dir=folder)

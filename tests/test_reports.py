@@ -69,6 +69,8 @@ def test_a_turbo_model_draws_in_few_steps_without_guidance() -> None:
     """Unless the flags say otherwise."""
     name = "--pretrained_model_name_or_path=stabilityai/stable-diffusion-3.5-large-turbo"
     assert (parse(name).num_inference_steps, parse(name).guidance_scale) == (4, 0)
+    elsewhere = parse("--pretrained_model_name_or_path=home/turbo/sd3")
+    assert elsewhere.num_inference_steps == 28
     asked = parse(name, "--num_inference_steps=8", "--guidance_scale=2")
     assert (asked.num_inference_steps, asked.guidance_scale) == (8, 2)
     assert (parse().num_inference_steps, parse().guidance_scale) == (28, None)
@@ -126,11 +128,11 @@ def test_masks_are_counted(train: Train, folder: Path, capsys: pytest.CaptureFix
 def test_a_photo_named_like_a_mask_is_noted(
     train: Train, tiny: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """00mask.png beside 00.png is trained as a photo."""
-    Image.effect_noise((80, 80), 90).save(folder / "cmask.png")
+    """00-Mask.jpg beside 00.png is trained as a photo."""
+    Image.effect_noise((80, 80), 90).save(folder / "C-Mask.jpg")
     embeddings = compute(tiny, folder, tmp_path / "e.parquet", "--no_t5")
     train("--dry_run", instance_data_dir=folder, data_df_path=embeddings)
-    assert f"named like masks: 1 (first: {folder / 'cmask.png'})" in capsys.readouterr().out
+    assert f"named like masks: 1 (first: {folder / 'C-Mask.jpg'})" in capsys.readouterr().out
 
 
 def test_a_tiny_photo_is_refused(train: Train, folder: Path) -> None:

@@ -193,6 +193,7 @@ def test_a_run_whose_launcher_is_gone_saves_and_ends(train: Train, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Accelerator, "log", log)
+        patch.setattr(trainer, "PARENT", 1000)
         patch.setattr(os, "getppid", lambda: 1 if step else 1000)
         assert equal(lora(train(output="not launched")), expected)
         step.clear()
