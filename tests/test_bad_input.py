@@ -289,7 +289,7 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "output with a long name": (nothing, f"--output_dir={'x' * 300}", 1, "too long: .*xxx"),
     "class folder is a file": (
         nothing,
-        f"{PRIOR} --class_data_dir=embeddings.parquet",
+        f"--with_prior_preservation --class_prompt '{PREVIEW_PROMPT}' --class_data_dir=embeddings.parquet",
         1,
         "embeddings.parquet",
     ),

@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # with threads no process forks
@@ -108,10 +109,11 @@ def attempt(flags: list[str], output: Path, kill_after: float | None = None, aim
 
 def seen(output: Path, aim: str, child: int) -> bool:
     """Wait for a file; False if the process ends without it."""
-    while not any(output.glob(aim)):
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return False
-    return True
+    while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        with suppress(FileNotFoundError):  # of a folder that is renamed or removed while it is searched
+            if any(output.glob(aim)):
+                return True
+    return False
 
 
 def read_tensors(path: Path) -> tuple[dict, dict]:
