@@ -51,6 +51,9 @@ if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "I
         f"ACCELERATE_LOG_LEVEL={os.environ['ACCELERATE_LOG_LEVEL']} is not a log level such as INFO or ERROR."
     )
 
+# Read when torch is imported; a setting of the user's stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a busy machine down
+
 import diffusers  # this and transformers load their parts on first use, so --help answers soon
 import numpy as np
 import pandas as pd

@@ -69,9 +69,10 @@ if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "I
     )
 
 PARENT = os.getppid()  # asked before the imports, during which a launcher may be killed
-# Segments that grow leave fewer holes; torch reads this when it is imported. A setting of the user's stays.
+# Read when torch is imported; a setting of the user's stays. Segments that grow leave fewer holes.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a busy machine down
 
 import diffusers  # loads its parts on first use, so that a mistyped command line fails fast
 import numpy as np

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # threads only slow tiny models
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 # A GPU is for test_gpu.py alone: what the others assert to the bit holds on a CPU. xdist's workers see no arguments.
 os.environ |= {"SD3_TEST_GPU": "1"} if any("test_gpu" in argument for argument in sys.argv) else {}
 os.environ |= {} if "SD3_TEST_GPU" in os.environ else {"CUDA_VISIBLE_DEVICES": ""}
