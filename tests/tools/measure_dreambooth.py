@@ -3,14 +3,15 @@
     python tests/tools/measure_dreambooth.py --output_dir /tmp/robot --seeds 0 1 2
     python tests/tools/measure_dreambooth.py --output_dir /tmp/robot --variant="--precondition_outputs 1" --variant=...
 
-Each --variant is a run of the toy's long settings (toy/embeddings.txt, toy/train_long.txt) with these flags added, for
-each seed; without any they are run as they are. Prints a Markdown table, a row before any training and a row per run,
-and writes results.json and a before_after.png per run. The columns, all with fixed seeds of their own:
+Each --variant is a run of the toy's long settings (toy/embeddings.txt, toy/train_long.txt; --settings names others)
+with these flags added, for each seed; without any they are run as they are. Prints a Markdown table, a row before any
+training and a row per run, and writes results.json and a before_after.png per run. The columns, all with fixed seeds:
 
 - fidelity: how much 32 samples of "a photo of sks robot" are like unseen renderings of it, a real one being 1
 - fidelity on new backgrounds: the same on three backgrounds that no image of the robot has
 - background correct: how often these samples have the background that was asked for
 - shapes correct: how often shape, color and background are right in samples of the world that the toy knew before
+- leak: how much samples of the class prompt are like the robot
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from score import background_correct, subject_fidelity  # noqa: E402
 from world import NEW_BACKGROUNDS, contact_sheet  # noqa: E402
 
 PROMPT = "a photo of sks robot"
+CLASS_PROMPT = "a photo of a shape"
 PLACED = [f"{PROMPT} on a {background} background" for background in NEW_BACKGROUNDS]
 SAMPLES = 32
 
@@ -47,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder, where everything goes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the training")
     parser.add_argument("--variant", action="append", default=[], help="flags to add to the trainer's; several times")
+    parser.add_argument("--settings", default="tests/toy/train_long.txt", help="the trainer's file of flags")
     parser.add_argument("--guidance_scale", type=float, default=1.25, help="of the samples that are measured")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the training")
     args = parser.parse_args()
@@ -58,7 +61,7 @@ def train(args: argparse.Namespace, output_dir: Path, embeddings: Path, flags: l
     """Run the trainer as a user does; the seconds it took."""
     started = time.monotonic()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    script = ["train_dreambooth_sd3_lora_miniature.py", "@tests/toy/train_long.txt"]
+    script = ["train_dreambooth_sd3_lora_miniature.py", f"@{args.settings}"]
     where = [f"--data_df_path={embeddings.resolve()}", f"--output_dir={output_dir.resolve()}"]
     pinned = ["taskset", "-c", ",".join(map(str, range(args.threads)))] if args.threads < os.cpu_count() else []
     subprocess.run([*pinned, *launch, *script, *where, *flags], cwd=ROOT, check=True)
@@ -78,6 +81,7 @@ def measure(pipe: StableDiffusion3Pipeline, guidance_scale: float) -> tuple[dict
         "fidelity on new backgrounds": subject_fidelity(placed),
         "background correct": float(np.mean(right)),
         "shapes correct": float(what_is_right(shapes, asked).all(axis=1).mean()),
+        "leak": subject_fidelity(generate(pipe, [CLASS_PROMPT] * SAMPLES, guidance_scale=guidance_scale)),
     }
     return columns, [plain[:9], placed[:9], shapes[:9]]
 
@@ -86,7 +90,7 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
     names = list(dict.fromkeys(name for values in results.values() for name in values))
     print("\n| run | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
     for run, values in results.items():
-        print(f"| {run} | " + " | ".join(f"{values[name]:.2f}" if name in values else "" for name in names) + " |")
+        print(f"| {run} | " + " | ".join(f"{values[name]:.3f}" if name in values else "" for name in names) + " |")
 
 
 def main() -> None:
@@ -109,7 +113,7 @@ def main() -> None:
     columns, before = measure(pipe, args.guidance_scale)
     results = {"before": columns}
     for variant, seed in itertools.product(args.variant, args.seeds):
-        name = f"{variant or 'the long settings'}, seed {seed}"
+        name = f"{variant or args.settings}, seed {seed}"
         folder = args.output_dir / f"run-{len(results)}"
         seconds = train(args, folder, embeddings, [f"--seed={seed}", *shlex.split(variant)])
         pipe.load_lora_weights(folder)
