@@ -133,12 +133,12 @@ def main(args: Args) -> None:
             check_encoded_masks(plan.examples, args, accelerator)
             transformer = load_transformer(plan.base_model.files, args, plan.weight_dtype).to(accelerator.device)
 
-            # Class images show what the model knew before, so they are made while it has no LoRA.
+            # Samples of the class show what the model knew before, so they are made while it has no LoRA.
             groups = [plan.examples]
             if args.with_prior_preservation:
-                class_examples = make_class_images(args, plan, transformer, accelerator)
-                plan = with_class_images(plan, class_examples, accelerator)
-                encode_latents(class_examples, args, plan.base_model.files, accelerator)
+                make = make_class_velocities if args.class_samples == "velocities" else make_class_images
+                class_examples = make(args, plan, transformer, accelerator)
+                plan = with_class_examples(plan, class_examples, accelerator)
                 groups.append(class_examples)
 
             add_lora(transformer, args, plan.seed)
@@ -235,9 +235,9 @@ PREVIEW_STREAM = 2
 CLASS_IMAGE_STREAM = 3
 
 
-def seeded_generator(*numbers: int) -> torch.Generator:
-    """Return a random generator that depends on these numbers and on nothing else."""
-    seed = int(digest(numbers), 16) >> 1  # 63 bits: not negative as a signed integer
+def seeded_generator(*values: int | str) -> torch.Generator:
+    """Return a random generator that depends on these values and on nothing else."""
+    seed = int(digest(values), 16) >> 1  # 63 bits: not negative as a signed integer
     return torch.Generator().manual_seed(seed)
 
 
@@ -374,12 +374,16 @@ def encode_latents(examples: list[Example], args: Args, model: LocalModel, accel
             except UserError as error:
                 problems.add(str(error))
                 continue
-            checksum = checksum_of_latents(example.latents.stem, latents)
-            write_file(example.latents, safetensors.torch.save(latents, checksum))
+            write_latents(example.latents, latents)
         del vae
     diffusers.training_utils.free_memory()
     problems.stop_if_any()
-    if not all(example.latents.exists() for example in examples):  # each process has seen that its share is whole
+    check_visible(examples, args)
+
+
+def check_visible(examples: list[Example], args: Args) -> None:
+    """End the run if this process does not see the files that others have written."""
+    if not all(example.latents.exists() for example in examples):
         raise SystemExit(f"The latents are not visible here: all machines must share --output_dir {args.output_dir}.")
 
 
@@ -424,6 +428,11 @@ def encode_crop(vae: diffusers.AutoencoderKL, crop: Image.Image, mask: Image.Ima
         "std": posterior.std[0] * vae.config.scaling_factor,
         "mask": torch.from_numpy(np.array(mask))[None] / 255,  # (1, H/8, W/8) in [0, 1]
     }
+
+
+def write_latents(path: Path, latents: dict[str, Tensor]) -> None:
+    """Write a file of latents, which are_latents recognizes."""
+    write_file(path, safetensors.torch.save(latents, checksum_of_latents(path.stem, latents)))
 
 
 def are_latents(path: Path) -> bool:
@@ -551,29 +560,39 @@ class SampleDataset(Dataset):
         # The latents: one variant of the image, drawn from the VAE's posterior, and the noise that is added to it.
         variants = load_file(example.latents)  # memory-mapped: the other variants are not read
         variant = int(torch.randint(len(variants["mean"]), (), generator=generator))
-        mean = variants["mean"][variant].float()
-        std = variants["std"][variant].float()
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        stored = {name: tensor[variant].float() for name, tensor in variants.items()}
+        mean = stored["mean"]
+        posterior_noise = torch.randn(mean.shape, generator=generator)
         noise = torch.randn(mean.shape, generator=generator)
-
-        # The noise level: where in the schedule this sample is.
-        # Schemes other than logit_normal and mode draw it uniformly, and differ in the weighting of the loss.
-        quantile = diffusers.training_utils.compute_density_for_timestep_sampling(
-            args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
-        )
-        index = min(int(quantile * len(self.sigmas)), len(self.sigmas) - 1)  # `mode` can give exactly 1
-
-        # The prompt, or the empty one.
-        is_dropped = torch.rand((), generator=generator) < args.caption_dropout
+        sigma = draw_sigmas(args, self.sigmas, 1, generator)[0]
+        is_dropped = bool(torch.rand((), generator=generator) < args.caption_dropout)  # its prompt becomes empty
+        if "noise" in stored:  # a velocity of the class is one for its noise, noise level and prompt
+            latents, noise, sigma, is_dropped = mean, stored["noise"], stored["sigma"], False
+            mask = torch.ones_like(mean[:1])
+        else:
+            latents = mean + stored["std"] * posterior_noise
+            mask = stored["mask"]
         sample = {
             "latents": latents,
             "noise": noise,
-            "mask": variants["mask"][variant].float(),
-            "sigma": self.sigmas[index],
+            "mask": mask,
+            "sigma": sigma,
             "sample_number": torch.tensor(number),
             "loss_weight": torch.tensor(example.loss_weight),
         }
         return sample | self.embeddings["" if is_dropped else example.prompt]
+
+
+def draw_sigmas(args: Args, schedule: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw noise levels, (count,), from a schedule as --weighting_scheme says.
+
+    Schemes other than logit_normal and mode draw them uniformly, and differ in the weighting of the loss.
+    """
+    quantiles = diffusers.training_utils.compute_density_for_timestep_sampling(
+        args.weighting_scheme, count, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
+    )
+    indices = (quantiles * len(schedule)).long().clamp(max=len(schedule) - 1)  # `mode` can give exactly 1
+    return schedule[indices]
 
 
 # ---------------------------------------------------------------------------------------------------- model and LoRA
@@ -717,16 +736,20 @@ def training_loss(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
     latents, noise = batch["latents"], batch["noise"]  # (B, 16, H/8, W/8)
     sigmas = batch["sigma"].view(-1, 1, 1, 1)
     noisy_latents = (1 - sigmas) * latents + sigmas * noise
-    velocity_pred = model(
+    error = predict_velocity(model, noisy_latents, batch, dtype) - (noise - latents)
+    precondition = bool(args.precondition_outputs)
+    losses = flow_matching_loss(error, sigmas, batch["mask"], args.weighting_scheme, precondition)  # (B,)
+    return (batch["loss_weight"] * losses).mean()
+
+
+def predict_velocity(model: nn.Module, noisy_latents: Tensor, batch: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the velocity at noisy latents, (B, 16, H/8, W/8), for the sigma (B,) and the embeddings of a batch."""
+    return model(
         hidden_states=noisy_latents.to(dtype),
         timestep=1000 * batch["sigma"],  # the model takes it in thousandths
         encoder_hidden_states=batch["prompt_embeds"].to(dtype),  # (B, L, D)
         pooled_projections=batch["pooled_prompt_embeds"].to(dtype),  # (B, P)
-    ).sample
-    error = velocity_pred.float() - (noise - latents)
-    precondition = bool(args.precondition_outputs)
-    losses = flow_matching_loss(error, sigmas, batch["mask"], args.weighting_scheme, precondition)  # (B,)
-    return (batch["loss_weight"] * losses).mean()
+    ).sample.float()
 
 
 def flow_matching_loss(error: Tensor, sigmas: Tensor, mask: Tensor, scheme: str, precondition: bool) -> Tensor:
@@ -1332,11 +1355,120 @@ def make_class_images(
     examples = []
     for example in found:
         examples.append(replace(example, prompt=str(args.class_prompt), loss_weight=args.prior_loss_weight))
+    encode_latents(examples, args, plan.base_model.files, accelerator)
     return examples
 
 
-def with_class_images(plan: Plan, class_examples: list[Example], accelerator: Accelerator) -> Plan:
-    """Return the plan with the class images among its settings; note if a resumed run finds others than it had.
+POINTS_PER_FILE = 8  # inputs of the model, of falling noise levels, in a file of velocities
+
+
+@dataclass(frozen=True)
+class VelocityFile:
+    """A file of velocities to be made: at noisy versions of a photo, or along a path from noise to an image."""
+
+    example: Example  # of the class; its `latents` is the file
+    photo: Path | None  # the latents of a photo, or None: a path
+
+
+def make_class_velocities(
+    args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
+) -> list[Example]:
+    """Write what velocities the model predicts under the class prompt, as samples; it must not have a LoRA yet."""
+    class_folder(args).mkdir(parents=True, exist_ok=True)
+    files = find_velocity_files(args, plan)
+    missing = [file for file in files if not are_latents(file.example.latents)]
+    batches = []
+    for shape in sorted({file.example.shape for file in missing}):
+        of_shape = [file for file in missing if file.example.shape == shape]
+        batches += [of_shape[i : i + args.sample_batch_size] for i in range(0, len(of_shape), args.sample_batch_size)]
+    accelerator.wait_for_everyone()  # until every process has counted
+
+    # Each process makes its share of the batches.
+    share = batches[accelerator.process_index :: accelerator.num_processes]
+    passes = tqdm(
+        desc="Class velocities", total=len(share) * POINTS_PER_FILE, unit="batch", disable=no_bar(accelerator)
+    )
+    for batch in share:
+        samples = predict_class_velocities(batch, args, plan, transformer, passes)
+        if not all(tensor.isfinite().all() for tensor in samples.values()):
+            fix = "Use another --mixed_precision."
+            raise SystemExit(f"Class velocities cannot be made: they are not finite. {fix}")
+        for number, file in enumerate(batch):
+            of_file = {name: samples[name][number].half() for name in ("mean", "noise")}
+            write_latents(file.example.latents, of_file | {"sigma": samples["sigma"][number].contiguous()})
+    passes.close()
+    accelerator.wait_for_everyone()
+    examples = [file.example for file in files]
+    check_visible(examples, args)
+    return examples
+
+
+def find_velocity_files(args: Args, plan: Plan) -> list[VelocityFile]:
+    """Return --num_class_images files; each is named by a digest of all that it depends on.
+
+    Half of them are noisy photos of the subject, which keeps the subject out of the class, half are paths.
+    """
+    depends_on = [plan.base_model.identity, str(plan.weight_dtype), args.quantize_base, plan.settings["embeddings"]]
+    depends_on += [args.class_prompt, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale]
+    photos = Deck(plan.examples, random.Random(0))
+    files = []
+    for number in range(args.num_class_images):
+        photo = photos.deal()
+        is_path = number % 2 == 1
+        name = digest([*depends_on, photo.shape if is_path else photo.latents.name, number])
+        latents = class_folder(args) / f"{name}.safetensors"
+        example = replace(photo, latents=latents, prompt=str(args.class_prompt), loss_weight=args.prior_loss_weight)
+        files.append(VelocityFile(example, None if is_path else photo.latents))
+    return files
+
+
+@torch.no_grad()
+def predict_class_velocities(
+    batch: list[VelocityFile], args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, passes: tqdm
+) -> dict[str, Tensor]:
+    """Return samples of the class: mean and noise (B, N, 16, H/8, W/8), and sigma (B, N), of N inputs for each file.
+
+    The model's velocity v at an input x of noise level sigma becomes the pair mean = x - sigma * v,
+    noise = x + (1 - sigma) * v, whose mixture is x and whose difference is v: a sample like any other.
+    """
+    starts = [first_pairs(file, args, plan.base_model.noise_scheduler.sigmas) for file in batch]
+    images, noises, sigmas = (torch.stack(tensors) for tensors in zip(*starts, strict=True))
+    is_path = torch.tensor([file.photo is None for file in batch]).view(-1, 1, 1, 1)
+    prompt = default_collate([plan.embeddings[str(args.class_prompt)]] * len(batch))
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for step in range(POINTS_PER_FILE):
+        mean, noise, level = images[:, step], noises[:, step], sigmas[:, step].view(-1, 1, 1, 1)
+        if step > 0:  # a path mixes what the model has just predicted, at a lower level: a step of Euler's method
+            mean = torch.where(is_path, pairs[-1][0], mean)
+            noise = torch.where(is_path, pairs[-1][1], noise)
+        x = torch.lerp(mean, noise, level)
+        inputs = send_to_device(prompt | {"sigma": sigmas[:, step], "x": x}, transformer.device)
+        v = predict_velocity(transformer, inputs["x"], inputs, plan.weight_dtype).cpu()
+        pairs.append((x - level * v, x + (1 - level) * v))
+        passes.update()
+    means, noises = (torch.stack(tensors, dim=1) for tensors in zip(*pairs, strict=True))
+    return {"mean": means, "noise": noises, "sigma": sigmas}
+
+
+def first_pairs(file: VelocityFile, args: Args, schedule: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return images and noise (N, 16, H/8, W/8) and noise levels (N,); of a path, only the first noise is used.
+
+    Levels fall, and are those that the training draws. All that is random is seeded by the name of the file.
+    """
+    generator = seeded_generator(CLASS_IMAGE_STREAM, file.example.latents.stem)
+    height, width = file.example.shape
+    noise = torch.randn((POINTS_PER_FILE, 16, height // 8, width // 8), generator=generator)
+    sigmas = draw_sigmas(args, schedule, POINTS_PER_FILE, generator).sort(descending=True).values
+    if file.photo is None:
+        sigmas[0] = 1  # where there is nothing but noise
+        return torch.zeros_like(noise), noise, sigmas
+    variants = load_file(file.photo)["mean"]
+    chosen = torch.randint(len(variants), (POINTS_PER_FILE,), generator=generator)
+    return variants[chosen].float(), noise, sigmas
+
+
+def with_class_examples(plan: Plan, class_examples: list[Example], accelerator: Accelerator) -> Plan:
+    """Return the plan with the samples of the class among its settings; note if a resumed run finds others.
 
     They are not refused: images that were lost are made again, the same but for a GPU's rounding.
     """
@@ -1632,15 +1764,19 @@ class Args:
     class_prompt: str | None = flag(
         "prior preservation", None, 'prompt of the class, such as "a photo of a dog"', metavar="PROMPT",
         embeddings_flag="class_prompt")
+    class_samples: str = flag(
+        "prior preservation", "images", "what shows the class: images that the model draws, or velocities that it "
+        "predicts, which takes a seventh of the time", choices=("images", "velocities"), on_resume=REFUSED)
     class_data_dir: Path | None = flag(
-        "prior preservation", None, "folder of class images; unset: a folder in --output_dir", metavar="DIR",
-        on_resume=FREE)
+        "prior preservation", None, "folder of class images or velocities; unset: a folder in --output_dir",
+        metavar="DIR", on_resume=FREE)
     num_class_images: int = flag(
-        "prior preservation", 100, "number of class images; missing ones are generated", on_resume=REFUSED)
+        "prior preservation", 100, "number of class images, or of files of velocities; missing ones are made",
+        on_resume=REFUSED)
     sample_batch_size: int = flag(
-        "prior preservation", 4, "number of class images to generate at once", on_resume=FREE)
+        "prior preservation", 4, "number of class images or velocities to make at once", on_resume=FREE)
     prior_loss_weight: float = flag(
-        "prior preservation", 1.0, "weight of a class image in the loss", minimum=0)
+        "prior preservation", 1.0, "weight of a sample of the class in the loss", minimum=0)
 
     # LoRA
     pretrained_lora_path: str | None = flag(
@@ -1792,6 +1928,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # Flags that do nothing without another one, and the values of that one which they need; (): any.
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "class_prompt": ("with_prior_preservation", ()),
+    "class_samples": ("with_prior_preservation", ()),
     "class_data_dir": ("with_prior_preservation", ()),
     "num_class_images": ("with_prior_preservation", ()),
     "sample_batch_size": ("with_prior_preservation", ()),
@@ -1833,7 +1970,8 @@ def combination_problems(args: Args) -> list[str]:
         problems.append(f"--use_8bit_adam and --optimizer {args.optimizer} are two different optimizers: choose one")
     if args.scale_lr and args.optimizer == "prodigy":
         problems.append("--scale_lr scales a learning rate, but --optimizer prodigy finds it: drop one")
-    if args.with_prior_preservation and not args.class_prompt:
+    has_class = args.class_prompt is not None if args.class_samples == "velocities" else bool(args.class_prompt)
+    if args.with_prior_preservation and not has_class:
         problems.append('--with_prior_preservation needs --class_prompt, such as "a photo of a dog"')
     if args.class_prompt == args.instance_prompt:
         problems.append("--class_prompt is --instance_prompt; it must name the class without the rare word")
@@ -2458,6 +2596,10 @@ def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Ac
     if not args.with_prior_preservation:
         return
     found = find_images(class_folder(args))
+    if args.class_samples == "velocities":
+        if found:
+            problems.note(f"--class_samples velocities does not use the images in {class_folder(args)}")
+        return
     paths = found[: args.num_class_images]
     if len(paths) < len(found):
         problems.note(f"{len(paths)} of {len(found)} class images are used, as many as --num_class_images")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -136,3 +138,87 @@ def test_a_model_in_a_folder_has_one_folder_of_class_images_however_it_is_typed(
         folders.add(trainer.class_folder(args))
     earlier = trainer.digest(["models/sd3", None, "a dog", 512])
     assert folders == {Path("out") / f"class_images-{earlier}"}
+
+
+def velocity_flags(folder: Path, *flags: str) -> list[str]:
+    return [*class_flags(folder, 4), "--class_samples=velocities", *flags]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_velocities_have_no_loss_before_the_first_step(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """A new LoRA predicts what the model predicted, at photos and along paths; fp16 files round it."""
+    orders = []
+    sample_order = trainer.sample_order
+
+    def class_alone(groups: list[list[trainer.Example]], *rest: object) -> list[trainer.Example]:
+        orders.append(sample_order([groups[1]], *rest))
+        return orders[-1]
+
+    monkeypatch.setattr(trainer, "sample_order", class_alone)
+    output = train(*velocity_flags(tmp_path / "class"), f"--mixed_precision={precision}", "--train_batch_size=8")
+    assert len({example.latents for example in orders[0][:8]}) == 4
+    assert 0 < logged(output)[0] < {"no": 1e-5, "bf16": 1e-3}[precision]
+
+
+def test_velocities_resume_exactly_with_shapes_masks_and_dropped_captions(
+    train: Train, photos: Path, tmp_path: Path
+) -> None:
+    """Two steps and two more give the LoRA of four, though all files are lost in between."""
+    masked = Path(shutil.copytree(photos, tmp_path / "photos"))
+    Image.new("L", (64, 64), "white").save(masked / f"{trainer.find_images(masked)[0].stem}.mask.png")
+    flags = [
+        f"--instance_data_dir={masked}",
+        "--aspect_ratio_buckets",
+        "--train_batch_size=2",
+        "--alpha_mask",
+        "--caption_dropout=0.5",
+    ]
+    flags = velocity_flags(tmp_path / "class", *flags, "--class_every_n_samples=3")
+    whole = train(*flags, output="whole")
+    train(*flags, output="parts", max_train_steps=2, checkpointing_steps=2)
+    files = sorted((tmp_path / "class").iterdir())
+    before = [path.read_bytes() for path in files]
+    shutil.rmtree(tmp_path / "class")
+    parts = train(*flags, LATEST, output="parts")
+    assert [path.read_bytes() for path in files] == before and len(files) == 4
+    assert equal(lora(whole), lora(parts)) and not equal(lora(whole), lora(train(output="plain")))
+    with pytest.raises(SystemExit, match="class_samples velocities, this run has images"):
+        train(*flags, "--class_samples=images", LATEST, output="parts")
+
+
+def test_another_run_uses_the_velocities_that_fit_it(train: Train, tmp_path: Path) -> None:
+    """Whatever its seed and batch are; a damaged file is made again, and another prompt has files of its own."""
+    folder = tmp_path / "class"
+    train(*velocity_flags(folder), output="one")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    damaged = sorted(before)[0]
+    damaged.write_bytes(before[damaged][0][:-1] + b"?")
+    train(*velocity_flags(folder, "--num_class_images=5", "--seed=7", "--sample_batch_size=1"), output="other")
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert len(after) == 5 and all(after[path] == before[path] for path in before if path != damaged)
+    one, other = load_file(damaged), safetensors.torch.load(before[damaged][0])
+    assert all(torch.allclose(one[name], other[name], atol=1e-2) for name in ("mean", "noise", "sigma"))
+    train(*velocity_flags(folder, "--class_prompt="), output="empty prompt")
+    assert len([*folder.iterdir()]) == 9
+
+
+def test_images_need_a_class_prompt_and_velocities_can_have_the_empty_one() -> None:
+    """Of nothing in particular the model would draw anything."""
+    flags = ["--with_prior_preservation", "--class_prompt="]
+    assert parse(*flags, "--class_samples=velocities").class_prompt == ""
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    with pytest.raises(SystemExit):
+        parse("--with_prior_preservation", "--class_samples=velocities")
+
+
+def test_velocities_that_are_not_finite_are_not_written(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end the run as an image would that is black."""
+    monkeypatch.setattr(trainer, "predict_velocity", lambda model, noisy, *_: noisy * float("nan"))
+    with pytest.raises(SystemExit, match="--mixed_precision"):
+        train(*velocity_flags(tmp_path / "class"))
+    assert not [*(tmp_path / "class").iterdir()]

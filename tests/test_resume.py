@@ -20,7 +20,7 @@ ANOTHER_VALUE = {  # another value for each flag; {0} stands for the folder of t
     "seed": 1, "variant": "fp16", "rank": 32, "lora_alpha": 7, "lora_layers": "to_q",
     "optimizer": "paged_adamw_8bit", "use_8bit_adam": True, "resolution": 80, "aspect_ratio_buckets": "64,64;80,48",
     "center_crop": True, "random_flip": True, "alpha_mask": True, "with_prior_preservation": True,
-    "num_class_images": 3, "class_every_n_samples": 8,
+    "num_class_images": 3, "class_every_n_samples": 8, "class_samples": "velocities",
     "revision": "main", "instance_prompt": PREVIEW_PROMPT,
     "caption_dropout": 0.1, "class_prompt": "a dog", "prior_loss_weight": 0.5, "lora_dropout": 0.1,
     "num_train_epochs": 7, "max_train_steps": 3, "learning_rate": 1e-4,
