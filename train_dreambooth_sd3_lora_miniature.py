@@ -1970,8 +1970,7 @@ def combination_problems(args: Args) -> list[str]:
         problems.append(f"--use_8bit_adam and --optimizer {args.optimizer} are two different optimizers: choose one")
     if args.scale_lr and args.optimizer == "prodigy":
         problems.append("--scale_lr scales a learning rate, but --optimizer prodigy finds it: drop one")
-    has_class = args.class_prompt is not None if args.class_samples == "velocities" else bool(args.class_prompt)
-    if args.with_prior_preservation and not has_class:
+    if args.with_prior_preservation and not args.class_prompt:
         problems.append('--with_prior_preservation needs --class_prompt, such as "a photo of a dog"')
     if args.class_prompt == args.instance_prompt:
         problems.append("--class_prompt is --instance_prompt; it must name the class without the rare word")
