@@ -421,7 +421,7 @@ def read_captions(folder: Path, images: list[Path], problems: list[str]) -> dict
         for path in paths:
             used.add(path)
             try:
-                with reading(path, "Write a caption in UTF-8, or remove the file."):
+                with reading(path, "Write a caption into it, or remove it."):
                     texts.append(clean_caption(path.read_text("utf-8-sig")))
             except UserError as error:
                 problems.append(str(error))
@@ -924,7 +924,7 @@ def with_flag_files(argv: list[str], seen: set[Path]) -> list[str]:
 def read_flag_file(path: Path) -> list[str]:
     """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
     arguments = []
-    with reading(path, "It must be UTF-8 text, a flag a line. A prompt that begins with @: --prompt=@..."):
+    with reading(path, "It must be text, a flag a line. A prompt that begins with @: --prompt=@..."):
         data = path.read_bytes()
         if b"\0" in data:
             raise ValueError("it is UTF-16 or not text; save it as UTF-8")
@@ -1155,6 +1155,8 @@ def note_old_torchao() -> None:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message: the Hub's own words, where there are some."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8; save it as UTF-8"
     message = (getattr(error, "server_message", None) or str(error)).strip() or type(error).__name__
     return message.splitlines()[0].rstrip(".")
 

@@ -2141,7 +2141,7 @@ def with_flag_files(argv: list[str], seen: set[Path]) -> list[str]:
 def read_flag_file(path: Path) -> list[str]:
     """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
     arguments = []
-    with reading(path, "It must be UTF-8 text, a flag a line. A prompt that begins with @: --prompt=@..."):
+    with reading(path, "It must be text, a flag a line. A prompt that begins with @: --prompt=@..."):
         data = path.read_bytes()
         if b"\0" in data:
             raise ValueError("it is UTF-16 or not text; save it as UTF-8")
@@ -3205,6 +3205,8 @@ def load_part(load: Callable[..., Any], model: LocalModel, part: str, **kwargs: 
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message: the Hub's own words, where there are some."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8; save it as UTF-8"
     message = (getattr(error, "server_message", None) or str(error)).strip() or type(error).__name__
     return message.splitlines()[0].rstrip(".")
 
