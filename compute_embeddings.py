@@ -64,7 +64,7 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from packaging.version import Version
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -688,15 +688,21 @@ def weight_patterns(part: str, stem: str, variant: str | None) -> list[str]:
 def download(args: Args, patterns: list[str], token: str | None, **kwargs: Any) -> Any:
     """Call snapshot_download for the files that match the patterns; raise a UserError if it fails."""
     name = args.pretrained_model_name_or_path
+    folder = Path(name).absolute()
     try:
         return snapshot_download(
             name, revision=args.revision, cache_dir=args.cache_dir, token=token, allow_patterns=patterns, **kwargs
         )
     except HFValidationError as error:
-        raise UserError(f"There is no folder {name}, and this is not a valid name of a repository.") from error
+        raise UserError(f"There is no folder {folder}, and {name} is not a valid name of a repository.") from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"Cannot load {name}: the Hub does not answer, and not all of it was downloaded before. "
+            f"{first_line(error)}. If a folder is meant: there is no {folder}."
+        ) from error
     except Exception as error:  # of the Hub, the network or the file system, which share no class
         raise UserError(
-            f"Cannot load {name}: {first_line(error)}. There is no such folder. If it is a repository, it may be "
+            f"Cannot load {name}: {first_line(error)}. There is no folder {folder}. If it is a repository, it may be "
             f"gated: accept its license on https://huggingface.co/{name} and run: hf auth login\n"
             "Without a network, HF_HUB_OFFLINE=1 uses what has been downloaded before."
         ) from error
@@ -1039,7 +1045,7 @@ def why_no_images(folder: Path) -> str:
     try:
         subfolders = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and find_images(path)]
     except FileNotFoundError:
-        return f"{folder} does not exist."
+        return f"{folder.absolute()} does not exist."
     except OSError as error:  # it is a file, or may not be read
         return f"{folder} cannot be read: {error.strerror}."
     reason = f"{folder} has no images ({' '.join(PHOTO_SUFFIXES)})."
@@ -1088,7 +1094,7 @@ def reading(path: Path, advice: str) -> Iterator[None]:
     """
     try:
         if not path.exists():
-            raise OSError("it does not exist")
+            raise OSError(f"{path.absolute()} does not exist")
         if not path.is_file():
             raise OSError("it is not a regular file")
         yield

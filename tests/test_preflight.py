@@ -87,9 +87,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 
 @pytest.mark.parametrize(("flags", "part"), [
     (["--data_df_path=nowhere.parquet"], "--data_df_path nowhere.parquet"),
-    (["--instance_data_dir=nowhere"], "--instance_data_dir nowhere does not exist"),
+    (["--instance_data_dir=nowhere"], "--instance_data_dir /.*/nowhere does not exist"),
     (["--resume_from_checkpoint=nowhere"], "--resume_from_checkpoint nowhere"),
-    (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot load nowhere/nothing"),
+    (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot load nowhere/nothing: the Hub does not answer"),
     (["--instance_prompt=another prompt"], "has no embeddings for 'another prompt'"),
     (["--max_sequence_length=256"], "has 77 T5 tokens, not --max_sequence_length 256"),
     (["--resolution=1040"], "--resolution 1040 .*1040 pixels .*1024"),
