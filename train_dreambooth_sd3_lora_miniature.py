@@ -1493,7 +1493,8 @@ def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator,
     previews = make_previews(args, plan, state, accelerator) if args.validation_prompt else []
     with only_noted("README.md is not written"):
         write_model_card(args, plan, state, previews)
-    print(f"README.md and {len(previews)} samples beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
+    samples = count_of(len(list(args.output_dir.glob("samples/step-*.png"))), "sample")
+    print(f"README.md and {samples} beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
     if args.push_to_hub:
         push_to_hub(args, plan, previews)
 
@@ -1954,7 +1955,9 @@ def combination_problems(args: Args) -> list[str]:
     try:
         training_shapes(args)
     except ValueError:
-        given = f"--resolution {listed(args.resolution)}, --aspect_ratio_buckets {args.aspect_ratio_buckets}"
+        given = f"--resolution {listed(args.resolution)}"
+        if args.aspect_ratio_buckets:
+            given += f", --aspect_ratio_buckets {args.aspect_ratio_buckets}"
         problems.append(f"{given}: sides must be multiples of 16, and shapes have the form height,width;height,width")
     if len(args.resolution) > 1 and args.aspect_ratio_buckets not in (None, "auto"):
         problems.append("--aspect_ratio_buckets with custom shapes needs a single --resolution")
@@ -2427,16 +2430,18 @@ def read_start_lora(args: Args, base_model: BaseModel | None, problems: Problems
     try:
         weights = load_lora_at_strength(path, args)
     except Exception as error:  # of the file system, safetensors, the Hub, or what the file says
-        problems.add(f"--pretrained_lora_path {path} cannot be used: {first_line(error)}.")
+        where = "" if Path(path).exists() else f" {Path(path).absolute()} does not exist."
+        problems.add(f"--pretrained_lora_path {path} cannot be used: {first_line(error)}.{where}")
         return {}
     prefix = "transformer."
     others = [name for name in weights if not name.startswith(prefix)]  # their alpha would stand elsewhere as well
     weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     misfit = others[0] if others else misfit_of_lora(weights, args, base_model)
     if misfit:
+        ranks = {weight.shape[0] for name, weight in weights.items() if "lora_A" in name and weight.ndim}
         problems.add(
             f"--pretrained_lora_path {path} is not a LoRA in diffusers' layout with --rank {args.rank} and these "
-            f"--lora_layers: see {misfit}."
+            f"--lora_layers: see {misfit}. Its rank is {listed(tuple(sorted(ranks))) or 'unknown'}."
         )
         return {}
     return weights
@@ -2447,8 +2452,8 @@ def load_lora_at_strength(path: str, args: Args) -> dict[str, Tensor]:
 
     Raises an error of any class if the file cannot be read, is not finite, or does not say how strong it is.
     """
-    if not Path(path).exists() and path.count("/") != 1:  # a repository is OWNER/NAME
-        raise ValueError("it does not exist")
+    if not Path(path).exists() and (path.count("/") != 1 or path.endswith(".safetensors")):
+        raise ValueError("it is not the name of a repository, OWNER/NAME")
     if Path(path).exists() and not Path(path).is_dir():
         with reading(Path(path), ""):
             pass
@@ -2481,10 +2486,14 @@ def open_embeddings(
         unknown = sorted(wanted_prompts(args) - embeddings.row_of_prompt.keys())
         rows = [embeddings[prompt] for prompt in embeddings.row_of_prompt if prompt in wanted_prompts(args)]
     except UserError as error:
-        problems.add(f"--data_df_path {error} Run: {embeddings_command(args, {})}")
+        fix = f"Run: {embeddings_command(args, {})}"
+        if path.exists() and path.suffix.lower() != ".parquet":  # such as a photo, over which nothing may be written
+            fix = "Name the .parquet file that compute_embeddings.py writes."
+        problems.add(f"--data_df_path {error} {fix}")
         return None
     about = embeddings.about
-    fix = f"Run: {embeddings_command(args, about)}"
+    command = embeddings_command(args, about)
+    fix = f"Run: {command}"
     if base_model and rows:
         config = base_model.skeleton.config
         widths = [rows[0][name].shape[-1] for name in PromptEmbeddings.TENSORS]
@@ -2496,7 +2505,9 @@ def open_embeddings(
     if about["captions"] != photos.captions_digest:
         problems.add(f"Captions were added, changed or removed since {path} was computed. {fix}")
     if unknown:
-        problems.add(f"{path} has no embeddings for {', '.join(repr(prompt) for prompt in unknown)}. {fix}")
+        missing = ", ".join(repr(prompt) for prompt in unknown)
+        present = ", ".join(repr(prompt) for prompt in itertools.islice(embeddings.row_of_prompt, 5) if prompt)
+        problems.add(f"{path} has no embeddings for {missing}. It has: {present}. If none is meant, run: {command}")
     return embeddings
 
 
@@ -2522,8 +2533,7 @@ def embeddings_command(args: Args, about: dict[str, Any]) -> str:
                 command.append(f"--{name}={texts[0]}")
             else:
                 command += [f"--{name}", *texts]
-    if about.get("t5"):
-        command += ["--t5_precision", about["t5"]]
+    command += ["--t5_precision", about.get("t5", "exact")]  # which needs the least memory
     return shell_line(command)
 
 
@@ -2755,13 +2765,17 @@ def check_resume(plan: Plan, problems: Problems) -> None:
         before = before_settings.get(name, defaults.get(name, value))
         if before == value:
             continue
+        before, value = (each if each is not None else "unset" for each in (before, value))
         if name == "images and captions":
             refused.append(
                 "The checkpoint was trained with other images and captions: photos, masks or captions were added, "
                 "removed, renamed or changed. Restore them, or train into another --output_dir."
             )
         elif on_resume.get(name, REFUSED) == REFUSED:  # what is not a flag was found out about the data
-            refused.append(f"The checkpoint was trained with {name} {before}, this run has {value}.")
+            refused.append(
+                f"The checkpoint was trained with {name} {before}, this run has {value}. Use the same, or train into "
+                "another --output_dir."
+            )
         else:
             changed.append(f"{name} {before} -> {value}")
     if changed:

@@ -86,11 +86,11 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 
 
 @pytest.mark.parametrize(("flags", "part"), [
-    (["--data_df_path=nowhere.parquet"], "--data_df_path nowhere.parquet"),
+    (["--data_df_path=nowhere.parquet"], "--data_df_path nowhere.parquet .*--t5_precision exact"),
     (["--instance_data_dir=nowhere"], "--instance_data_dir /.*/nowhere does not exist"),
     (["--resume_from_checkpoint=nowhere"], "--resume_from_checkpoint nowhere"),
     (["--pretrained_model_name_or_path=nowhere/nothing"], "Cannot load nowhere/nothing: the Hub does not answer"),
-    (["--instance_prompt=another prompt"], "has no embeddings for 'another prompt'"),
+    (["--instance_prompt=another prompt"], f"has no embeddings for 'another prompt'. It has: '{PROMPT}'"),
     (["--max_sequence_length=256"], "has 77 T5 tokens, not --max_sequence_length 256"),
     (["--resolution=1040"], "--resolution 1040 .*1040 pixels .*1024"),
     (["--report_to=comet_ml"], "--report_to comet_ml is not installed"),
@@ -103,6 +103,14 @@ def test_what_cannot_work_is_refused_before_a_model_loads(
     monkeypatch.setattr(trainer, "load_vae", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=part):
         train(*flags)
+
+
+@pytest.mark.parametrize("given", ["a.jpg", ""], ids=["a photo", "a folder"])
+def test_what_is_no_parquet_file_is_not_offered_to_be_written_over(train: Train, photos: Path, given: str) -> None:
+    """A photo, given as --data_df_path by mistake, was in the command as the file to write."""
+    with pytest.raises(SystemExit) as stop:
+        train("--dry_run", data_df_path=photos / given)
+    assert ".parquet" in str(stop.value.code) and "--output_path" not in str(stop.value.code)
 
 
 def notes_of(output: str, part: str) -> list[str]:

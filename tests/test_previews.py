@@ -51,6 +51,12 @@ def test_previews_have_fixed_noise(train: Train) -> None:
     assert (one / files[0]).read_bytes() != (one / files[1]).read_bytes()
 
 
+def test_the_samples_that_are_there_are_counted(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of all steps, not of the last alone."""
+    train(PREVIEWS, "--validation_steps=1", max_train_steps=2)
+    assert "README.md and 3 samples beside it" in capsys.readouterr().out
+
+
 def test_progress_is_seen_at_a_glance(train: Train) -> None:
     """One sheet: a row per prompt, a column per preview, the first without LoRA; after going back, no later ones."""
     flags = ["--validation_prompt", PREVIEW_PROMPT, PROMPT, "--validation_steps=2", "--num_validation_images=2"]

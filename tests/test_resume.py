@@ -213,6 +213,7 @@ def test_what_is_followed_is_noted(
     resume(*command(values_of("noted"), tmp_path), "--dry_run")
     [note] = [line for line in capsys.readouterr().out.splitlines() if "changed settings" in line]
     assert [name for name in active(values_of("noted")) if not re.search(rf"\b{name} .* -> ", note)] == []
+    assert "revision unset -> " in note and "None" not in note
 
 
 def test_what_makes_no_other_lora_is_not_mentioned(
@@ -284,7 +285,7 @@ def test_files_of_another_variant_make_no_other_model(resume: Train, tmp_path: P
 
 def test_another_number_of_samples_a_step_is_refused(resume: Train) -> None:
     """The step that the checkpoint counts would be another one; how the samples are made up does not matter."""
-    with pytest.raises(SystemExit, match="The checkpoint was trained with samples per step 2, this run has 8."):
+    with pytest.raises(SystemExit, match="trained with samples per step 2, this run has 8. .*--output_dir"):
         resume("--train_batch_size=4", "--dry_run")
 
 

@@ -297,11 +297,12 @@ def test_training_starts_from_another_lora(train: Train, tmp_path: Path) -> None
     first = train(output="first") / trainer.LORA_NAME
     again = train(f"--pretrained_lora_path={first}", learning_rate=1e-30, adam_weight_decay=0, output="again")
     assert equal(lora(first.parent), lora(again))
-    with pytest.raises(SystemExit, match="--pretrained_lora_path .*--rank 8"):
+    with pytest.raises(SystemExit, match=f"--pretrained_lora_path .*--rank 8 .*rank is {RANK}"):
         train(f"--pretrained_lora_path={first}", rank=8, output="refused")
     assert not (tmp_path / "refused").exists()
-    with pytest.raises(SystemExit, match="--pretrained_lora_path .*does not exist"):
-        train(f"--pretrained_lora_path={tmp_path / 'none'}")
+    for missing in (tmp_path / "none", "owner/none", "folder/none.safetensors"):  # the second may be a repository
+        with pytest.raises(SystemExit, match=f"--pretrained_lora_path .*{Path(missing).absolute()} does not exist"):
+            train(f"--pretrained_lora_path={missing}")
 
 
 @pytest.mark.parametrize(("start", "alpha"), [(trainer.LORA_NAME, 4 * RANK), ("checkpoint-4", RANK)])
