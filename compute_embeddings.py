@@ -535,12 +535,17 @@ def note_skipped(folder: Path, used: set[Path]) -> None:
     for path in folder.parent.glob("metadata.*"):  # a common mistake: beside the folder instead of inside it
         if path.resolve().parent != folder.resolve():  # it is inside if the folder is "."
             skipped.append(path)
+    question = ""
+    for path in skipped:
+        stem = Path(path.stem).stem
+        if path.suffix in CAPTION_SUFFIXES and comparable(stem) in stems:  # Windows hides the last suffix
+            question = f"; did you mean {stem}{path.suffix} by {path.name}?"
     if skipped:
         more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         print(
             f"note: skipped {skipped[0]}{more}: used are images directly in {folder} ({' '.join(PHOTO_SUFFIXES)}), "
             f"masks (NAME{', NAME'.join(MASK_ENDINGS)}) and captions of them (NAME{', NAME'.join(CAPTION_SUFFIXES)}), "
-            f"and {', '.join(METADATA_NAMES)}"
+            f"and {', '.join(METADATA_NAMES)}{question}"
         )
 
 
@@ -826,7 +831,7 @@ class Args:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Parse the command line; a mistake ends the program in one message."""
-    parser = Parser(Args, str(__doc__ or "").split("\n")[0])
+    parser = Parser(Args, str(__doc__))
     help_text = "the same as --t5_precision none"
     parser.add_argument("--no_t5", action="store_const", dest="t5_precision", const="none", help=help_text)
     args = Args(**parser.parse_values(argv))
@@ -841,9 +846,18 @@ def parse_args(argv: list[str] | None = None) -> Args:
 class Parser(argparse.ArgumentParser):
     """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
-    def __init__(self, flags: type, description: str) -> None:
-        epilog = "@FILE reads flags from a file, one flag and its value per line."
-        super().__init__(usage="%(prog)s [FLAGS]", description=description, allow_abbrev=False, epilog=epilog)
+    def __init__(self, flags: type, docstring: str) -> None:
+        """Take a script's docstring, whose second paragraph is an example."""
+        description, example = docstring.split("\n\n")[:2]
+        example = " ".join(example.split())  # in one line, as every shell takes it
+        epilog = f"example:\n{example}\n\n@FILE reads flags from a file, one flag and its value per line."
+        super().__init__(
+            usage="%(prog)s [FLAGS]",
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         types = get_type_hints(flags)
         groups: dict[str, Any] = {}
         for each in fields(flags):
@@ -851,7 +865,8 @@ class Parser(argparse.ArgumentParser):
             if name not in groups:
                 groups[name] = self.add_argument_group(name)
             names = [f"--{each_name}" for each_name in (each.name, *each.metadata["aliases"])]
-            groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
+            action = groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
+            action.option_strings = names[:1]  # --help leaves out the other script's names, which mislead
 
     def print_help(self, file: Any = None) -> None:
         super().print_help(file or ForgivingStream(sys.stdout))
@@ -868,6 +883,12 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions.keys()
         of_other_script = flags_of_other_script()
         messages = []
+        stray = [argument for argument in argv if argument and not argument.strip(" \\")]
+        if stray:
+            messages.append(
+                f'"{stray[0]}" stands alone: a backslash continues a line only where nothing follows it, and '
+                "neither on Windows nor in an @FILE"
+            )
         for argument in argv:
             given = argument.split("=")[0]
             if given in known or not re.fullmatch(r"[-\u2013\u2014]{1,2}[A-Za-z][\w-]*", given):
@@ -958,6 +979,7 @@ def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
         options["default"] = each.default
         shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
         if shown not in (None, "") and shown is not False:
+            shown = str(shown).replace(",", ", ")  # so that a line ends between names
             options["help"] += f" (default: {shown})"
     if kind is bool:
         options["action"] = "store_true"

@@ -1830,8 +1830,8 @@ class Args:
         minimum=0, const=1, choices=(0, 1))
     optimizer: str = flag(
         "training", "adamw", "the 8-bit ones need bitsandbytes; the paged one can move its state to RAM when the GPU "
-        "is full, from rank 66 on; prodigy finds the learning rate itself, needs `pip install prodigyopt`, and works "
-        "best with a constant schedule",
+        "is full, but only at a --rank above 65; prodigy finds the learning rate itself, needs `pip install "
+        "prodigyopt`, and works best with a constant schedule",
         choices=tuple(OPTIMIZERS), parse=str.lower, on_resume=REFUSED)
     use_8bit_adam: bool = flag("training", False, "the same as --optimizer adamw_8bit", on_resume=FREE)
     adam_beta1: float = flag("training", 0.9, "decay rate of the first moment", minimum=0, maximum=0.999999)
@@ -1904,7 +1904,7 @@ class Args:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Parse the command line; all mistakes that can be seen in it alone end the program in one message."""
-    parser = Parser(Args, str(__doc__ or "").split("\n")[0])
+    parser = Parser(Args, str(__doc__))
     values = parser.parse_values(argv)
     values["resolution"] = tuple(sorted(set(values["resolution"])))
     if values["use_8bit_adam"] and values["optimizer"] == "adamw":
@@ -2026,9 +2026,18 @@ def listed(values: tuple[object, ...]) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse for a dataclass of flags. It also reads flags from @FILE, and hides tokens in its messages."""
 
-    def __init__(self, flags: type, description: str) -> None:
-        epilog = "@FILE reads flags from a file, one flag and its value per line."
-        super().__init__(usage="%(prog)s [FLAGS]", description=description, allow_abbrev=False, epilog=epilog)
+    def __init__(self, flags: type, docstring: str) -> None:
+        """Take a script's docstring, whose second paragraph is an example."""
+        description, example = docstring.split("\n\n")[:2]
+        example = " ".join(example.split())  # in one line, as every shell takes it
+        epilog = f"example:\n{example}\n\n@FILE reads flags from a file, one flag and its value per line."
+        super().__init__(
+            usage="%(prog)s [FLAGS]",
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         types = get_type_hints(flags)
         groups: dict[str, Any] = {}
         for each in fields(flags):
@@ -2036,7 +2045,8 @@ class Parser(argparse.ArgumentParser):
             if name not in groups:
                 groups[name] = self.add_argument_group(name)
             names = [f"--{each_name}" for each_name in (each.name, *each.metadata["aliases"])]
-            groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
+            action = groups[name].add_argument(*names, **argparse_options(each, types[each.name]))
+            action.option_strings = names[:1]  # --help leaves out the other script's names, which mislead
 
     def print_help(self, file: Any = None) -> None:
         super().print_help(file or ForgivingStream(sys.stdout))
@@ -2053,6 +2063,12 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions.keys()
         of_other_script = flags_of_other_script()
         messages = []
+        stray = [argument for argument in argv if argument and not argument.strip(" \\")]
+        if stray:
+            messages.append(
+                f'"{stray[0]}" stands alone: a backslash continues a line only where nothing follows it, and '
+                "neither on Windows nor in an @FILE"
+            )
         for argument in argv:
             given = argument.split("=")[0]
             if given in known or not re.fullmatch(r"[-\u2013\u2014]{1,2}[A-Za-z][\w-]*", given):
@@ -2096,6 +2112,7 @@ def argparse_options(each: Field, kind: Any) -> dict[str, Any]:
         options["default"] = each.default
         shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
         if shown not in (None, "") and shown is not False:
+            shown = str(shown).replace(",", ", ")  # so that a line ends between names
             options["help"] += f" (default: {shown})"
     if kind is bool:
         options["action"] = "store_true"

@@ -127,6 +127,7 @@ def test_what_is_not_used_is_named(name: str, folder: Path, capsys: pytest.Captu
     [note] = [line for line in capsys.readouterr().out.splitlines() if name in line]
     assert note.startswith(f"note: skipped {folder / name}: ")
     assert "NAME.txt" in note and ".webp" in note and "metadata.csv" in note
+    assert ("did you mean a.txt" in note) == (name == "a.jpg.txt")
 
 
 def test_a_photo_that_needs_a_package_is_named_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

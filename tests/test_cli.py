@@ -4,6 +4,7 @@ import ast
 import inspect
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,19 @@ def test_a_mistyped_flag_is_answered_with_the_nearest(
     message = capsys.readouterr().err
     assert stop.value.code == 2 and all(part in message for part in expected)
     assert len(message.splitlines()) == len(expected) + 1 and message.endswith("\nSee --help for all flags.\n")
+
+
+@pytest.mark.parametrize("word", [" ", "\\", "\\ "])
+def test_a_backslash_that_continues_nothing_is_said(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A space after it makes the space an argument, which would be one more prompt; a file of flags knows no \\."""
+    (tmp_path / "flags.txt").write_text("--rank 8 \\\n--seed 1 \\\n")
+    for wrong in (["--validation_prompt", "a dog", word], [f"@{tmp_path / 'flags.txt'}"]):
+        with pytest.raises(SystemExit) as stop:
+            trainer.parse_args([*REQUIRED, *wrong])
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and "backslash" in message and len(message.splitlines()) == 2
 
 
 def test_missing_flags_are_answered_without_a_screen_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,6 +303,39 @@ def test_help_is_short(script: ModuleType, required: list[str], capsys: pytest.C
     usage, empty = shown.splitlines()[:2]
     assert usage.startswith("usage: ") and usage.endswith(" [FLAGS]") and not empty
     assert shown.count("(required)") == len(required) and "default: None" not in shown
+
+
+@both
+def test_help_ends_with_an_example_that_can_be_pasted(
+    script: ModuleType, required: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, and with this script's names alone: --output_path names what the other one writes."""
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    [command] = re.findall(rf"^.*{Path(script.__file__).name} (--.*)$", shown[shown.index("example:") :], re.MULTILINE)
+    script.parse_args(shlex.split(command))
+    others = {"--output_path", "--local_data_dir"} if script is trainer else {"--data_df_path", "--instance_data_dir"}
+    assert others & set(re.findall(r"--\w+", shown)) == set()
+
+
+def test_help_breaks_no_line_inside_a_layer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their list is long, and has no spaces on the command line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        trainer.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert [layer for layer in trainer.Args.lora_layers.split(",") if layer not in shown] == []
+
+
+def test_an_unset_flag_is_not_shown_as_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """A resolution that does not work named --aspect_ratio_buckets, too."""
+    with pytest.raises(SystemExit):
+        trainer.parse_args([*REQUIRED, "--resolution=100"])
+    message = capsys.readouterr().err
+    assert "--resolution 100" in message and "None" not in message
 
 
 SIDE_EFFECTS = """
