@@ -130,7 +130,6 @@ def main(args: Args) -> None:
 
             # Latents first: the VAE is gone before the transformer comes.
             encode_latents(plan.examples, args, plan.base_model.files, accelerator)
-            check_encoded_masks(plan.examples, args, accelerator)
             transformer = load_transformer(plan.base_model.files, args, plan.weight_dtype).to(accelerator.device)
 
             # Samples of the class show what the model knew before, so they are made while it has no LoRA.
@@ -2584,6 +2583,19 @@ def check_masks(photos: Photos, examples: list[Example], args: Args, problems: P
         problems.add(f"--alpha_mask: no image has an alpha channel or a mask: NAME{', NAME'.join(MASK_ENDINGS)}.")
     elif args.alpha_mask and len(masked) < len(photos.paths):
         problems.note(f"--alpha_mask: {count} have a mask; of the others all is learned")
+    dark = []
+    for example in examples if args.alpha_mask else []:
+        try:
+            if is_mask_dark(example, args):
+                dark.append(example)
+        except UserError as error:
+            problems.add(str(error))
+    if dark:
+        report = problems.add if len(dark) == len(examples) else problems.note
+        report(
+            f"--alpha_mask: masks that are dark all over at an eighth of the size: {len(paths_of(dark))} (first: "
+            f"{dark[0].path}); a mask must be white on the subject"
+        )
     beside = masks_beside(photos.paths)
     if beside and not args.alpha_mask:
         problems.note(f"masks that are not used without --alpha_mask: {len(beside)} (first: {min(beside.values())})")
@@ -2597,24 +2609,18 @@ def check_masks(photos: Photos, examples: list[Example], args: Args, problems: P
         problems.note(f"trained as photos, though named like masks: {len(likely)} (first: {likely[0]})")
 
 
-def check_encoded_masks(examples: list[Example], args: Args, accelerator: Accelerator) -> None:
-    """Note images whose masks are dark all over, since nothing of them is learned; end the run if all of them are."""
-    if not args.alpha_mask:
-        return
-    problems = Problems(accelerator)
-    dark = []
-    for example in examples:
-        with safe_open(example.latents, "pt") as file:
-            if file.get_tensor("mask").max() < 0.5:
-                dark.append(example)
-    if dark:
-        count = f"{len(paths_of(dark))} (first: {dark[0].path})"
-        found = f"masks that are dark all over at an eighth of the size: {count}; a mask must be white on the subject"
-        if len(dark) == len(examples):
-            problems.add(f"--alpha_mask: {found}.")
-        else:
-            problems.note(found)
-    problems.stop_if_any()
+def is_mask_dark(example: Example, args: Args) -> bool:
+    """Whether a mask is dark all over at an eighth of the size, so that nothing is learned. Raises UserError."""
+    if not (example.mask or example.has_alpha):
+        return False
+    image = load_upright_image(example.mask or example.path)
+    mask = mask_in(image) if example.mask else image.getchannel("A")
+    height, width = example.shape
+    for center in crop_centers(mask, example.shape, args.center_crop):  # as encode_image does
+        crop = ImageOps.fit(mask, (width // 8, height // 8), Image.Resampling.BOX, centering=(center, center))
+        if np.asarray(crop).max() >= 128:
+            return False
+    return True
 
 
 def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems) -> None:
@@ -2629,6 +2635,9 @@ def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Ac
     paths = found[: args.num_class_images]
     if len(paths) < len(found):
         problems.note(f"{len(paths)} of {len(found)} class images are used, as many as --num_class_images")
+    if len(found) < args.num_class_images:
+        lacking = count_of(args.num_class_images - len(found), "class image")
+        problems.note(f"to generate first: {lacking}, {args.num_inference_steps} steps each; a bar says how long")
     made_by = class_folder(args) / MADE_BY
     if made_by.exists():
         try:
@@ -2810,10 +2819,11 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     epochs = plan.max_train_steps * plan.samples_per_step / samples_per_epoch(args, plan.examples)
     steps = f"{count_of(plan.max_train_steps, 'step')} of {count_of(plan.samples_per_step, 'sample')}"
     digits = 1 if epochs < 10 else 0
+    start = f"from step {plan.checkpoint.get('global_step', 0)}"
     images = count_of(len(paths_of(plan.examples)), "image")
     if len(args.resolution) > 1:
         images += f" at the resolutions {listed(args.resolution)}"
-    problems.note(f"{images}, {steps}: {epochs:.{digits}f} epochs, seed {plan.seed}")
+    problems.note(f"{images}, {steps}: {epochs:.{digits}f} epochs, seed {plan.seed}, {start}")
     if not args.max_train_steps and plan.max_train_steps < 100:
         problems.note(
             f"--num_train_epochs {args.num_train_epochs} is {count_of(plan.max_train_steps, 'step')} here; "

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PROMPT, Train, compute, parse
+from conftest import PREVIEW_PROMPT, PROMPT, Train, compute, parse
 
 
 def test_all_problems_are_reported_at_once(train: Train, tmp_path: Path) -> None:
@@ -103,6 +103,16 @@ def test_what_cannot_work_is_refused_before_a_model_loads(
     monkeypatch.setattr(trainer, "load_vae", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=part):
         train(*flags)
+
+
+def test_the_plan_says_how_many_class_images_are_to_be_made(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that are there need not be."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "mine.png")
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", f"--class_data_dir={tmp_path}"]
+    train("--dry_run", *flags, "--num_class_images=7")
+    assert "to generate first: 6 class images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["a.jpg", ""], ids=["a photo", "a folder"])

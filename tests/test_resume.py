@@ -216,6 +216,12 @@ def test_what_is_followed_is_noted(
     assert "revision unset -> " in note and "None" not in note
 
 
+def test_the_plan_says_from_which_step(resume: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in a dry run."""
+    resume("--dry_run")
+    assert "from step 1\n" in capsys.readouterr().out
+
+
 def test_what_makes_no_other_lora_is_not_mentioned(
     resume: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
