@@ -701,10 +701,8 @@ def download(args: Args, patterns: list[str], token: str | None, **kwargs: Any) 
     except HFValidationError as error:
         raise UserError(f"There is no folder {folder}, and {name} is not a valid name of a repository.") from error
     except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"Cannot load {name}: the Hub does not answer, and not all of it was downloaded before. "
-            f"{first_line(error)}. If a folder is meant: there is no {folder}."
-        ) from error
+        reason = f"the Hub does not answer, and not all of it was downloaded before. {first_line(error)}"
+        raise UserError(f"Cannot load {name}: {reason}. If a folder is meant: there is no {folder}.") from error
     except Exception as error:  # of the Hub, the network or the file system, which share no class
         raise UserError(
             f"Cannot load {name}: {first_line(error)}. There is no folder {folder}. If it is a repository, it may be "
@@ -851,13 +849,8 @@ class Parser(argparse.ArgumentParser):
         description, example = docstring.split("\n\n")[:2]
         example = " ".join(example.split())  # in one line, as every shell takes it
         epilog = f"example:\n{example}\n\n@FILE reads flags from a file, one flag and its value per line."
-        super().__init__(
-            usage="%(prog)s [FLAGS]",
-            description=description,
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        super().__init__(usage="%(prog)s [FLAGS]", description=description, allow_abbrev=False, epilog=epilog)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter  # no line breaks in the example
         types = get_type_hints(flags)
         groups: dict[str, Any] = {}
         for each in fields(flags):
