@@ -1358,112 +1358,68 @@ def make_class_images(
     return examples
 
 
-POINTS_PER_FILE = 8  # inputs of the model, of falling noise levels, in a file of velocities
-
-
-@dataclass(frozen=True)
-class VelocityFile:
-    """A file of velocities to be made: at noisy versions of a photo, or along a path from noise to an image."""
-
-    example: Example  # of the class; its `latents` is the file
-    photo: Path | None  # the latents of a photo, or None: a path
+VERSIONS = 8  # of a photo in a file of velocities
 
 
 def make_class_velocities(
     args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
 ) -> list[Example]:
-    """Write what velocities the model predicts under the class prompt, as samples; it must not have a LoRA yet."""
-    class_folder(args).mkdir(parents=True, exist_ok=True)
-    files = find_velocity_files(args, plan)
-    missing = [file for file in files if not are_latents(file.example.latents)]
-    batches = []
-    for shape in sorted({file.example.shape for file in missing}):
-        of_shape = [file for file in missing if file.example.shape == shape]
-        batches += [of_shape[i : i + args.sample_batch_size] for i in range(0, len(of_shape), args.sample_batch_size)]
+    """Make the files of velocities that are missing, and return all of them; the transformer must not have a LoRA yet.
+
+    Photos of the subject take turns. A file is named by a digest of all that it depends on.
+    """
+    folder = class_folder(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    depends_on = [plan.base_model.identity, str(plan.weight_dtype), args.quantize_base, plan.settings["embeddings"]]
+    depends_on += [args.class_prompt, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale]
+    photos = Deck(plan.examples, random.Random(0))
+    photo_of: dict[Path, Example] = {}
+    examples = []
+    for number in range(math.ceil(args.num_class_images / VERSIONS)):
+        photo = photos.deal()
+        path = folder / f"{digest([*depends_on, photo.latents.name, number])}.safetensors"
+        photo_of[path] = photo
+        examples.append(
+            replace(photo, latents=path, prompt=str(args.class_prompt), loss_weight=args.prior_loss_weight)
+        )
+    missing = [path for path in photo_of if not are_latents(path)]
     accelerator.wait_for_everyone()  # until every process has counted
 
-    # Each process makes its share of the batches.
-    share = batches[accelerator.process_index :: accelerator.num_processes]
-    passes = tqdm(
-        desc="Class velocities", total=len(share) * POINTS_PER_FILE, unit="batch", disable=no_bar(accelerator)
-    )
-    for batch in share:
-        samples = predict_class_velocities(batch, args, plan, transformer, passes)
-        if not all(tensor.isfinite().all() for tensor in samples.values()):
-            fix = "Use another --mixed_precision."
-            raise SystemExit(f"Class velocities cannot be made: they are not finite. {fix}")
-        for number, file in enumerate(batch):
-            of_file = {name: samples[name][number].half() for name in ("mean", "noise")}
-            write_latents(file.example.latents, of_file | {"sigma": samples["sigma"][number].contiguous()})
-    passes.close()
+    share = missing[accelerator.process_index :: accelerator.num_processes]  # each process makes its own
+    for path in tqdm(share, "Class velocities", unit="file", disable=no_bar(accelerator)):
+        write_latents(path, class_velocities(path, photo_of[path], args, plan, transformer))
     accelerator.wait_for_everyone()
-    examples = [file.example for file in files]
     check_visible(examples, args)
     return examples
 
 
-def find_velocity_files(args: Args, plan: Plan) -> list[VelocityFile]:
-    """Return --num_class_images files; each is named by a digest of all that it depends on.
-
-    Half of them are noisy photos of the subject, which keeps the subject out of the class, half are paths.
-    """
-    depends_on = [plan.base_model.identity, str(plan.weight_dtype), args.quantize_base, plan.settings["embeddings"]]
-    depends_on += [args.class_prompt, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale]
-    photos = Deck(plan.examples, random.Random(0))
-    files = []
-    for number in range(args.num_class_images):
-        photo = photos.deal()
-        is_path = number % 2 == 1
-        name = digest([*depends_on, photo.shape if is_path else photo.latents.name, number])
-        latents = class_folder(args) / f"{name}.safetensors"
-        example = replace(photo, latents=latents, prompt=str(args.class_prompt), loss_weight=args.prior_loss_weight)
-        files.append(VelocityFile(example, None if is_path else photo.latents))
-    return files
-
-
 @torch.no_grad()
-def predict_class_velocities(
-    batch: list[VelocityFile], args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, passes: tqdm
+def class_velocities(
+    path: Path, photo: Example, args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel
 ) -> dict[str, Tensor]:
-    """Return samples of the class: mean and noise (B, N, 16, H/8, W/8), and sigma (B, N), of N inputs for each file.
+    """Ask the model for its velocity v under the class prompt at noisy versions x of a photo; return them as samples.
 
-    The model's velocity v at an input x of noise level sigma becomes the pair mean = x - sigma * v,
-    noise = x + (1 - sigma) * v, whose mixture is x and whose difference is v: a sample like any other.
+    These are latents and noise that mix to x at its noise level sigma, and whose difference is v: mean = x - sigma * v
+    and noise = x + (1 - sigma) * v (V, 16, H/8, W/8), in fp16, and sigma (V,). What is random is seeded by the path.
     """
-    starts = [first_pairs(file, args, plan.base_model.noise_scheduler.sigmas) for file in batch]
-    images, noises, sigmas = (torch.stack(tensors) for tensors in zip(*starts, strict=True))
-    is_path = torch.tensor([file.photo is None for file in batch]).view(-1, 1, 1, 1)
-    prompt = default_collate([plan.embeddings[str(args.class_prompt)]] * len(batch))
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for step in range(POINTS_PER_FILE):
-        mean, noise, level = images[:, step], noises[:, step], sigmas[:, step].view(-1, 1, 1, 1)
-        if step > 0:  # a path mixes what the model has just predicted, at a lower level: a step of Euler's method
-            mean = torch.where(is_path, pairs[-1][0], mean)
-            noise = torch.where(is_path, pairs[-1][1], noise)
-        x = torch.lerp(mean, noise, level)
-        inputs = send_to_device(prompt | {"sigma": sigmas[:, step], "x": x}, transformer.device)
-        v = predict_velocity(transformer, inputs["x"], inputs, plan.weight_dtype).cpu()
-        pairs.append((x - level * v, x + (1 - level) * v))
-        passes.update()
-    means, noises = (torch.stack(tensors, dim=1) for tensors in zip(*pairs, strict=True))
-    return {"mean": means, "noise": noises, "sigma": sigmas}
-
-
-def first_pairs(file: VelocityFile, args: Args, schedule: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return images and noise (N, 16, H/8, W/8) and noise levels (N,); of a path, only the first noise is used.
-
-    Levels fall, and are those that the training draws. All that is random is seeded by the name of the file.
-    """
-    generator = seeded_generator(CLASS_IMAGE_STREAM, file.example.latents.stem)
-    height, width = file.example.shape
-    noise = torch.randn((POINTS_PER_FILE, 16, height // 8, width // 8), generator=generator)
-    sigmas = draw_sigmas(args, schedule, POINTS_PER_FILE, generator).sort(descending=True).values
-    if file.photo is None:
-        sigmas[0] = 1  # where there is nothing but noise
-        return torch.zeros_like(noise), noise, sigmas
-    variants = load_file(file.photo)["mean"]
-    chosen = torch.randint(len(variants), (POINTS_PER_FILE,), generator=generator)
-    return variants[chosen].float(), noise, sigmas
+    generator = seeded_generator(CLASS_IMAGE_STREAM, path.stem)
+    crops = load_file(photo.latents)["mean"].float()
+    latents = crops[torch.randint(len(crops), (VERSIONS,), generator=generator)]
+    noise = torch.randn(latents.shape, generator=generator)
+    sigma = draw_sigmas(args, plan.base_model.noise_scheduler.sigmas, VERSIONS, generator)
+    sigmas = sigma.view(-1, 1, 1, 1)
+    x = torch.lerp(latents, noise, sigmas)
+    prompt = default_collate([plan.embeddings[str(args.class_prompt)]] * VERSIONS)
+    inputs = prompt | {"x": x, "sigma": sigma}
+    velocities = []
+    for start in range(0, VERSIONS, args.sample_batch_size):
+        part = {name: tensor[start : start + args.sample_batch_size] for name, tensor in inputs.items()}
+        part = send_to_device(part, transformer.device)
+        velocities.append(predict_velocity(transformer, part["x"], part, plan.weight_dtype).cpu())
+    v = torch.cat(velocities)
+    if not v.isfinite().all():
+        raise SystemExit("Class velocities cannot be made: they are not finite. Use another --mixed_precision.")
+    return {"mean": (x - sigmas * v).half(), "noise": (x + (1 - sigmas) * v).half(), "sigma": sigma}
 
 
 def with_class_examples(plan: Plan, class_examples: list[Example], accelerator: Accelerator) -> Plan:
@@ -1771,8 +1727,7 @@ class Args:
         "prior preservation", None, "folder of class images or velocities; unset: a folder in --output_dir",
         metavar="DIR", on_resume=FREE)
     num_class_images: int = flag(
-        "prior preservation", 100, "number of class images, or of files of velocities; missing ones are made",
-        on_resume=REFUSED)
+        "prior preservation", 100, "number of class images or velocities; missing ones are made", on_resume=REFUSED)
     sample_batch_size: int = flag(
         "prior preservation", 4, "number of class images or velocities to make at once", on_resume=FREE)
     prior_loss_weight: float = flag(
@@ -2624,6 +2579,9 @@ def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Ac
         return
     found = find_images(class_folder(args))
     if args.class_samples == "velocities":
+        problems.note(
+            f"class velocities: {args.num_class_images}, a pass of the model for each that does not exist yet"
+        )
         if found:
             problems.note(f"--class_samples velocities does not use the images in {class_folder(args)}")
         return
