@@ -1715,8 +1715,8 @@ class Args:
         "prior preservation", False, "mix in samples of the class, so that the model keeps it",
         on_resume=REFUSED)
     class_every_n_samples: int = flag(
-        "prior preservation", 2, "every Nth sample shows the class; a higher N teaches the subject sooner and keeps "
-        "the class less", minimum=2, on_resume=REFUSED)
+        "prior preservation", None, "every Nth sample shows the class; a higher N teaches the subject sooner and "
+        "keeps the class less; unset: 2 for images, 4 for velocities", minimum=2, on_resume=REFUSED)
     class_prompt: str | None = flag(
         "prior preservation", None, 'prompt of the class, such as "a photo of a dog"', metavar="PROMPT",
         embeddings_flag="class_prompt")
@@ -1727,11 +1727,13 @@ class Args:
         "prior preservation", None, "folder of class images or velocities; unset: a folder in --output_dir",
         metavar="DIR", on_resume=FREE)
     num_class_images: int = flag(
-        "prior preservation", 100, "number of class images or velocities; missing ones are made", on_resume=REFUSED)
+        "prior preservation", None, "number of class images or velocities; missing ones are made; unset: 100 images, "
+        "256 velocities", on_resume=REFUSED)
     sample_batch_size: int = flag(
         "prior preservation", 4, "number of class images or velocities to make at once", on_resume=FREE)
     prior_loss_weight: float = flag(
-        "prior preservation", 1.0, "weight of a sample of the class in the loss", minimum=0)
+        "prior preservation", None, "weight of a sample of the class in the loss; unset: 1 for images, 5 for "
+        "velocities", minimum=0)
 
     # LoRA
     pretrained_lora_path: str | None = flag(
@@ -1860,7 +1862,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Parse the command line; all mistakes that can be seen in it alone end the program in one message."""
     parser = Parser(Args, str(__doc__))
     values = parser.parse_values(argv)
+    idle = idle_flags(values)
     values["resolution"] = tuple(sorted(set(values["resolution"])))
+    for name, value in CLASS_DEFAULTS[values["class_samples"]].items():
+        if values[name] is None:
+            values[name] = value
     if values["use_8bit_adam"] and values["optimizer"] == "adamw":
         values["optimizer"] = "adamw_8bit"
     if values["learning_rate"] is None:
@@ -1874,11 +1880,18 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if values["guidance_scale"] is None and is_turbo:
         values["guidance_scale"] = 0.0
     args = Args(**values)
-    problems = flag_problems(args) + combination_problems(args)
+    problems = flag_problems(args) + combination_problems(args) + idle
     if problems:
         parser.error("\n  ".join(problems))
     return args
 
+
+# What suits each kind of --class_samples. An image that the model drew is worth learning in its own right; velocities
+# are what a new LoRA gives, so their loss begins at 0, and a larger weight holds them there.
+CLASS_DEFAULTS = {
+    "images": {"num_class_images": 100, "class_every_n_samples": 2, "prior_loss_weight": 1.0},
+    "velocities": {"num_class_images": 256, "class_every_n_samples": 4, "prior_loss_weight": 5.0},
+}
 
 # Flags that do nothing without another one, and the values of that one which they need; (): any.
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -1940,12 +1953,18 @@ def combination_problems(args: Args) -> list[str]:
         args.instance_data_dir
     ):
         problems.append(f"{class_folder(args)} holds the images of the subject; choose another --class_data_dir")
+    return problems
+
+
+def idle_flags(values: dict[str, Any]) -> list[str]:
+    """Return the flags that are given and do nothing, from the values as they were parsed."""
+    problems = []
     defaults = {each.name: each.default for each in fields(Args)}
-    for name, (needed, values) in NEEDS.items():
-        has_it = getattr(args, needed) in values if values else bool(getattr(args, needed))
-        if getattr(args, name) != defaults[name] and not has_it:
-            choices = f" {' or '.join(values)}" if values else ""
-            problems.append(f"--{name} does nothing without --{needed}{choices}")
+    for name, (needed, choices) in NEEDS.items():
+        has_it = values[needed] in choices if choices else bool(values[needed])
+        if values[name] != defaults[name] and not has_it:
+            those = f" {' or '.join(choices)}" if choices else ""
+            problems.append(f"--{name} does nothing without --{needed}{those}")
     return problems
 
 
