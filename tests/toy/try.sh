@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Teach the toy SD3 a robot: install what is missing, run both scripts, and say where the picture is.
+# A second start installs nothing and goes on where the first one ended. Flags are handed on to the trainer.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -e .venv/bin/activate ] || python3 -m venv .venv
+    . .venv/bin/activate
+fi
+command -v uv > /dev/null || python -m pip install --quiet uv
+# uv chooses torch's build by the GPU's driver, from an index that a network with a mirror of PyPI may not reach.
+uv pip install --torch-backend=auto -r requirements.txt || python -m pip install -r requirements.txt
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the toy is too small for more, which crawl on busy cores
+python compute_embeddings.py @tests/toy/embeddings.txt
+python train_dreambooth_sd3_lora_miniature.py @tests/toy/train.txt --resume_from_checkpoint latest "$@"
+echo "The picture is $PWD/robot-lora/samples/progress.png"
