@@ -46,6 +46,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -92,7 +93,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -1181,7 +1182,7 @@ def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accele
                 save_image(images[0], path)
                 written.append((prompt, path))
     if len(written) == count * len(args.validation_prompt):  # the sheet is drawn from the files
-        sheet = draw_progress(folder, rows=len(args.validation_prompt), last_step=state.global_step)
+        sheet = draw_progress(folder, args.validation_prompt, last_step=state.global_step)
         with only_noted(f"{folder / 'progress.png'} is not written"):
             save_image(sheet, folder / "progress.png")
         if state.global_step >= plan.max_train_steps:
@@ -1277,20 +1278,38 @@ def log_images(shown: dict[str, list[Image.Image]], step: int, accelerator: Acce
             tracker.log_images(values, step=step)
 
 
-def draw_progress(folder: Path, rows: int, last_step: int) -> Image.Image:
+PROGRESS_MARGINS = (192, 28)  # pixels at the left and at the top of the sheet, for its labels
+
+
+def draw_progress(folder: Path, prompts: list[str], last_step: int) -> Image.Image:
     """Draw a sheet with a row per prompt and a column per preview so far, at most 16; unreadable ones are left out."""
     found = [int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png")]
     steps = sorted(step for step in found if step <= last_step)  # later ones are those of a run that was resumed
     every = 1 + len(steps) // 15
-    columns = []
+    columns = {}  # step: (256 * rows, 256, 3)
     for step in [*steps[:-1:every], last_step]:
         with suppress(UserError):
             column = []
-            for row in range(rows):
+            for row in range(len(prompts)):
                 with opened_photo(folder / f"step-{step:06d}-prompt-{row}-0.png") as image:
                     column.append(np.asarray(image.convert("RGB").resize((256, 256))))
-            columns.append(np.vstack(column))
-    return Image.fromarray(np.hstack(columns))
+            columns[step] = np.vstack(column)
+    return label_progress(Image.fromarray(np.hstack(list(columns.values()))), list(columns), prompts)
+
+
+def label_progress(images: Image.Image, steps: list[int], prompts: list[str]) -> Image.Image:
+    """Return the images, 256 pixels wide and high each, with the steps above and the prompts beside them."""
+    left, top = PROGRESS_MARGINS
+    sheet = Image.new("RGB", (left + images.width, top + images.height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=16)
+    for column, step in enumerate(steps):
+        draw.text((left + 256 * column + 8, 6), f"step {step}", "black", font)
+    for row, prompt in enumerate(prompts):
+        lines = textwrap.wrap(prompt, width=20, max_lines=11)
+        draw.multiline_text((8, top + 256 * row + 8), "\n".join(lines), "black", font)
+    sheet.paste(images, (left, top))  # last, over a label that is too wide
+    return sheet
 
 
 MADE_BY = "generated_with.json"  # beside class images that this program has generated

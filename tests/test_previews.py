@@ -57,11 +57,17 @@ def test_the_samples_that_are_there_are_counted(train: Train, capsys: pytest.Cap
     assert "README.md and 3 samples beside it" in capsys.readouterr().out
 
 
+def images_of(path: Path) -> Image.Image:
+    """Return the sheet without its labels."""
+    sheet = Image.open(path)
+    return sheet.crop((*trainer.PROGRESS_MARGINS, *sheet.size))
+
+
 def test_progress_is_seen_at_a_glance(train: Train) -> None:
     """One sheet: a row per prompt, a column per preview, the first without LoRA; after going back, no later ones."""
     flags = ["--validation_prompt", PREVIEW_PROMPT, PROMPT, "--validation_steps=2", "--num_validation_images=2"]
     samples = train(*flags, max_train_steps=6) / "samples"
-    sheet = Image.open(samples / "progress.png")
+    sheet = images_of(samples / "progress.png")
     assert sheet.size == (4 * 256, 2 * 256)
     for column, step in enumerate((0, 2, 4, 6)):
         for row in (0, 1):
@@ -70,7 +76,19 @@ def test_progress_is_seen_at_a_glance(train: Train) -> None:
             assert sheet.crop(box).tobytes() == alone.tobytes()
     assert len(list(samples.glob("step-000000-*"))) == 2 and len(list(samples.glob("step-000006-*"))) == 4
     train(*flags, "--resume_from_checkpoint=checkpoint-2", max_train_steps=4)
-    assert Image.open(samples / "progress.png").size == (3 * 256, 2 * 256)
+    assert images_of(samples / "progress.png").size == (3 * 256, 2 * 256)
+
+
+def test_the_sheet_says_which_step_and_prompt_an_image_is_of(train: Train) -> None:
+    """Above each column and beside each row stands dark text, another one for another prompt."""
+    prompts = [PREVIEW_PROMPT, PROMPT]
+    samples = train("--validation_prompt", *prompts, "--validation_steps=2", max_train_steps=2) / "samples"
+    sheet = Image.open(samples / "progress.png").convert("L")
+    left, top = trainer.PROGRESS_MARGINS
+    for column in (0, 1):
+        assert sheet.crop((left + 256 * column, 0, left + 256 * column + 256, top)).getextrema()[0] < 64
+    beside = [sheet.crop((0, top + 256 * row, left, top + 256 * row + 256)) for row in (0, 1)]
+    assert all(label.getextrema() == (0, 255) for label in beside) and beside[0].tobytes() != beside[1].tobytes()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +133,8 @@ def test_a_thousand_previews_make_one_sheet(tmp_path: Path, few_open_files: None
     """Of at most 17 columns, from the first step to the last, with few files open at a time."""
     for step in range(1000):
         Image.new("RGB", (8, 8), (step % 256, step // 256, 0)).save(tmp_path / f"step-{step:06d}-prompt-0-0.png")
-    sheet = trainer.draw_progress(tmp_path, rows=1, last_step=999)
+    trainer.draw_progress(tmp_path, ["a prompt"], last_step=999).save(tmp_path / "progress.png")
+    sheet = images_of(tmp_path / "progress.png")
     colors = [sheet.getpixel((256 * column, 0)) for column in range(sheet.width // 256)]
     steps = [256 * green + red for red, green, _ in colors]
     assert sheet.height == 256 and 10 <= len(steps) <= 17

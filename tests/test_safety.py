@@ -399,7 +399,8 @@ def test_a_preview_that_was_cut_off_is_left_out_of_the_sheet(train: Train) -> No
     torn = samples / "step-000001-prompt-0-0.png"
     torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
     train(*PREVIEWS, LATEST)
-    assert Image.open(samples / "progress.png").size == (4 * 256, 256)  # of steps 0, 2, 3 and 4
+    left, top = trainer.PROGRESS_MARGINS
+    assert Image.open(samples / "progress.png").size == (left + 4 * 256, top + 256)  # of steps 0, 2, 3 and 4
 
 
 def test_what_somebody_else_wrote_is_not_replaced(train: Train, tmp_path: Path) -> None:
@@ -475,7 +476,8 @@ def test_an_output_that_cannot_be_written_costs_no_lora(train: Train, tmp_path: 
     os.waitpid(child, 0)
     output = tmp_path / "out"
     assert len(lora(output)) == 30 and (output / "README.md").exists()
-    assert Image.open(output / "samples" / "progress.png").size == (512, 256)
+    left, top = trainer.PROGRESS_MARGINS
+    assert Image.open(output / "samples" / "progress.png").size == (left + 512, top + 256)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
