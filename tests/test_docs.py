@@ -39,8 +39,8 @@ COMMANDS = [
     if command.strip()
 ]
 OF_OTHERS = {"quiet", "multi_gpu", "num_processes", "num_machines", "machine_rank", "main_process_ip"}  # accelerate's
-OF_OTHERS |= {"check", "help", "extra-index-url", "cache_latents", "logdir", "mixed_precision", "dynamo_backend"}
-OF_OTHERS |= {"main_process_port"}
+OF_OTHERS |= {"check", "help", "cache_latents", "logdir", "mixed_precision", "dynamo_backend", "main_process_port"}
+OF_OTHERS |= {"torch-backend", "type", "private", "local-dir", "flavor", "timeout", "secrets"}  # uv's and hf's
 
 
 def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -50,7 +50,7 @@ def flags_of(script: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
 
 
 def known_flags(capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """Of our scripts, of those for measuring, and of pip, ruff and accelerate."""
+    """Of our scripts, of those for measuring, and of uv, ruff, accelerate and hf."""
     known = flags_of(embed, capsys) | flags_of(trainer, capsys) | {f"--{name}" for name in OF_OTHERS}
     for path in (ROOT / "tests").rglob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text()))
@@ -80,7 +80,8 @@ def test_the_readmes_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The toy's two, whose flags stand in files, and SD3's and SD3.5's; each pair agrees about what both must know."""
     monkeypatch.chdir(ROOT)
     file = tmp_path / "sd35.txt"
-    file.write_text(re.findall(r"```text\n(--.*?)```", README, re.S)[0])
+    [settings] = re.findall(r"```text\n(--.*?)```", README, re.S)
+    file.write_text(settings)
     embedding = [embed.parse_args(command[2:]) for command in COMMANDS if command[1:2] == ["compute_embeddings.py"]]
     [new_prompt] = [args for args in embedding if args.output_path == Path("new.parquet")]  # which is not trained on
     embedding.remove(new_prompt)
@@ -97,25 +98,21 @@ def test_the_readmes_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert one.class_prompt == other.class_prompt
 
 
-def test_the_readmes_files_of_settings_parse(tmp_path: Path) -> None:
-    """For SD3.5-medium and SD3.5-large; a flag after the file wins."""
-    files = re.findall(r"```text\n(--.*?)```", README, re.S)
+def test_the_readmes_file_of_settings_parses(tmp_path: Path) -> None:
+    """With the line that SD3.5-large adds; a flag after the file wins."""
+    [text] = re.findall(r"```text\n(--.*?)```", README, re.S)
+    (tmp_path / "settings.txt").write_text(f"{text}--quantize_base nf4\n")
     required = ["--instance_data_dir=d", "--data_df_path=e", "--instance_prompt=p"]
-    models = []
-    for text in files:
-        (tmp_path / "settings.txt").write_text(text)
-        args = trainer.parse_args([*required, f"@{tmp_path / 'settings.txt'}", "--rank=7"])
-        models.append(args.pretrained_model_name_or_path.rsplit("/", 1)[1])
-        assert args.rank == 7 and args.resolution == (1024,)
-    assert models == ["stable-diffusion-3.5-medium", "stable-diffusion-3.5-large"]
+    args = trainer.parse_args([*required, f"@{tmp_path / 'settings.txt'}", "--rank=7"])
+    assert args.pretrained_model_name_or_path == "stabilityai/stable-diffusion-3.5-medium"
+    assert (args.rank, args.quantize_base, args.resolution) == (7, "nf4", (1024,))
 
 
 def test_ci_runs_the_readmes_test_commands() -> None:
     """Each of them is a line of .ci/run."""
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     commands = [shlex.join(command) for command in COMMANDS if command[0] in ("ruff", "mypy") or "pytest" in command]
-    tests = [command for command in commands if not command.startswith("pip")]
-    assert len(tests) == 4 and [command for command in tests if command not in lines] == []
+    assert len(commands) == 5 and [command for command in commands if command not in lines] == []
 
 
 # What is said in one cell alone.
