@@ -108,6 +108,32 @@ def test_the_readmes_file_of_settings_parses(tmp_path: Path) -> None:
     assert (args.rank, args.quantize_base, args.resolution) == (7, "nf4", (1024,))
 
 
+def test_the_first_command_trains_the_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """try.sh installs nothing in an active environment that lacks nothing, and hands flags on to the trainer."""
+    toy_notebook.copy_scripts(ROOT, tmp_path)
+    shutil.copytree(toy_notebook.TOY, tmp_path / "tests" / "toy")
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    for name in ("PIP_NO_INDEX", "UV_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    small = ["--max_train_steps=1", "--num_class_images=2", "--num_inference_steps=1", "--num_validation_images=1"]
+    command = ["bash", tmp_path / "tests" / "toy" / "try.sh", *small]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    picture = Path(said.split("The picture is ")[1].strip())
+    assert "1 step to train" in said and Image.open(picture).width > 2 * 256  # columns of steps 0 and 1
+
+
+def test_the_first_command_runs_what_is_shown_below_it() -> None:
+    """Each of the toy's commands is a line of try.sh, or its beginning."""
+    script = (ROOT / "tests" / "toy" / "try.sh").read_text()
+    start = COMMANDS.index(["bash", "tests/toy/try.sh"])
+    shown = [shlex.join(command) for command in COMMANDS[start + 1 : start + 7]]
+    assert "@tests/toy/train.txt" in shown[-1]
+    assert [
+        command for command in shown if command.replace("pip install uv", "pip install --quiet uv") not in script
+    ] == []
+
+
 def test_ci_runs_the_readmes_test_commands() -> None:
     """Each of them is a line of .ci/run."""
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
