@@ -8,9 +8,9 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -e .venv/bin/activate ] || python3 -m venv .venv
     . .venv/bin/activate
 fi
-command -v uv > /dev/null || python -m pip install --quiet uv
+command -v uv > /dev/null || pip install uv
 # uv chooses torch's build by the GPU's driver, from an index that a network with a mirror of PyPI may not reach.
-uv pip install --torch-backend=auto -r requirements.txt || python -m pip install -r requirements.txt
+uv pip install --torch-backend=auto -r requirements.txt || pip install -r requirements.txt
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the toy is too small for more, which crawl on busy cores
 python compute_embeddings.py @tests/toy/embeddings.txt
