@@ -1281,7 +1281,7 @@ def log_images(shown: dict[str, list[Image.Image]], step: int, accelerator: Acce
 PROGRESS_MARGINS = (192, 28)  # pixels at the left and at the top of the sheet, for its labels
 
 
-def draw_progress(folder: Path, prompts: list[str], last_step: int) -> Image.Image:
+def draw_progress(folder: Path, prompts: Sequence[str], last_step: int) -> Image.Image:
     """Draw a sheet with a row per prompt and a column per preview so far, at most 16; unreadable ones are left out."""
     found = [int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png")]
     steps = sorted(step for step in found if step <= last_step)  # later ones are those of a run that was resumed
@@ -1297,7 +1297,7 @@ def draw_progress(folder: Path, prompts: list[str], last_step: int) -> Image.Ima
     return label_progress(Image.fromarray(np.hstack(list(columns.values()))), list(columns), prompts)
 
 
-def label_progress(images: Image.Image, steps: list[int], prompts: list[str]) -> Image.Image:
+def label_progress(images: Image.Image, steps: Sequence[int], prompts: Sequence[str]) -> Image.Image:
     """Return the images, 256 pixels wide and high each, with the steps above and the prompts beside them."""
     left, top = PROGRESS_MARGINS
     sheet = Image.new("RGB", (left + images.width, top + images.height), "white")
