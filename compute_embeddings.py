@@ -54,7 +54,13 @@ if not isinstance(logging.getLevelName(os.environ.get("ACCELERATE_LOG_LEVEL", "I
 # Read when torch is imported; a setting of the user's stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a busy machine down
 
-import diffusers  # this and transformers load their parts on first use, so --help answers soon
+try:
+    import diffusers  # this and transformers load their parts on first use, so --help answers soon
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"The package {error.name} is missing. Activate the environment into which you installed requirements.txt; if "
+        "there is none, run: pip install -r requirements.txt"
+    ) from error
 import numpy as np
 import pandas as pd
 import psutil

@@ -75,7 +75,13 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a busy machine down
 
-import diffusers  # loads its parts on first use, so that a mistyped command line fails fast
+try:
+    import diffusers  # loads its parts on first use, so that a mistyped command line fails fast
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"The package {error.name} is missing. Activate the environment into which you installed requirements.txt; if "
+        "there is none, run: pip install -r requirements.txt"
+    ) from error
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
