@@ -612,12 +612,81 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 def load_transformer(model: LocalModel, args: Args, weight_dtype: torch.dtype) -> diffusers.SD3Transformer2DModel:
     """Load the transformer, frozen and in the training dtype."""
     kwargs: dict[str, Any] = {"dtype": weight_dtype}
-    if args.quantize_base:  # linear layers in 4 bits, everything else in weight_dtype
+    if args.quantize_base == "nf4":  # linear layers in 4 bits, everything else in weight_dtype
         kwargs["quantization_config"] = diffusers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=weight_dtype
         )
     transformer = load_part(diffusers.SD3Transformer2DModel.from_pretrained, model, "transformer", **kwargs)
+    if args.quantize_base == "int8":
+        quantize_linear_layers(transformer)
     return transformer.requires_grad_(False).train()
+
+
+def quantize_linear_layers(transformer: diffusers.SD3Transformer2DModel) -> None:
+    """Put an Int8Linear in the place of each linear layer of the blocks' attention and feed-forward.
+
+    One at a time, and before the transformer moves to the GPU: neither RAM nor the GPU ever holds two copies.
+    """
+    for block in transformer.transformer_blocks:
+        names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        for name in names:
+            if name.startswith(("attn", "ff")):
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, Int8Linear(block.get_submodule(name)))
+
+
+class Int8Linear(nn.Linear):  # PEFT and lora_targets know a linear layer by this class
+    """A frozen linear layer that holds its weight in 8 bits, with a scale per output, and multiplies in 8 bits."""
+
+    scale: Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight, scale = quantize_rows(layer.weight.detach())  # (out, in) and (out, 1)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = layer.bias
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        rows = x.flatten(0, -2)  # (N, in)
+        if len(rows) > 16:
+            result = Int8Product.apply(rows, self.weight, self.scale)
+        else:  # too few for _int_mm
+            result = rows @ (self.weight * self.scale).to(x.dtype).T
+        if self.bias is not None:
+            result += self.bias
+        return result.view(*x.shape[:-1], -1)
+
+
+class Int8Product(torch.autograd.Function):
+    """rows @ weight.T of a frozen 8-bit weight, where rows are rounded to 8 bits, and so are their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (N, in) -> (N, out)
+        ctx.save_for_backward(weight, scale)
+        return int8_product(rows, weight).mul_(scale.T).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # (N, out) -> (N, in)
+        weight, scale = ctx.saved_tensors
+        # Each output has a scale of its own, which cannot follow a sum over outputs, so it goes into the gradient. The
+        # copy of the weight, 1 byte a number, has its rows along the sum, as cuBLASLt's 8-bit kernels want them.
+        return int8_product(grad * scale.T, weight.T.contiguous()).to(grad.dtype), None, None
+
+
+def int8_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return rows @ weight.T in fp32, (N, out), for an 8-bit weight, (out, in)."""
+    quantized, scale = quantize_rows(rows)
+    return torch._int_mm(quantized, weight.T) * scale  # sums of integers are exact
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows of numbers in 8 bits, (N, K), and what to multiply each with to get it back, (N, 1) in fp32.
+
+    A row that is not finite gets a scale that is not finite, so its product is not finite either.
+    """
+    scale = rows.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / 127
+    return (rows / scale).round_().to(torch.int8), scale
 
 
 def add_lora(transformer: diffusers.SD3Transformer2DModel, args: Args, seed: int) -> None:
@@ -1826,7 +1895,8 @@ class Args:
         "memory and speed", None, "precision of the frozen weights and the activations; unset: accelerate's "
         "setting", choices=("no", "fp16", "bf16"))
     quantize_base: str | None = flag(
-        "memory and speed", None, "keep the frozen weights in 4 bits; needs a GPU", choices=("nf4",))
+        "memory and speed", None, "keep the frozen weights in 4 bits, which needs a GPU, or those of the large layers "
+        "in 8 bits, and multiply in 8 bits as well", choices=("nf4", "int8"))
     gradient_checkpointing: bool = flag(
         "memory and speed", False, "recompute the activations of all blocks; unset: only as many as memory "
         "requires", on_resume=FREE)
@@ -2185,6 +2255,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
 
     # What does not depend on anything else: the machine, the Hub, the checkpoint.
     check_machine(args, accelerator, problems)
+    check_kernels(args, accelerator, problems)
     check_libraries(args, problems)
     check_hub_login(args, accelerator, problems)
     check_foreign_files(args, problems)
@@ -2278,8 +2349,8 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":
         problems.note(f"accelerate's --dynamo_backend {backend} is ignored: nothing is compiled")
-    if args.quantize_base and not on_cuda:
-        problems.add("--quantize_base needs a GPU.")
+    if args.quantize_base == "nf4" and not on_cuda:
+        problems.add("--quantize_base nf4 needs a GPU.")
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         problems.add(f"--report_to {args.report_to} is not installed. Run: pip install {args.report_to}")
     for folder in (args.output_dir, args.class_data_dir):
@@ -2288,6 +2359,16 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
             nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
             if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
                 problems.add(f"{folder} cannot be written: {nearest} is not a folder, or is not writable.")
+
+
+def check_kernels(args: Args, accelerator: Accelerator, problems: Problems) -> None:
+    """Try in small what --quantize_base int8 will do."""
+    rows = torch.ones(32, 32, device=accelerator.device)
+    if args.quantize_base == "int8":
+        try:
+            int8_product(rows, rows.to(torch.int8))
+        except Exception as error:  # torch has no class for what a device cannot do
+            problems.add(f"--quantize_base int8: {first_line(error)}. This device cannot do it: leave it out.")
 
 
 def check_libraries(args: Args, problems: Problems) -> None:

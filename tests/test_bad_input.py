@@ -234,7 +234,7 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "subject as class": (nothing, f"{PRIOR} --class_data_dir ./photos", 2, "--class_data_dir"),
     "prompt not UTF-8": (nothing, "--validation_prompt dog\udcff", 2, "--validation_prompt"),
     "folder not UTF-8": (nothing, "--output_dir out\udcff", 2, "--output_dir"),
-    "int8 base": (nothing, "--quantize_base int8", 2, "--quantize_base"),
+    "int4 base": (nothing, "--quantize_base int4", 2, "--quantize_base"),
     "no flags file": (nothing, "@missing.txt", 2, "missing.txt"),
     "open quote in flags": (write("flags.txt", "--seed '1"), "@flags.txt", 2, "quotation"),
     "images folder is a file": (nothing, "--instance_data_dir=embeddings.parquet", 1, "Not a directory"),

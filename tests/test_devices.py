@@ -65,7 +65,7 @@ def problems_on(device: str, *flags: str) -> list[str]:
 @pytest.mark.parametrize("device", ["mps", "cpu"])
 def test_4_bit_weights_are_refused_without_a_gpu_of_nvidia(device: str) -> None:
     """And allowed with one."""
-    assert problems_on(device, "--quantize_base=nf4") == ["--quantize_base needs a GPU."]
+    assert problems_on(device, "--quantize_base=nf4") == ["--quantize_base nf4 needs a GPU."]
     assert problems_on("cuda", "--quantize_base=nf4") == []
 
 

@@ -199,7 +199,8 @@ def test_in_bf16_the_losses_are_those_of_peft(train: Train, with_peft: Train) ->
 
 
 @pytest.mark.parametrize(("flags", "dtype"), [([], torch.float32), ([], torch.bfloat16),
-                                              (["--quantize_base=nf4"], torch.bfloat16)])  # fmt: skip
+                                              (["--quantize_base=nf4"], torch.bfloat16),
+                                              (["--quantize_base=int8"], torch.bfloat16)])  # fmt: skip
 def test_switched_off_the_lora_is_not_there(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], dtype: torch.dtype
 ) -> None:

@@ -87,7 +87,7 @@ def kept_share(tiny: Path, flags: list[str]) -> float:
     return (counter.live - tokens.nbytes) / result.nbytes
 
 
-@pytest.mark.parametrize("flags", [[], ["--quantize_base=nf4"]])
+@pytest.mark.parametrize("flags", [[], ["--quantize_base=nf4"], ["--quantize_base=int8"]])
 def test_a_layer_keeps_nothing_but_its_result(tiny: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
     """And what has the rank for a width: no copy of its input, no weights that were made of 4 bits."""
     quantized_on_cpu.allow(monkeypatch.setattr)
