@@ -3,9 +3,12 @@
     python tests/tools/measure_dreambooth.py --output_dir /tmp/robot --seeds 0 1 2
     python tests/tools/measure_dreambooth.py --output_dir /tmp/robot --variant="--precondition_outputs 1" --variant=...
 
-Each --variant is a run of the toy's long settings (toy/embeddings.txt, toy/train_long.txt; --settings names others)
-with these flags added, for each seed; without any they are run as they are. Prints a Markdown table, a row before any
-training and a row per run, and writes results.json and a before_after.png per run. The columns, all with fixed seeds:
+Each --variant is a run of the toy's long settings (toy/embeddings.txt, toy/train_long.txt) with these flags added, for
+each seed; without any they are run as they are. --settings tests/toy/train.txt takes those of README's first command
+instead. Samples are drawn with the base as it is on disk, whatever --quantize_base a variant has. Prints a Markdown
+table, a row before any training and a row per run, and writes results.json and a before_after.png per run.
+
+The columns, all with fixed seeds of their own:
 
 - fidelity: how much 32 samples of "a photo of sks robot" are like unseen renderings of it, a real one being 1
 - fidelity on new backgrounds: the same on three backgrounds that no image of the robot has
@@ -48,8 +51,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder, where everything goes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the training")
+    parser.add_argument("--settings", type=Path, default=TOY / "train_long.txt", help="file with the trainer's flags")
     parser.add_argument("--variant", action="append", default=[], help="flags to add to the trainer's; several times")
-    parser.add_argument("--settings", default="tests/toy/train_long.txt", help="the trainer's file of flags")
     parser.add_argument("--guidance_scale", type=float, default=1.25, help="of the samples that are measured")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the training")
     args = parser.parse_args()
@@ -61,7 +64,9 @@ def train(args: argparse.Namespace, output_dir: Path, embeddings: Path, flags: l
     """Run the trainer as a user does; the seconds it took."""
     started = time.monotonic()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    script = ["train_dreambooth_sd3_lora_miniature.py", f"@{args.settings}"]
+    is_quantized = any(flag.startswith("--quantize_base") for flag in flags)
+    name = "tests/tools/quantized_on_cpu.py" if is_quantized else "train_dreambooth_sd3_lora_miniature.py"
+    script = [name, f"@{args.settings.resolve()}"]
     where = [f"--data_df_path={embeddings.resolve()}", f"--output_dir={output_dir.resolve()}"]
     pinned = ["taskset", "-c", ",".join(map(str, range(args.threads)))] if args.threads < os.cpu_count() else []
     subprocess.run([*pinned, *launch, *script, *where, *flags], cwd=ROOT, check=True)
@@ -113,7 +118,7 @@ def main() -> None:
     columns, before = measure(pipe, args.guidance_scale)
     results = {"before": columns}
     for variant, seed in itertools.product(args.variant, args.seeds):
-        name = f"{variant or args.settings}, seed {seed}"
+        name = f"{variant or args.settings.stem}, seed {seed}"
         folder = args.output_dir / f"run-{len(results)}"
         seconds = train(args, folder, embeddings, [f"--seed={seed}", *shlex.split(variant)])
         pipe.load_lora_weights(folder)

@@ -1,8 +1,18 @@
-"""What lets --quantize_base run on a CPU, in tests only: bitsandbytes itself can, diffusers and a check forbid it."""
+"""What lets --quantize_base run on a CPU, in tests only, and soon.
 
+    python tests/tools/quantized_on_cpu.py FLAGS...    # the trainer with these flags
+
+nf4: bitsandbytes itself can, diffusers and a check forbid it. int8: an old CPU needs thirty times as long for products
+of integers as for those of floats, which give the same numbers where sums are small enough.
+"""
+
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bitsandbytes as bnb
+import torch
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 
 import train_dreambooth_sd3_lora_miniature as trainer
@@ -24,3 +34,19 @@ def allow(setattr: Callable[[object, str, object], None] = setattr) -> None:
     setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda *_: {"": "cpu"})
     setattr(bnb.nn.Linear4bit, "__init__", without_repacking)
     setattr(trainer, "check_machine", without_the_check)
+
+
+def multiply_in_floats(setattr: Callable[[object, str, object], None] = setattr) -> None:
+    """Let 8-bit products be made of floats: the same to the bit, since fp32 holds every integer up to 2**24."""
+
+    def product(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        assert len(columns) * 127**2 <= 2**24, "more terms than fp32 can add up exactly"
+        return rows.float() @ columns.float()
+
+    setattr(torch, "_int_mm", product)
+
+
+if __name__ == "__main__":
+    allow()
+    multiply_in_floats()
+    trainer.main(trainer.parse_args())
