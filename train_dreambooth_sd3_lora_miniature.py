@@ -857,6 +857,9 @@ def prepare_training(
     steps_left = len(samples_left) // plan.samples_per_step
     accelerator.print(f"{count_of(steps_left, 'step')} to train, from step {state.global_step}")
     if steps_left:
+        if args.compile:
+            accelerator.print("compiling the blocks, which takes minutes; another shape of images compiles them again")
+            compile_blocks(state.transformer, len({example.shape for example in dataset.order}))
         seconds = choose_recomputation(args, plan, state, dataset, accelerator) * args.gradient_accumulation_steps
         minutes = math.ceil(steps_left * seconds / 60)
         where = " on a CPU" if accelerator.device.type == "cpu" else ""
@@ -1145,8 +1148,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
+# -------------------------------------------------------------------------------------------------- memory and speed
 # Gradients need activations, which fill most of a small card. How many blocks may keep theirs is found by trying.
+# Compiled blocks fuse what their layers do between products, so that less is moved.
+
+
+def compile_blocks(transformer: diffusers.SD3Transformer2DModel, shapes: int) -> None:
+    """Let each block be compiled in place when it first runs, and again for each of `shapes` shapes of images.
+
+    Blocks of one kind share what is compiled: a model has three kinds or four (the first, which gets no gradients
+    for its input, the last, and those with a second attention).
+    """
+    blocks = list(transformer.transformer_blocks)
+    torch._dynamo.config.recompile_limit = 8 + len(blocks) * shapes  # of 8; to reach it is an error
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False)
 
 
 def choose_recomputation(
@@ -1170,6 +1186,7 @@ def choose_recomputation(
     counts = [blocks] if args.gradient_checkpointing else sorted({0, blocks // 2, blocks})
     if accelerator.device.type == "cuda":
         limit_gpu_memory(accelerator.device, plan.weight_dtype)
+    started = time.monotonic()
     for count in counts:
         recompute_blocks(state.transformer, count)
         if count != counts[0] and torch.cuda.is_available():
@@ -1184,6 +1201,8 @@ def choose_recomputation(
             state.transformer.zero_grad()
             diffusers.training_utils.free_memory()
     del optimizer_states  # only their room was wanted
+    if args.compile:
+        accelerator.print(f"compiled the blocks and tried a micro-batch in {time.monotonic() - started:.0f} s")
     total = len(state.transformer.transformer_blocks)
     recomputed = {0: "off", total: f"all {total} blocks"}.get(count, f"{count} of {total} blocks")
     accelerator.print(f"gradient checkpointing: {recomputed}, {peak_memory()}")
@@ -1218,7 +1237,7 @@ def blocks_in_backward(transformer: diffusers.SD3Transformer2DModel) -> list[nn.
 
 def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, args: Args) -> float:
     """Return the seconds that a forward and a backward pass take."""
-    for _ in range(2 if batch["latents"].is_cuda else 1):  # on a GPU, the first one loads kernels
+    for _ in range(2 if batch["latents"].is_cuda or args.compile else 1):  # the first one loads kernels or compiles
         started = time.monotonic()
         loss = training_loss(model, batch, dtype, args)
         loss.backward()
@@ -1319,18 +1338,19 @@ def generate_images(
         return torch.stack([embeds] * len(generators)).to(pipeline.vae.device, pipeline.vae.dtype)
 
     transformer.eval()
-    pixels = pipeline(
-        prompt_embeds=for_each_image(prompt["prompt_embeds"]),
-        pooled_prompt_embeds=for_each_image(prompt["pooled_prompt_embeds"]),
-        negative_prompt_embeds=for_each_image(negative_prompt["prompt_embeds"]),
-        negative_pooled_prompt_embeds=for_each_image(negative_prompt["pooled_prompt_embeds"]),
-        height=max(args.resolution),
-        width=max(args.resolution),
-        guidance_scale=guidance_of(args, transformer.config),
-        num_inference_steps=args.num_inference_steps,
-        generator=generators,
-        output_type="np",
-    ).images  # (N, H, W, 3) in [0, 1]
+    with torch.compiler.set_stance("force_eager"):  # another batch than in training would be compiled for minutes
+        pixels = pipeline(
+            prompt_embeds=for_each_image(prompt["prompt_embeds"]),
+            pooled_prompt_embeds=for_each_image(prompt["pooled_prompt_embeds"]),
+            negative_prompt_embeds=for_each_image(negative_prompt["prompt_embeds"]),
+            negative_pooled_prompt_embeds=for_each_image(negative_prompt["pooled_prompt_embeds"]),
+            height=max(args.resolution),
+            width=max(args.resolution),
+            guidance_scale=guidance_of(args, transformer.config),
+            num_inference_steps=args.num_inference_steps,
+            generator=generators,
+            output_type="np",
+        ).images  # (N, H, W, 3) in [0, 1]
     transformer.train()
     if not np.isfinite(pixels).all():
         raise FloatingPointError("the image is not finite, so it would be black")
@@ -1897,6 +1917,9 @@ class Args:
     quantize_base: str | None = flag(
         "memory and speed", None, "keep the frozen weights in 4 bits, which needs a GPU, or those of the large layers "
         "in 8 bits, and multiply in 8 bits as well", choices=("nf4", "int8"))
+    compile: bool = flag(
+        "memory and speed", False, "compile the transformer's blocks, which takes minutes at first; needs Triton on a "
+        "GPU, a C++ compiler on a CPU")
     gradient_checkpointing: bool = flag(
         "memory and speed", False, "recompute the activations of all blocks; unset: only as many as memory "
         "requires", on_resume=FREE)
@@ -2348,7 +2371,7 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
         )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":
-        problems.note(f"accelerate's --dynamo_backend {backend} is ignored: nothing is compiled")
+        problems.note(f"accelerate's --dynamo_backend {backend} is ignored: use --compile")
     if args.quantize_base == "nf4" and not on_cuda:
         problems.add("--quantize_base nf4 needs a GPU.")
     if args.report_to not in ("none", "all") and not accelerator.log_with:
@@ -2362,13 +2385,19 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
 
 
 def check_kernels(args: Args, accelerator: Accelerator, problems: Problems) -> None:
-    """Try in small what --quantize_base int8 will do."""
+    """Try in small what --quantize_base int8 and --compile will do."""
     rows = torch.ones(32, 32, device=accelerator.device)
     if args.quantize_base == "int8":
         try:
             int8_product(rows, rows.to(torch.int8))
         except Exception as error:  # torch has no class for what a device cannot do
             problems.add(f"--quantize_base int8: {first_line(error)}. This device cannot do it: leave it out.")
+    if args.compile:
+        try:
+            torch.compile(nn.GELU(), fullgraph=True)(rows)
+        except Exception as error:  # of a compiler that is missing or broken
+            needs = "Install Triton for a GPU, or g++ (on Windows cl) for a CPU, or leave it out"
+            problems.add(f"--compile: {first_line(error)}. {needs}.")
 
 
 def check_libraries(args: Args, problems: Problems) -> None:

@@ -1,15 +1,19 @@
-"""What makes a step shorter: products of 8-bit integers."""
+"""What makes a step shorter: products of 8-bit integers, and compiled blocks."""
 
+import shutil
+import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEWS, Train, equal, logged, lora, parse
+from conftest import LATEST, PREVIEW_PROMPT, PREVIEWS, Train, equal, logged, lora, parse
 
 INT8 = "--quantize_base=int8"
 
@@ -144,3 +148,117 @@ def test_a_device_without_8_bit_products_is_one_message(train: Train, monkeypatc
     monkeypatch.setattr(torch, "_int_mm", refuse)
     with pytest.raises(SystemExit, match="--quantize_base int8: CUBLAS_STATUS_NOT_SUPPORTED"):
         train(INT8)
+
+
+# ---------------------------------------------------------------------------------------------------- compiled blocks
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What was compiled: blocks are traced as for a compiler, and then run by Python, which takes a second."""
+    traced: list[object] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable:
+        traced.append(graph)
+        return graph.forward
+
+    compile_module = nn.Module.compile
+
+    def compile_for_python(module: nn.Module, **options: object) -> None:
+        compile_module(module, backend=keep, **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(nn.Module, "compile", compile_for_python)
+    monkeypatch.setattr(trainer, "check_kernels", lambda *_: None)
+    return traced
+
+
+def test_what_is_compiled_trains_the_same_lora(train: Train, graphs: list[object], tmp_path: Path) -> None:
+    """Python runs the graphs here, so to the bit; names are those of a LoRA, and a resumed run ends with the same."""
+    plain = train("--checkpointing_steps=2", output="plain")
+    compiled = train("--checkpointing_steps=2", "--compile", output="compiled")
+    assert equal(lora(plain), lora(compiled)) and logged(plain) == logged(compiled) and graphs
+    shutil.rmtree(compiled / "checkpoint-4")
+    (compiled / trainer.LORA_NAME).unlink()
+    assert equal(lora(train("--compile", LATEST, output="compiled")), lora(plain))
+
+
+def test_a_kind_of_block_is_compiled_once_a_shape(
+    train: Train, graphs: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two blocks, the first and the last, and five shapes, beyond torch's own limit of eight; whatever recomputes."""
+    shapes = "64,64;80,48;48,80;96,48;48,96"
+    flags = ["--compile", f"--aspect_ratio_buckets={shapes}", "--gradient_checkpointing", "--resolution=64"]
+    train(*flags, max_train_steps=20)
+    used = len(graphs) // 2
+    assert len(graphs) == 2 * used and 2 <= used <= 5
+    said = capsys.readouterr().out
+    assert "compiling the blocks" in said and "compiled the blocks and tried a micro-batch in" in said
+
+
+def test_previews_and_class_images_are_not_compiled(train: Train, graphs: list[object]) -> None:
+    """Their batches are others than those of the training."""
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=2"]
+    train("--compile", PREVIEWS, "--validation_steps=1", *flags, max_train_steps=2)
+    assert len(graphs) == 2
+
+
+def test_compiled_with_8_bit_products_there_is_no_break(train: Train, graphs: list[object], tiny35: Path) -> None:
+    """fullgraph=True would end the run; a model like SD3.5-medium, with dropout, in fp16."""
+    flags = [INT8, "--compile", "--mixed_precision=fp16", "--lora_dropout=0.1", "--resolution=80"]
+    output = train(*flags, pretrained_model_name_or_path=tiny35)
+    assert graphs and all(value.isfinite().all() for value in lora(output).values())
+
+
+has_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or sys.platform != "linux", reason="torch compiles for a CPU with g++"
+)
+
+
+def results(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """A module's answers, and the gradients of what is trained."""
+    answers = [answer for answer in module(*inputs) if answer is not None]
+    torch.cat(answers, dim=-2).square().sum().backward()
+    parameters = trainer.trainable_parameters(module)
+    found = [*(answer.detach() for answer in answers), *(parameter.grad for parameter in parameters)]
+    for parameter in parameters:
+        parameter.grad = None
+    return found
+
+
+@has_compiler
+def test_a_compiled_block_computes_the_same(tiny: Path) -> None:
+    """Really compiled, the last one: its output and its LoRA's gradients in fp32, within 1e-4."""
+    torch._dynamo.reset()
+    transformer = load(tiny)
+    trainer.add_lora(transformer, parse("--lora_layers=1.attn.to_q"), 0)
+    block = transformer.transformer_blocks[1]
+    torch.manual_seed(1)
+    for parameter in trainer.trainable_parameters(block):
+        parameter.data = torch.randn_like(parameter) / 10
+    inputs = [torch.randn(1, 25, 64), torch.randn(1, 30, 64), torch.randn(1, 64)]
+    plain = results(block, *inputs)
+    block.compile(fullgraph=True, dynamic=False)
+    fast = results(block, *inputs)
+    assert len(plain) == 3 and all(relative_error(*pair) < 1e-4 for pair in zip(fast, plain, strict=True))
+
+
+@has_compiler
+def test_a_compiled_8_bit_layer_computes_the_same(linear: nn.Linear) -> None:
+    """Really compiled, forward and backward, within 1e-3: a number may be rounded the other way."""
+    torch._dynamo.reset()
+    layer = nn.Sequential(nn.Linear(64, 64), trainer.Int8Linear(linear))
+    tokens = torch.randn(1, 25, 64)
+    plain = results(layer, tokens)
+    layer.compile(fullgraph=True, dynamic=False)
+    fast = results(layer, tokens)
+    assert len(plain) == 3 and all(relative_error(*pair) < 1e-3 for pair in zip(fast, plain, strict=True))
+
+
+def test_without_a_compiler_there_is_one_message(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out by compiling a line, before a model is loaded."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    with pytest.raises(SystemExit, match=r"--compile: .*(\n.*)*leave it out"):
+        train("--compile")
