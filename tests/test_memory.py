@@ -44,6 +44,13 @@ def test_recomputed_it_fits_on_a_small_card() -> None:
     assert 1.5 < cost.peak_gib - cost.nf4_saves_gib < 2
 
 
+def test_8_bit_products_are_counted_apart() -> None:
+    """More than half of a step's TFLOP; what they move halves if what is done around them is fused."""
+    cost = step_cost.count_step("sd3-medium", 1024, int8=True)
+    assert 20 < cost.tflop <= 21 and 11 < cost.int8_tflop < 12 and 9 < cost.attention_tflop < 9.5
+    assert 200 < cost.gb_moved < 240 and 95 < cost.fused_gb_moved < 110 and 5.9 < cost.peak_gib < 6.2
+
+
 @pytest.mark.parametrize(("decode", "low", "high"), [(False, 2.5, 2.7), (True, 1.6, 1.8)])
 def test_the_vae_takes_less_than_the_training(decode: bool, low: float, high: float) -> None:
     """An image of 1024 x 1024: encoded in fp32 by a VAE without its decoder, decoded in fp16."""

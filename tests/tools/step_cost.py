@@ -1,13 +1,16 @@
 """What a training step costs, counted without a GPU and without weights.
 
-    python tests/tools/step_cost.py            # two tables in Markdown, two minutes
+    python tests/tools/step_cost.py            # tables in Markdown, three minutes
+    python tests/tools/step_cost.py --int8     # those about --quantize_base int8 alone
 
 Models of the real sizes run on torch's meta device, where tensors have shapes but no contents, while a dispatch mode
 adds up the FLOP, the bytes that operators read and write, and the storages that are alive. Attention takes the
 memory-efficient kernel's path, as on a T4. CUDA's own half a gigabyte and the workspaces of its kernels come on top.
 """
 
+import argparse
 import itertools
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -67,11 +70,40 @@ NF4_BYTES = 0.5625  # a weight and its share of the scales
 
 
 @dataclass(frozen=True)
+class Card:
+    """A GPU's peaks: dense products per second in fp16 (summed in fp32) and in int8, and its memory's bandwidth."""
+
+    fp16_tflop: float
+    int8_tflop: float
+    gb: float
+
+
+# T4: NVIDIA's data sheet. RTX 3090 and 4090: NVIDIA's papers on the architectures GA102 and Ada. RTX 3060: its 28
+# multiprocessors at 1.777 GHz, each doing what one of the 3090's does in a cycle. See tests/README.md.
+CARDS = {
+    "T4": Card(65, 130, 320),
+    "RTX 3060": Card(25.5, 102, 360),
+    "RTX 3090": Card(71, 284, 936),
+    "RTX 4090": Card(165, 661, 1008),
+}
+SHARE_OF_TFLOP, SHARE_OF_GB = 28 / 65, 250 / 320  # of the peaks, in practice: a T4's in fp16, assumed for all of them
+
+
+@dataclass(frozen=True)
 class StepCost:
     tflop: float  # a multiplication and an addition are two
     gb_moved: float  # read and written by all operators, in 10⁹ bytes
     peak_gib: float  # weights included
     nf4_saves_gib: float = 0.0  # by arithmetic: bitsandbytes' layers refuse the meta device
+    int8_tflop: float = 0.0  # those of tflop that are products of 8-bit integers
+    attention_tflop: float = 0.0  # those inside of attention, in fp16
+    fused_gb_moved: float = 0.0  # if all that is done around 8-bit products is fused: see fused_bytes
+
+    def seconds(self, card: Card, fused: bool = False) -> float:
+        """How long a card takes, by addition."""
+        fp16 = (self.tflop - self.int8_tflop) / card.fp16_tflop
+        moved = self.fused_gb_moved if fused else self.gb_moved
+        return (fp16 + self.int8_tflop / card.int8_tflop) / SHARE_OF_TFLOP + moved / card.gb / SHARE_OF_GB
 
 
 class CostCounter(TorchDispatchMode):
@@ -81,13 +113,22 @@ class CostCounter(TorchDispatchMode):
         super().__init__()
         self.sizes: dict[int, int] = {}
         self.flop = self.moved = self.live = self.peak = 0
+        self.int8_flop = self.attention_flop = self.saved_by_fusing = 0
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):  # noqa: ANN001, ANN204
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         self.moved += bytes_moved(function, tensors_in((args, kwargs)), tensors_in(result))
-        if function.overloadpacket in flop_registry:
-            self.flop += flop_registry[function.overloadpacket](*args, **kwargs, out_val=result)
+        operator = function.overloadpacket
+        if operator is torch.ops.aten._int_mm:  # the registry does not know it
+            flop = 2 * math.prod(args[0].shape) * args[1].shape[1]
+            self.flop += flop
+            self.int8_flop += flop
+        elif operator in flop_registry:
+            flop = flop_registry[operator](*args, **kwargs, out_val=result)
+            self.flop += flop
+            if "attention" in function.name():
+                self.attention_flop += flop
         for tensor in tensors_in(result):
             self.note(tensor.untyped_storage())
         return result
@@ -103,7 +144,14 @@ class CostCounter(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
     def cost(self) -> StepCost:
-        return StepCost(self.flop / 1e12, self.moved / 1e9, self.peak / 2**30)
+        return StepCost(
+            self.flop / 1e12,
+            self.moved / 1e9,
+            self.peak / 2**30,
+            int8_tflop=self.int8_flop / 1e12,
+            attention_tflop=self.attention_flop / 1e12,
+            fused_gb_moved=(self.moved - self.saved_by_fusing) / 1e9,
+        )
 
 
 def tensors_in(tree: object) -> list[Tensor]:
@@ -120,6 +168,39 @@ def bytes_moved(function: torch._ops.OpOverload, inputs: list[Tensor], outputs: 
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in [*inputs, *outputs])
 
 
+def fused_bytes(rows: Tensor, result: Tensor) -> int:
+    """What an 8-bit product with a weight moves if one kernel rounds the rows, and one scales the sums.
+
+    Rows are read and written as bytes, rows and weight multiplied to 32-bit sums, the sums made the result.
+    """
+    rounding = rows.nbytes + rows.numel()
+    product = rows.numel() + rows.shape[-1] * result.shape[-1] + 4 * result.numel()
+    return rounding + product + 4 * result.numel() + result.nbytes
+
+
+@contextmanager
+def fusing(counter: CostCounter) -> Iterator[None]:
+    """Let the counter note what would not be moved if all around 8-bit products were fused."""
+    forward, backward = trainer.Int8Linear.forward, trainer.Int8Product.backward
+
+    def forward_and_note(layer: trainer.Int8Linear, x: Tensor) -> Tensor:
+        before = counter.moved
+        result = forward(layer, x)
+        counter.saved_by_fusing += counter.moved - before - fused_bytes(x, result)
+        return result
+
+    def backward_and_note(ctx: object, grad: Tensor) -> tuple:
+        before = counter.moved
+        found = backward(ctx, grad)
+        turned = 2 * grad.shape[-1] * found[0].shape[-1]  # the weight, read and written the other way around
+        counter.saved_by_fusing += counter.moved - before - fused_bytes(grad, found[0]) - turned
+        return found
+
+    layer = patch.object(trainer.Int8Linear, "forward", forward_and_note)
+    with layer, patch.object(trainer.Int8Product, "backward", staticmethod(backward_and_note)):
+        yield
+
+
 def efficient_attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
     """SDPA by the kernel that never holds the attention matrix; (B, heads, L, head_dim)."""
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
@@ -134,7 +215,7 @@ def plain_adamw(parameters: list[nn.Parameter], fused: bool = True, **kwargs: ob
 def counting() -> Iterator[CostCounter]:
     """Count what happens on the meta device, with a GPU's attention."""
     attention = patch.object(F, "scaled_dot_product_attention", efficient_attention)
-    with attention, patch.object(torch.optim, "AdamW", plain_adamw), CostCounter() as counter:
+    with attention, patch.object(torch.optim, "AdamW", plain_adamw), CostCounter() as counter, fusing(counter):
         yield counter
 
 
@@ -174,7 +255,7 @@ def emulated_autocast() -> Iterator[None]:
 
 
 def prepare_trainer(
-    model: str, resolution: int, layers: str, checkpointing: bool, counter: CostCounter
+    model: str, resolution: int, layers: str, checkpointing: bool, int8: bool, counter: CostCounter
 ) -> tuple[SD3Transformer2DModel, Optimizer, Callable[[], Tensor]]:
     """All that is asked of the trainer: its transformer, its optimizer, and its loss of a micro-batch of one image."""
 
@@ -185,10 +266,16 @@ def prepare_trainer(
     required = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--data_df_path=e"]
     targets = (LAYERS | LATER)[layers]
     flags = ["--instance_prompt=p", "--seed=0", f"--resolution={resolution}", f"--lora_layers={targets}"]
+    if int8:
+        flags.append("--quantize_base=int8")
     args = trainer.parse_args([*required, *flags, "--rank=4", "--optimizer=adamw", "--train_batch_size=1"])
     with patch.object(SD3Transformer2DModel, "from_pretrained", from_pretrained):
         files = trainer.LocalModel("m", Path("m"), commit=None, variant=None)
-        transformer = trainer.load_transformer(files, args, torch.float16).train()
+        with _disable_current_modes():  # 8-bit weights are made on the CPU, a layer at a time
+            transformer = trainer.load_transformer(files, args, torch.float16).train()
+    for tensor in itertools.chain(transformer.parameters(), transformer.buffers()):
+        counter.note(tensor.untyped_storage())
+    counter.peak = counter.live
     with torch.device("meta"):
         trainer.add_lora(transformer, args, seed=0)
     trainer.recompute_blocks(transformer, len(transformer.transformer_blocks) if checkpointing else 0)
@@ -210,7 +297,7 @@ def cost_of_step(
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     optimizer.step()  # makes its states
     optimizer.zero_grad()
-    counter.flop = counter.moved = 0
+    counter.flop = counter.int8_flop = counter.attention_flop = counter.moved = counter.saved_by_fusing = 0
     micro_step()
     cost = counter.cost()
     optimizer.step()
@@ -219,10 +306,12 @@ def cost_of_step(
     return replace(cost, peak_gib=counter.peak / 2**30, nf4_saves_gib=saved / 2**30)
 
 
-def count_step(model: str, resolution: int, layers: str = "four", checkpointing: bool = False) -> StepCost:
-    """The trainer's step at batch 1, rank 4, in fp16; `layers` is one of LAYERS or LATER."""
+def count_step(
+    model: str, resolution: int, layers: str = "four", checkpointing: bool = False, int8: bool = False
+) -> StepCost:
+    """The trainer's step at batch 1, rank 4, in fp16; `layers` is one of LAYERS or LATER; int8: an 8-bit base."""
     with counting() as counter:
-        transformer, optimizer, loss = prepare_trainer(model, resolution, layers, checkpointing, counter)
+        transformer, optimizer, loss = prepare_trainer(model, resolution, layers, checkpointing, int8, counter)
         return cost_of_step(counter, transformer, optimizer, lambda: loss().backward())
 
 
@@ -338,6 +427,24 @@ def print_compared_steps(model: str, resolution: int) -> None:
         print_row(model, f"{resolution}²", "the step of diffusers' maintained script", recomputed, *cells)
 
 
+def print_int8() -> None:
+    """What --quantize_base int8 changes, and how long cards take by addition."""
+    titles = ["TFLOP in 8 bits", "in fp16", "in attention", "GB moved", "around 8-bit products fused", "peak GiB"]
+    print_row("model", "resolution", "base", "recomputed", *titles, *(f"{name}, s" for name in CARDS))
+    print("|---" * (4 + len(titles) + len(CARDS)) + "|")
+    for model, checkpointing in itertools.product(MODELS, (False, True)):
+        for int8 in (False, True):
+            cost = count_step(model, 1024, "eight", checkpointing, int8)
+            cells = [cost.int8_tflop, cost.tflop - cost.int8_tflop - cost.attention_tflop, cost.attention_tflop]
+            cells += [round(cost.gb_moved), round(cost.fused_gb_moved), cost.peak_gib]
+            seconds = []
+            for card in CARDS.values():
+                unfused, fused = cost.seconds(card), cost.seconds(card, fused=True)
+                seconds.append(f"{unfused:.2f}, {fused:.2f}" if int8 else f"{unfused:.2f}")
+            recomputed = "all blocks" if checkpointing else "none"
+            print_row(model, "1024²", "int8" if int8 else "fp16", recomputed, *cells, *seconds)
+
+
 def print_the_rest() -> None:
     print_row("besides", "TFLOP", "GB moved", "peak GiB")
     print("|---" * 4 + "|")
@@ -355,6 +462,11 @@ def print_the_rest() -> None:
 
 if __name__ == "__main__":
     diffusers.utils.logging.set_verbosity_error()
-    print_steps()
-    print()
-    print_the_rest()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--int8", action="store_true", help="only what an 8-bit base changes")
+    if not parser.parse_args().int8:
+        print_steps()
+        print()
+        print_the_rest()
+        print()
+    print_int8()
