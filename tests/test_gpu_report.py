@@ -37,14 +37,16 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     """All goes well, and a table has a row for everything, with what was counted beside what was measured."""
     rows = run(tmp_path)
     page = (tmp_path / "report.md").read_text()
-    assert {row["part"] for row in rows.values()} == set("abcde")
+    assert {row["part"] for row in rows.values()} == set("abcdef")
     assert all(f"| {row['part']} | {what} | " in page for what, row in rows.items())
     trainings = [row for row in rows.values() if "s/step" in row and row["part"] != "d"]
-    assert len(trainings) == 15 and all(row["losses"] and row["s/step"] > 0 for row in trainings)
+    assert len(trainings) == 19 and all(row["losses"] and row["s/step"] > 0 for row in trainings)
     assert [rows[f"training, limited to {limit} GB"]["recomputed"] for limit in ("0.02", "0.008")] == ["none", "half"]
     assert rows["training, resumed"]["first step"] == 7
     assert rows["the reference's / ours"]["s/step"] > 1 and rows["the reference's / ours"]["TFLOP"] > 1.5
-    assert all("TFLOP" in row for row in trainings if row["recomputed"] != "half")
+    assert all("TFLOP" in row for row in trainings if row["recomputed"] != "half" and "int8" not in row["what"])
+    plain, *faster = (row["mean loss"] for row in trainings if "ten steps" in row["what"])
+    assert faster == pytest.approx([plain] * 3, rel=0.01)
     assert len(json.loads((tmp_path / "report.json").read_text())["kernels"]) == 10
     assert not (tmp_path / "pipelines").exists()
 

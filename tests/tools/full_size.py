@@ -103,7 +103,8 @@ def speed_and_losses(losses: list[tuple[int, float, float]]) -> Row:
     if not losses:
         return {}
     times = [wall_time for _, wall_time, _ in losses]
-    row: Row = {"losses": all(math.isfinite(value) for _, _, value in losses)}
+    values = [value for _, _, value in losses]
+    row: Row = {"losses": all(math.isfinite(value) for value in values), "mean loss": statistics.mean(values)}
     if len(times) > 1:
         row["s/step"] = statistics.median(later - time for time, later in zip(times, times[1:], strict=False))
     return row

@@ -111,12 +111,13 @@ def limit_for_good(largest: float) -> None:
     set_smaller_fraction(1.0)
 
 
-def watch_memory(limit_gb: float) -> CpuMemory | GpuMemory | None:
+def watch_memory(limit_gb: float, command: list[str]) -> CpuMemory | GpuMemory | None:
     """The account of this process's tensors, or None on a CPU where nobody asked for the slow one."""
     limit = limit_gb * 1e9 or float("inf")
     if torch.cuda.is_available():
         return GpuMemory(limit)
-    return CpuMemory(limit) if "METER_CPU" in os.environ else None
+    is_metered = "METER_CPU" in os.environ and "--compile" not in command  # a compiler bypasses operators
+    return CpuMemory(limit) if is_metered else None
 
 
 def note_events(memory: CpuMemory | GpuMemory, command: list[str]) -> list[tuple[str, int]]:
@@ -144,7 +145,7 @@ def note_events(memory: CpuMemory | GpuMemory, command: list[str]) -> list[tuple
 
 def run_measured(result: Path, limit_gb: float, command: list[str]) -> None:
     """Run a script with its flags, or `-m MODULE FLAGS`, in this process, and write what its tensors took."""
-    memory = watch_memory(limit_gb)
+    memory = watch_memory(limit_gb, command)
     if memory is None:
         run_script(command)
         return
