@@ -155,6 +155,18 @@ def test_4_bit_weights_and_8_bit_states(
     assert all(each["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8 for each in states.values())
 
 
+def test_8_bit_products_and_compiled_blocks(train: Train, launch: Launch, tmp_path: Path) -> None:
+    """Two shapes, one of them compiled inside of DDP, as in one process that compiles nothing.
+
+    Relative L2 1e-2 and losses 1e-4, since a number may be rounded to another integer.
+    """
+    flags = ["--quantize_base=int8", "--aspect_ratio_buckets=80,80;96,64"]  # 17 tokens and more in each process
+    finish(launch(tmp_path / "two", *flags, "--compile"))
+    one = train(*flags, train_batch_size=2, max_train_steps=STEPS, output="one")
+    assert logged(one) == pytest.approx(logged(tmp_path / "two"), abs=1e-4, rel=0) and len(logged(one)) == STEPS
+    assert distance(one, tmp_path / "two") <= 1e-2
+
+
 @pytest.fixture
 def machines() -> list[list[str]]:
     """Two launches that meet on loopback, one process each."""

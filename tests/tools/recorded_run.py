@@ -6,6 +6,7 @@ Started by accelerate from test_distributed.py: the first argument is the folder
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -16,7 +17,7 @@ import train_dreambooth_sd3_lora_miniature as trainer
 
 if any(flag.startswith("--quantize_base") for flag in sys.argv):
     quantized_on_cpu.allow()
-
+torch.compile = partial(torch.compile, backend="eager")  # Python runs the graphs: seconds instead of minutes
 path = Path(sys.argv.pop(1)) / f"rank-{os.environ.get('RANK', 0)}.json"
 path.parent.mkdir(parents=True, exist_ok=True)
 encoded: list[str] = []
