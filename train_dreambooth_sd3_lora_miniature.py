@@ -1846,7 +1846,7 @@ class Args:
     sample_batch_size: int = flag(
         "prior preservation", 4, "number of class images or velocities to make at once", on_resume=FREE)
     prior_loss_weight: float = flag(
-        "prior preservation", None, "weight of a sample of the class in the loss; unset: 1 for images, 5 for "
+        "prior preservation", None, "weight of a sample of the class in the loss; unset: 1 for images, 8 for "
         "velocities", minimum=0)
 
     # LoRA
@@ -2008,7 +2008,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # are what a new LoRA gives, so their loss begins at 0, and a larger weight holds them there.
 CLASS_DEFAULTS = {
     "images": {"num_class_images": 100, "class_every_n_samples": 2, "prior_loss_weight": 1.0},
-    "velocities": {"num_class_images": 256, "class_every_n_samples": 4, "prior_loss_weight": 5.0},
+    "velocities": {"num_class_images": 256, "class_every_n_samples": 4, "prior_loss_weight": 8.0},
 }
 
 # Flags that do nothing without another one, and the values of that one which they need; (): any.
