@@ -29,7 +29,8 @@ from world import save_robots_on_red  # noqa: E402
 ROBOT = "a photo of sks robot"
 ON_GREEN = f"{ROBOT} on a green background"
 SHAPE = "a photo of a red star on a white background"
-CLASS_FLAGS = ("--with_prior_preservation", "--class_prompt", "--num_class_images", "--prior_loss_weight")
+CLASS_FLAGS = ("--with_prior_preservation", "--class_prompt", "--class_samples", "--sample_batch_size")
+CLASS_IMAGES = "--class_samples images --num_class_images 64 --sample_batch_size 32 --prior_loss_weight 2.5"
 SIDE = 96  # of an image of 64 x 64 pixels in a strip
 MARGIN = 8
 FONT_SIZE = 15
@@ -42,8 +43,8 @@ class Column:
     title: str
     images: str = "robot"
     flags: str = ""
-    steps: int = 700
-    class_images: bool = True
+    steps: int = 450
+    keeps_class: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,21 @@ STRIPS = {
     "before_after": Strip((UNTRAINED, Column("after")), (ROBOT, ON_GREEN, SHAPE)),
     "steps": Strip(
         (
-            Column("too few: 50 steps", steps=50, class_images=False),
-            Column("300 steps", steps=300, class_images=False),
-            Column("too many: 3,000 steps", steps=3000, class_images=False),
+            Column("too few: 50 steps", steps=50, keeps_class=False),
+            Column("300 steps", steps=300, keeps_class=False),
+            Column("too many: 3,000 steps", steps=3000, keeps_class=False),
         ),
         (ROBOT, ON_GREEN, SHAPE),
         samples=3,
     ),
     "class_images": Strip(
-        (Column("without class images", class_images=False), Column("with class images")), (ROBOT, SHAPE)
+        (
+            Column("neither: 350 steps", steps=350, keeps_class=False),
+            Column("class images: 700 steps", flags=CLASS_IMAGES, steps=700),
+            Column("velocities: 450 steps"),
+        ),
+        (ROBOT, SHAPE),
+        samples=3,
     ),
     "masks": Strip((PLAIN, Column("the same, with masks", "red", "--alpha_mask", 300)), (ROBOT,), samples=6),
     "captions": Strip((PLAIN, Column("the same, with captions", "red, captioned", steps=300)), (ROBOT,), samples=6),
@@ -101,14 +108,14 @@ def settings_of(column: Column) -> list[str]:
     flags = []
     for line in (TOY / "train.txt").read_text().splitlines():
         is_of_class = line.split(" ")[0] in CLASS_FLAGS
-        if column.class_images or not is_of_class:
+        if column.keeps_class or not is_of_class:
             flags += shlex.split(line, comments=True)
     return flags
 
 
 def train(column: Column, output_dir: Path) -> Path:
     """Run both scripts as a user does, unless it has been done; return the folder of the LoRA."""
-    name = "-".join([column.images, str(column.steps), column.flags, "class" if column.class_images else ""])
+    name = "-".join([column.images, str(column.steps), column.flags, "class" if column.keeps_class else ""])
     folder = output_dir / "".join(letter if letter.isalnum() else "-" for letter in name)
     images = make_images(column.images, output_dir).resolve()
     embeddings = (folder / "embeddings.parquet").resolve()
