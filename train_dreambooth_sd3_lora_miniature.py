@@ -623,7 +623,7 @@ def load_transformer(model: LocalModel, args: Args, weight_dtype: torch.dtype) -
 
 
 def quantize_linear_layers(transformer: diffusers.SD3Transformer2DModel) -> None:
-    """Put an Int8Linear in the place of each linear layer of the blocks' attention and feed-forward.
+    """Replace each linear layer of the blocks' attention and feed-forward by an Int8Linear.
 
     One at a time, and before the transformer moves to the GPU: neither RAM nor the GPU ever holds two copies.
     """
@@ -631,8 +631,7 @@ def quantize_linear_layers(transformer: diffusers.SD3Transformer2DModel) -> None
         names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
         for name in names:
             if name.startswith(("attn", "ff")):
-                parent, _, child = name.rpartition(".")
-                setattr(block.get_submodule(parent), child, Int8Linear(block.get_submodule(name)))
+                block.set_submodule(name, Int8Linear(block.get_submodule(name)))
 
 
 class Int8Linear(nn.Linear):  # PEFT and lora_targets know a linear layer by this class
@@ -651,7 +650,7 @@ class Int8Linear(nn.Linear):  # PEFT and lora_targets know a linear layer by thi
         rows = x.flatten(0, -2)  # (N, in)
         if len(rows) > 16:
             result = Int8Product.apply(rows, self.weight, self.scale)
-        else:  # too few for _int_mm
+        else:  # torch._int_mm takes 17 rows or more
             result = rows @ (self.weight * self.scale).to(x.dtype).T
         if self.bias is not None:
             result += self.bias
@@ -659,7 +658,10 @@ class Int8Linear(nn.Linear):  # PEFT and lora_targets know a linear layer by thi
 
 
 class Int8Product(torch.autograd.Function):
-    """rows @ weight.T of a frozen 8-bit weight, where rows are rounded to 8 bits, and so are their gradients."""
+    """rows @ (scale * weight).T for a frozen 8-bit weight, (out, in), and its scales, (out, 1).
+
+    The factor `rows` is rounded to 8 bits, and so is the gradient of the result.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (N, in) -> (N, out)
@@ -669,19 +671,19 @@ class Int8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # (N, out) -> (N, in)
         weight, scale = ctx.saved_tensors
-        # Each output has a scale of its own, which cannot follow a sum over outputs, so it goes into the gradient. The
-        # copy of the weight, 1 byte a number, has its rows along the sum, as cuBLASLt's 8-bit kernels want them.
+        # The sum is over the outputs, each of which has its own scale, so the gradient is scaled before it. The weight
+        # is copied, 1 byte a number, since cuBLASLt's 8-bit kernels want its rows to lie along the sum.
         return int8_product(grad * scale.T, weight.T.contiguous()).to(grad.dtype), None, None
 
 
 def int8_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return rows @ weight.T in fp32, (N, out), for an 8-bit weight, (out, in)."""
+    """Return rows @ weight.T in fp32, (N, out), from rows (N, in) rounded to 8 bits and an 8-bit weight (out, in)."""
     quantized, scale = quantize_rows(rows)
     return torch._int_mm(quantized, weight.T) * scale  # sums of integers are exact
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows of numbers in 8 bits, (N, K), and what to multiply each with to get it back, (N, 1) in fp32.
+    """Return rows (N, K) rounded to 8 bits, and the scale by which each is to be multiplied, (N, 1) in fp32.
 
     A row that is not finite gets a scale that is not finite, so its product is not finite either.
     """
@@ -1150,17 +1152,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------- memory and speed
 # Gradients need activations, which fill most of a small card. How many blocks may keep theirs is found by trying.
-# Compiled blocks fuse what their layers do between products, so that less is moved.
+# Compiled blocks fuse the operations between matrix products, which then move less memory.
 
 
 def compile_blocks(transformer: diffusers.SD3Transformer2DModel, shapes: int) -> None:
-    """Let each block be compiled in place when it first runs, and again for each of `shapes` shapes of images.
+    """Compile each block in place when it first runs, and again for each of `shapes` shapes of images.
 
-    Blocks of one kind share what is compiled: a model has three kinds or four (the first, which gets no gradients
-    for its input, the last, and those with a second attention).
+    Blocks of one kind share the compiled code. A model has three or four kinds: the first block, whose input needs no
+    gradient, the last, those with a second attention, and the rest.
     """
     blocks = list(transformer.transformer_blocks)
-    torch._dynamo.config.recompile_limit = 8 + len(blocks) * shapes  # of 8; to reach it is an error
+    torch._dynamo.config.recompile_limit = 8 + len(blocks) * shapes  # 8 by default; beyond it, fullgraph is an error
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
 
@@ -1338,7 +1340,7 @@ def generate_images(
         return torch.stack([embeds] * len(generators)).to(pipeline.vae.device, pipeline.vae.dtype)
 
     transformer.eval()
-    with torch.compiler.set_stance("force_eager"):  # another batch than in training would be compiled for minutes
+    with torch.compiler.set_stance("force_eager"):  # compiling for this size of batch would take minutes
         pixels = pipeline(
             prompt_embeds=for_each_image(prompt["prompt_embeds"]),
             pooled_prompt_embeds=for_each_image(prompt["pooled_prompt_embeds"]),
