@@ -174,8 +174,8 @@ def main(args: Args) -> None:
 # keeps all of it. Whoever wants to learn how that is done needs only this part.
 
 # ------------------------------------------------------------------------------------------ records, random numbers
-# Two records carry a run. Preflight makes the Plan, to which main adds the repository's name and the class images; the
-# training loop changes the TrainState.
+# Two records carry a run. Preflight makes the Plan, to which main adds the repository's name and the samples of the
+# class; the training loop changes the TrainState.
 
 
 @dataclass(frozen=True)
@@ -234,8 +234,8 @@ class TrainState:
 
 
 # Previews, class images and all choices about a sample are drawn from generators that are seeded by the run's seed,
-# one of these streams, and a number. The order of samples and the new LoRA use the run's seed itself, the LoRA's
-# dropout the seed plus a sample's number.
+# one of these streams, and a number; class velocities, which runs may share, by a file's name instead of the seed. The
+# order of samples and the new LoRA use the run's seed itself, the LoRA's dropout the seed plus a sample's number.
 SAMPLE_STREAM = 1
 PREVIEW_STREAM = 2
 CLASS_IMAGE_STREAM = 3
@@ -562,8 +562,8 @@ class SampleDataset(Dataset):
         example = self.order[number]
         generator = seeded_generator(self.seed, SAMPLE_STREAM, number)
 
-        # Draws come in a fixed order, so that old seeds keep their samples: add new ones at the end.
-        # The latents: one variant of the image, drawn from the VAE's posterior, and the noise that is added to it.
+        # Draws come in a fixed order, so that old seeds keep their samples: add new ones at the end. They say which
+        # variant of the image and where in the VAE's posterior, the noise, its level, and whether there is a prompt.
         variants = load_file(example.latents)  # memory-mapped: the other variants are not read
         variant = int(torch.randint(len(variants["mean"]), (), generator=generator))
         stored = {name: tensor[variant].float() for name, tensor in variants.items()}
@@ -572,9 +572,12 @@ class SampleDataset(Dataset):
         noise = torch.randn(mean.shape, generator=generator)
         sigma = draw_sigmas(args, self.sigmas, 1, generator)[0]
         is_dropped = bool(torch.rand((), generator=generator) < args.caption_dropout)  # its prompt becomes empty
-        if "noise" in stored:  # a velocity of the class is one for its noise, noise level and prompt
-            latents, noise, sigma, is_dropped = mean, stored["noise"], stored["sigma"], False
+        if "noise" in stored:  # a velocity of the class, true only for its own noise, noise level and prompt
+            latents = mean
+            noise = stored["noise"]
             mask = torch.ones_like(mean[:1])
+            sigma = stored["sigma"]
+            is_dropped = False
         else:
             latents = mean + stored["std"] * posterior_noise
             mask = stored["mask"]
@@ -1253,7 +1256,8 @@ def time_micro_batch(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dt
 
 # ---------------------------------------------------------------------------------- part II: what a run also makes
 # Previews and class images are drawn by diffusers' pipeline from stored embeddings, without text encoders: previews by
-# the transformer as it is being trained, class images by the transformer before it has a LoRA.
+# the transformer as it is being trained, class images by the transformer before it has a LoRA. Class velocities take
+# one pass of that transformer each, and no pipeline.
 
 
 def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator) -> list[tuple[str, Path]]:
@@ -1474,7 +1478,7 @@ def make_class_images(
     return examples
 
 
-VERSIONS = 8  # of a photo in a file of velocities
+VERSIONS = 8  # noisy ones of a photo, in a file of velocities
 
 
 def make_class_velocities(
@@ -1546,7 +1550,7 @@ def with_class_examples(plan: Plan, class_examples: list[Example], accelerator: 
     found = digest([example.latents.name for example in class_examples])
     before = plan.checkpoint.get("settings", {}).get("class images", found)
     if before != found:
-        accelerator.print("note: the class images differ from those that the checkpoint was trained with")
+        accelerator.print("note: the samples of the class differ from those that the checkpoint was trained with")
     return replace(plan, settings=plan.settings | {"class images": found})
 
 

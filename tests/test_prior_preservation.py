@@ -50,7 +50,7 @@ def test_other_class_images_are_noted_on_resume(
     assert "differ from those that the checkpoint" not in capsys.readouterr().out
     Image.new("RGB", (64, 64)).save(tmp_path / "class" / "class-00001.png")
     train(*flags, max_train_steps=6)
-    assert "class images differ from those that the checkpoint was trained with" in capsys.readouterr().out
+    assert "samples of the class differ from those that the checkpoint was trained with" in capsys.readouterr().out
 
 
 def test_class_images_of_another_class_are_not_reused(train: Train, tiny: Path, photos: Path, tmp_path: Path) -> None:
