@@ -1493,21 +1493,21 @@ def make_class_velocities(
     depends_on = [plan.base_model.identity, str(plan.weight_dtype), args.quantize_base, plan.settings["embeddings"]]
     depends_on += [args.class_prompt, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale]
     photos = Deck(plan.examples, random.Random(0))
-    photo_of: dict[Path, Example] = {}
+    prompt = str(args.class_prompt)
     examples = []
+    missing = []
     for number in range(math.ceil(args.num_class_images / VERSIONS)):
         photo = photos.deal()
         path = folder / f"{digest([*depends_on, photo.latents.name, number])}.safetensors"
-        photo_of[path] = photo
-        examples.append(
-            replace(photo, latents=path, prompt=str(args.class_prompt), loss_weight=args.prior_loss_weight)
-        )
-    missing = [path for path in photo_of if not are_latents(path)]
+        examples.append(replace(photo, latents=path, prompt=prompt, loss_weight=args.prior_loss_weight))
+        if not are_latents(path):
+            missing.append((path, photo))
     accelerator.wait_for_everyone()  # until every process has counted
 
     share = missing[accelerator.process_index :: accelerator.num_processes]  # each process makes its own
-    for path in tqdm(share, "Class velocities", unit="file", disable=no_bar(accelerator)):
-        write_latents(path, class_velocities(path, photo_of[path], args, plan, transformer))
+    for path, photo in tqdm(share, "Class velocities", unit="file", disable=no_bar(accelerator)):
+        generator = seeded_generator(CLASS_IMAGE_STREAM, path.stem)
+        write_latents(path, class_velocities(photo, generator, args, plan, transformer))
     accelerator.wait_for_everyone()
     check_visible(examples, args)
     return examples
@@ -1515,14 +1515,13 @@ def make_class_velocities(
 
 @torch.no_grad()
 def class_velocities(
-    path: Path, photo: Example, args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel
+    photo: Example, generator: torch.Generator, args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel
 ) -> dict[str, Tensor]:
     """Ask the model for its velocity v under the class prompt at noisy versions x of a photo; return them as samples.
 
-    These are latents and noise that mix to x at its noise level sigma, and whose difference is v: mean = x - sigma * v
-    and noise = x + (1 - sigma) * v (V, 16, H/8, W/8), in fp16, and sigma (V,). What is random is seeded by the path.
+    A sample's latents and noise mix to x at its noise level sigma (V,), and their difference is v. So the latents,
+    called mean, are x - sigma * v, and the noise is x + (1 - sigma) * v, both (V, 16, H/8, W/8) in fp16.
     """
-    generator = seeded_generator(CLASS_IMAGE_STREAM, path.stem)
     crops = load_file(photo.latents)["mean"].float()
     latents = crops[torch.randint(len(crops), (VERSIONS,), generator=generator)]
     noise = torch.randn(latents.shape, generator=generator)
