@@ -1841,7 +1841,7 @@ class Args:
         embeddings_flag="class_prompt")
     class_samples: str = flag(
         "prior preservation", "images", "what shows the class: images that the model draws, or velocities that it "
-        "predicts, which takes a seventh of the time", choices=("images", "velocities"), on_resume=REFUSED)
+        "predicts, which takes a twentieth of the time", choices=("images", "velocities"), on_resume=REFUSED)
     class_data_dir: Path | None = flag(
         "prior preservation", None, "folder of class images or velocities; unset: a folder in --output_dir",
         metavar="DIR", on_resume=FREE)
