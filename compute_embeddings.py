@@ -545,7 +545,7 @@ def note_skipped(folder: Path, used: set[Path]) -> None:
     for path in skipped:
         stem = Path(path.stem).stem
         if path.suffix in CAPTION_SUFFIXES and comparable(stem) in stems:  # Windows hides the last suffix
-            question = f"; did you mean {stem}{path.suffix} by {path.name}?"
+            question = f"; did you mean {stem}{path.suffix} instead of {path.name}?"
     if skipped:
         more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         print(
@@ -885,8 +885,8 @@ class Parser(argparse.ArgumentParser):
         stray = [argument for argument in argv if argument and not argument.strip(" \\")]
         if stray:
             messages.append(
-                f'"{stray[0]}" stands alone: a backslash continues a line only where nothing follows it, and '
-                "neither on Windows nor in an @FILE"
+                f'"{stray[0]}" stands alone: a backslash continues a line only as its last character, and never on '
+                "Windows or in an @FILE"
             )
         for argument in argv:
             given = argument.split("=")[0]
@@ -950,7 +950,7 @@ def with_flag_files(argv: list[str], seen: set[Path]) -> list[str]:
 def read_flag_file(path: Path) -> list[str]:
     """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
     arguments = []
-    with reading(path, "It must be text, a flag a line. A prompt that begins with @: --prompt=@..."):
+    with reading(path, "It must be text, with one flag per line. For a prompt that begins with @: --prompt=@..."):
         data = path.read_bytes()
         if b"\0" in data:
             raise ValueError("it is UTF-16 or not text; save it as UTF-8")

@@ -1920,8 +1920,8 @@ class Args:
         "memory and speed", None, "precision of the frozen weights and the activations; unset: accelerate's "
         "setting", choices=("no", "fp16", "bf16"))
     quantize_base: str | None = flag(
-        "memory and speed", None, "keep the frozen weights in 4 bits, which needs a GPU, or those of the large layers "
-        "in 8 bits, and multiply in 8 bits as well", choices=("nf4", "int8"))
+        "memory and speed", None, "nf4: keep the frozen weights in 4 bits, which needs a GPU; int8: keep those of "
+        "attention and feed-forward in 8 bits, and multiply in 8 bits as well", choices=("nf4", "int8"))
     compile: bool = flag(
         "memory and speed", False, "compile the transformer's blocks, which takes minutes at first; needs Triton on a "
         "GPU, a C++ compiler on a CPU")
@@ -2009,8 +2009,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
-# What suits each kind of --class_samples. An image that the model drew is worth learning in its own right; velocities
-# are what a new LoRA gives, so their loss begins at 0, and a larger weight holds them there.
+# What suits each kind of --class_samples. Velocities are what the model predicts with a new LoRA, so their loss begins
+# at 0, and a larger weight holds it there.
 CLASS_DEFAULTS = {
     "images": {"num_class_images": 100, "class_every_n_samples": 2, "prior_loss_weight": 1.0},
     "velocities": {"num_class_images": 256, "class_every_n_samples": 4, "prior_loss_weight": 8.0},
@@ -2080,14 +2080,14 @@ def combination_problems(args: Args) -> list[str]:
 
 
 def idle_flags(values: dict[str, Any]) -> list[str]:
-    """Return the flags that are given and do nothing, from the values as they were parsed."""
+    """Return a problem for each flag that is given but does nothing; unset flags must not have their values yet."""
     problems = []
     defaults = {each.name: each.default for each in fields(Args)}
     for name, (needed, choices) in NEEDS.items():
         has_it = values[needed] in choices if choices else bool(values[needed])
         if values[name] != defaults[name] and not has_it:
-            those = f" {' or '.join(choices)}" if choices else ""
-            problems.append(f"--{name} does nothing without --{needed}{those}")
+            choice = f" {' or '.join(choices)}" if choices else ""
+            problems.append(f"--{name} does nothing without --{needed}{choice}")
     return problems
 
 
@@ -2157,8 +2157,8 @@ class Parser(argparse.ArgumentParser):
         stray = [argument for argument in argv if argument and not argument.strip(" \\")]
         if stray:
             messages.append(
-                f'"{stray[0]}" stands alone: a backslash continues a line only where nothing follows it, and '
-                "neither on Windows nor in an @FILE"
+                f'"{stray[0]}" stands alone: a backslash continues a line only as its last character, and never on '
+                "Windows or in an @FILE"
             )
         for argument in argv:
             given = argument.split("=")[0]
@@ -2252,7 +2252,7 @@ def with_flag_files(argv: list[str], seen: set[Path]) -> list[str]:
 def read_flag_file(path: Path) -> list[str]:
     """Return the flags and values in a file: quotes and # as in a shell, but a backslash is part of a Windows path."""
     arguments = []
-    with reading(path, "It must be text, a flag a line. A prompt that begins with @: --prompt=@..."):
+    with reading(path, "It must be text, with one flag per line. For a prompt that begins with @: --prompt=@..."):
         data = path.read_bytes()
         if b"\0" in data:
             raise ValueError("it is UTF-16 or not text; save it as UTF-8")
@@ -2390,18 +2390,18 @@ def check_machine(args: Args, accelerator: Accelerator, problems: Problems) -> N
 
 
 def check_kernels(args: Args, accelerator: Accelerator, problems: Problems) -> None:
-    """Try in small what --quantize_base int8 and --compile will do."""
+    """Try on a small scale what --quantize_base int8 and --compile will do."""
     rows = torch.ones(32, 32, device=accelerator.device)
     if args.quantize_base == "int8":
         try:
             int8_product(rows, rows.to(torch.int8))
         except Exception as error:  # torch has no class for what a device cannot do
-            problems.add(f"--quantize_base int8: {first_line(error)}. This device cannot do it: leave it out.")
+            problems.add(f"--quantize_base int8: {first_line(error)}. This device cannot do it: leave out the flag.")
     if args.compile:
         try:
             torch.compile(nn.GELU(), fullgraph=True)(rows)
         except Exception as error:  # of a compiler that is missing or broken
-            needs = "Install Triton for a GPU, or g++ (on Windows cl) for a CPU, or leave it out"
+            needs = "Install Triton for a GPU, or g++ (on Windows cl) for a CPU, or leave out --compile"
             problems.add(f"--compile: {first_line(error)}. {needs}.")
 
 
@@ -2632,7 +2632,9 @@ def open_embeddings(
     if unknown:
         missing = ", ".join(repr(prompt) for prompt in unknown)
         present = ", ".join(repr(prompt) for prompt in itertools.islice(embeddings.row_of_prompt, 5) if prompt)
-        problems.add(f"{path} has no embeddings for {missing}. It has: {present}. If none is meant, run: {command}")
+        problems.add(
+            f"{path} has no embeddings for {missing}. It has: {present}. If you meant none of these, run: {command}"
+        )
     return embeddings
 
 
@@ -2738,9 +2740,7 @@ def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Ac
         return
     found = find_images(class_folder(args))
     if args.class_samples == "velocities":
-        problems.note(
-            f"class velocities: {args.num_class_images}, a pass of the model for each that does not exist yet"
-        )
+        problems.note(f"class velocities: {args.num_class_images}; each that is missing takes one pass of the model")
         if found:
             problems.note(f"--class_samples velocities does not use the images in {class_folder(args)}")
         return
@@ -2749,7 +2749,7 @@ def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Ac
         problems.note(f"{len(paths)} of {len(found)} class images are used, as many as --num_class_images")
     if len(found) < args.num_class_images:
         lacking = count_of(args.num_class_images - len(found), "class image")
-        problems.note(f"to generate first: {lacking}, {args.num_inference_steps} steps each; a bar says how long")
+        problems.note(f"to generate first: {lacking}, {args.num_inference_steps} steps each; a bar shows how long")
     made_by = class_folder(args) / MADE_BY
     if made_by.exists():
         try:
@@ -2903,7 +2903,8 @@ def check_resume(plan: Plan, problems: Problems) -> None:
         before = before_settings.get(name, defaults.get(name, value))
         if before == value:
             continue
-        before, value = (each if each is not None else "unset" for each in (before, value))
+        before = "unset" if before is None else before
+        value = "unset" if value is None else value
         if name == "images and captions":
             refused.append(
                 "The checkpoint was trained with other images and captions: photos, masks or captions were added, "

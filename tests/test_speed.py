@@ -260,5 +260,5 @@ def test_without_a_compiler_there_is_one_message(train: Train, monkeypatch: pyte
     torch._dynamo.reset()
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    with pytest.raises(SystemExit, match=r"--compile: .*(\n.*)*leave it out"):
+    with pytest.raises(SystemExit, match=r"--compile: .*(\n.*)*leave out --compile"):
         train("--compile")
