@@ -1847,7 +1847,7 @@ class Args:
         metavar="DIR", on_resume=FREE)
     num_class_images: int = flag(
         "prior preservation", None, "number of class images or velocities; missing ones are made; unset: 100 images, "
-        "256 velocities", on_resume=REFUSED)
+        "256 velocities, which are made in eights", on_resume=REFUSED)
     sample_batch_size: int = flag(
         "prior preservation", 4, "number of class images or velocities to make at once", on_resume=FREE)
     prior_loss_weight: float = flag(
