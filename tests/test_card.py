@@ -111,7 +111,7 @@ def test_the_readmes_code_runs(
 ) -> None:
     """From stored embeddings, and with the text encoders, whose call is in the sentence below the block."""
     toy_run(train, tmp_path, "--t5_precision=exact").rename(tmp_path / "sd3-dreambooth-lora")
-    (tmp_path / "toy.parquet").rename(tmp_path / "sample_embeddings.parquet")
+    (tmp_path / "toy.parquet").rename(tmp_path / "new.parquet")
     monkeypatch.chdir(tmp_path)
     code = python_code(README).replace("stabilityai/stable-diffusion-3-medium-diffusers", str(TOY / "model"))
     code = code.replace('"cuda"', '"cpu"').replace("float16", "float32")  # fp16 takes 50 s on some CPUs
@@ -119,7 +119,7 @@ def test_the_readmes_code_runs(
     assert drawn_from_file in code
     run(code.replace(drawn_from_file, f"{drawn_from_file}num_inference_steps=1, height=64, width=64, "))
     assert Image.open("dog.png").size == (64, 64)
-    expected = embeddings_of(tmp_path / "sample_embeddings.parquet", 0)
+    expected = embeddings_of(tmp_path / "new.parquet", 0)
     assert torch.equal(read_by_transformer[-1][-1], expected.float())
 
     [call] = re.findall(r'leave out `\*\*encoders` and call\s+`(pipeline\(".*?\))`', README)

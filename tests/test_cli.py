@@ -350,7 +350,7 @@ for name, required, unwanted in (
 ):
     with open(f"{name}.py") as file:
         body = ast.parse(file.read()).body
-    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom | ast.Try)]
     exec(compile(ast.Module(imports, []), name, "exec"))  # what the libraries do is not ours
     before = state()
     __import__(name).parse_args(required)
