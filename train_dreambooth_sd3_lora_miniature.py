@@ -1165,7 +1165,8 @@ def compile_blocks(transformer: diffusers.SD3Transformer2DModel, shapes: int) ->
     gradient, the last, those with a second attention, and the rest.
     """
     blocks = list(transformer.transformer_blocks)
-    torch._dynamo.config.recompile_limit = 8 + len(blocks) * shapes  # 8 by default; beyond it, fullgraph is an error
+    # The limit of 8 recompilations, by the name that torch 2.6 knows as well; to reach it is an error.
+    torch._dynamo.config.cache_size_limit = 8 + len(blocks) * shapes
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
 

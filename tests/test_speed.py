@@ -5,6 +5,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,18 @@ def test_a_kind_of_block_is_compiled_once_a_shape(
     assert len(graphs) == 2 * used and 2 <= used <= 5
     said = capsys.readouterr().out
     assert "compiling the blocks" in said and "compiled the blocks and tried a micro-batch in" in said
+
+
+def test_torch_2_6_can_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit of recompilations has its first name alone; an unknown one is an AttributeError."""
+
+    class OldConfig:
+        __slots__ = ("cache_size_limit",)
+
+    config = OldConfig()
+    monkeypatch.setattr(torch._dynamo, "config", config)
+    trainer.compile_blocks(SimpleNamespace(transformer_blocks=[]), 1)
+    assert config.cache_size_limit >= 8
 
 
 def test_previews_and_class_images_are_not_compiled(train: Train, graphs: list[object]) -> None:
