@@ -1280,7 +1280,7 @@ def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accele
             path = folder / f"step-{state.global_step:06d}-prompt-{row}-{number}.png"
             shown[prompt].append(images[0])
             with only_noted(f"{path} is not written"):
-                save_image(images[0], path)
+                save_image(images[0], path, prompt)
                 written.append((prompt, path))
     if len(written) == count * len(args.validation_prompt):  # the sheet is drawn from the files
         sheet = draw_progress(folder, args.validation_prompt, last_step=state.global_step)
@@ -1364,9 +1364,13 @@ def generate_images(
     return pipeline.image_processor.numpy_to_pil(pixels)
 
 
-def save_image(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path, description: str = "") -> None:
+    """Write a PNG; a description goes into its text."""
+    text = PngImagePlugin.PngInfo()
+    if description:
+        text.add_itxt("Description", description)
     content = io.BytesIO()
-    image.save(content, "PNG")
+    image.save(content, "PNG", pnginfo=text)
     write_file(path, content.getbuffer())
 
 
@@ -1384,7 +1388,10 @@ PROGRESS_MARGINS = (192, 28)  # pixels at the left and at the top of the sheet, 
 
 
 def draw_progress(folder: Path, prompts: Sequence[str], last_step: int) -> Image.Image:
-    """Draw a sheet with a row per prompt and a column per preview so far, at most 16; unreadable ones are left out."""
+    """Draw a sheet with a row per prompt and a column per preview so far, at most 16.
+
+    Previews that are unreadable, or of other prompts than those of this run, are left out.
+    """
     found = [int(path.name.split("-")[1]) for path in folder.glob("step-[0-9]*-prompt-0-0.png")]
     steps = sorted(step for step in found if step <= last_step)  # later ones are those of a run that was resumed
     every = 1 + len(steps) // 15
@@ -1392,8 +1399,10 @@ def draw_progress(folder: Path, prompts: Sequence[str], last_step: int) -> Image
     for step in [*steps[:-1:every], last_step]:
         with suppress(UserError):
             column = []
-            for row in range(len(prompts)):
+            for row, prompt in enumerate(prompts):
                 with opened_photo(folder / f"step-{step:06d}-prompt-{row}-0.png") as image:
+                    if image.info.get("Description", prompt) != prompt:
+                        raise ValueError("it is of another prompt")
                     column.append(np.asarray(image.convert("RGB").resize((256, 256))))
             columns[step] = np.vstack(column)
     return label_progress(Image.fromarray(np.hstack(list(columns.values()))), list(columns), prompts)

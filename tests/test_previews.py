@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, PREVIEWS, PROMPT, Train, equal, lora
+from conftest import LATEST, PREVIEW_PROMPT, PREVIEWS, PROMPT, Train, equal, lora
 
 
 def test_previews_change_nothing(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +89,15 @@ def test_the_sheet_says_which_step_and_prompt_an_image_is_of(train: Train) -> No
         assert sheet.crop((left + 256 * column, 0, left + 256 * column + 256, top)).getextrema()[0] < 64
     beside = [sheet.crop((0, top + 256 * row, left, top + 256 * row + 256)) for row in (0, 1)]
     assert all(label.getextrema() == (0, 255) for label in beside) and beside[0].tobytes() != beside[1].tobytes()
+
+
+def test_the_sheet_shows_no_image_of_another_prompt(train: Train) -> None:
+    """A run may be resumed with other prompts; the label beside a row is then no longer that of its first images."""
+    train(PREVIEWS, "--validation_steps=1", max_train_steps=1)
+    other = f"--validation_prompt={PROMPT}"
+    samples = train(other, "--validation_steps=1", LATEST, max_train_steps=2) / "samples"
+    assert len(list(samples.glob("step-*.png"))) == 3
+    assert images_of(samples / "progress.png").size == (256, 256)
 
 
 @pytest.mark.parametrize(
