@@ -2956,7 +2956,8 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
         problems.note(
             f"--optimizer prodigy multiplies what it finds by --learning_rate {args.learning_rate}: leave that out"
         )
-    if args.validation_prompt or args.with_prior_preservation:
+    draws_class = args.with_prior_preservation and args.class_samples == "images"
+    if args.validation_prompt or draws_class:
         guidance = guidance_of(args, plan.base_model.skeleton.config)
         problems.note(f"previews and class images: {args.num_inference_steps} steps, --guidance_scale {guidance:g}")
 

@@ -213,3 +213,15 @@ def test_velocities_that_are_not_finite_are_not_written(
     with pytest.raises(SystemExit, match="--mixed_precision"):
         train(*velocity_flags(tmp_path / "class"))
     assert not [*(tmp_path / "class").iterdir()]
+
+
+def test_a_run_that_draws_nothing_says_nothing_of_guidance(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan of velocities without previews; class images are drawn."""
+    flags = [*class_flags(tmp_path / "class"), "--dry_run"]
+    train(*flags)
+    assert "--guidance_scale" in capsys.readouterr().out
+    train(*flags, "--class_samples=velocities")
+    printed = capsys.readouterr().out
+    assert "velocities" in printed and "--guidance_scale" not in printed
