@@ -384,13 +384,18 @@ def encode_latents(examples: list[Example], args: Args, model: LocalModel, accel
         del vae
     diffusers.training_utils.free_memory()
     problems.stop_if_any()
-    check_visible(examples, args)
+    check_visible(examples)
 
 
-def check_visible(examples: list[Example], args: Args) -> None:
+def check_visible(examples: list[Example]) -> None:
     """End the run if this process does not see the files that others have written."""
-    if not all(example.latents.exists() for example in examples):
-        raise SystemExit(f"The latents are not visible here: all machines must share --output_dir {args.output_dir}.")
+    for example in examples:
+        if not example.latents.exists():
+            folder = example.latents.parent
+            raise SystemExit(
+                f"The latents are not visible here: all machines must share {folder}, which is --class_data_dir or in "
+                "--output_dir."
+            )
 
 
 @torch.inference_mode()
@@ -1519,7 +1524,7 @@ def make_class_velocities(
         generator = seeded_generator(CLASS_IMAGE_STREAM, path.stem)
         write_latents(path, class_velocities(photo, generator, args, plan, transformer))
     accelerator.wait_for_everyone()
-    check_visible(examples, args)
+    check_visible(examples)
     return examples
 
 

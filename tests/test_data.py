@@ -733,3 +733,10 @@ def test_images_train_in_the_nearest_of_their_own_shapes(samples: Callable[..., 
     assert {example.path.name: example.shape for example in dataset.order} == expected
     for sample, example in zip(dataset, dataset.order, strict=True):
         assert sample["latents"].shape == (16, example.shape[0] // 8, example.shape[1] // 8)
+
+
+def test_latents_that_another_machine_has_written_elsewhere_are_named_by_their_folder(tmp_path: Path) -> None:
+    """Those of the class may lie in --class_data_dir, which has to be shared as well."""
+    folder = tmp_path / "class"
+    with pytest.raises(SystemExit, match=re.escape(f"share {folder}")):
+        trainer.check_visible([make_example(folder / "a")])

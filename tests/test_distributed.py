@@ -190,7 +190,7 @@ def test_two_machines_without_a_common_folder(launch: Launch, machines: list[lis
         (tmp_path / name).mkdir()
         processes.append(launch(Path("out"), launcher=machine, cwd=tmp_path / name))
     for printed in finish(*processes, code=1):
-        assert "latents" in printed and "--output_dir out" in printed and SCRIPT_LINE not in printed
+        assert "latents" in printed and "share out" in printed and SCRIPT_LINE not in printed
 
 
 def test_a_folder_that_is_taken_is_one_message(launch: Launch, tmp_path: Path) -> None:
