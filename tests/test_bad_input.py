@@ -251,12 +251,7 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "truncated image": (truncated_image, "", 1, "a.jpg"),
     "no masks": (nothing, "--alpha_mask", 1, "--alpha_mask"),
     "mask of another size": (other_mask, "--alpha_mask", 1, "a.jpg .*mask"),
-    "FIFO as mask": (
-        lambda f: (mask_is_a_pipe(f), write("photos/b.mask.png", "")(f)),
-        "--alpha_mask",
-        1,
-        "a.mask.png .*regular file",
-    ),
+    "FIFO as mask": (mask_is_a_pipe, "--alpha_mask", 1, "a.mask.png .*regular file"),
     "no embeddings": (remove("embeddings.parquet"), "", 1, "embeddings.parquet .*python compute_embeddings.py"),
     "truncated embeddings": (cut_short("embeddings.parquet"), "", 1, "embeddings.parquet"),
     "FIFO as embeddings": (lambda f: os.mkfifo(f / "pipe"), "--data_df_path=pipe", 1, "--data_df_path pipe"),

@@ -122,12 +122,12 @@ def test_one_process_resumes_what_two_began(train: Train, two: Path) -> None:
     assert distance(one, two) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["images", "velocities"])
+@pytest.mark.parametrize("kind, count", [("images", 3), ("velocities", 24)])  # three files
 def test_shapes_class_samples_accumulation_and_previews(
-    train: Train, launch: Launch, tmp_path: Path, kind: str
+    train: Train, launch: Launch, tmp_path: Path, kind: str, count: int
 ) -> None:
     """All at once, and two resolutions, in two processes as in one; each makes its share of the class samples."""
-    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", "--num_class_images=3"]
+    flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", f"--num_class_images={count}"]
     flags += ["--sample_batch_size=1", "--gradient_accumulation_steps=2", "--aspect_ratio_buckets"]
     flags += [f"--class_samples={kind}"]
     flags += ["--resolution", "48", "64"]

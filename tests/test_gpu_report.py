@@ -28,7 +28,7 @@ MIB = 2**20
 def run(folder: Path, *flags: object) -> dict[str, dict]:
     """A rehearsal's rows by their names."""
     command = [sys.executable, TOOL, "--tiny", f"--output_dir={folder}", *flags]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     return {row["what"]: row for row in json.loads((folder / "report.json").read_text())["rows"]}
 
