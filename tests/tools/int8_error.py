@@ -19,13 +19,9 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
+import quantized_on_cpu
 import step_cost
 import train_dreambooth_sd3_lora_miniature as trainer
-
-
-def exact_product(rows: Tensor, columns: Tensor) -> Tensor:
-    """What torch._int_mm gives, (N, out): fp64 holds every integer up to 2**53."""
-    return (rows.double() @ columns.double()).float()
 
 
 def draw_model(layers: int, quantized: bool) -> SD3Transformer2DModel:
@@ -87,7 +83,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--resolution", type=int, default=512)
     args = parser.parse_args()
-    torch._int_mm = exact_product
+    quantized_on_cpu.multiply_in_floats()
     strengths = (1.0, 30.0)
     transformer = draw_model(args.layers, quantized=False)
     exact = [answers_and_gradients(transformer, args.resolution, outliers) for outliers in strengths]

@@ -3,7 +3,7 @@
     python tests/tools/quantized_on_cpu.py FLAGS...    # the trainer with these flags
 
 nf4: bitsandbytes itself can, diffusers and a check forbid it. int8: an old CPU needs thirty times as long for products
-of integers as for those of floats, which give the same numbers where sums are small enough.
+of integers as for those of floats, which give the same numbers.
 """
 
 import sys
@@ -37,11 +37,10 @@ def allow(setattr: Callable[[object, str, object], None] = setattr) -> None:
 
 
 def multiply_in_floats(setattr: Callable[[object, str, object], None] = setattr) -> None:
-    """Let 8-bit products be made of floats: the same to the bit, since fp32 holds every integer up to 2**24."""
+    """Let 8-bit products be made of floats: the same to the bit, since fp64 holds every integer up to 2**53."""
 
     def product(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        assert len(columns) * 127**2 <= 2**24, "more terms than fp32 can add up exactly"
-        return rows.float() @ columns.float()
+        return (rows.double() @ columns.double()).float()
 
     setattr(torch, "_int_mm", product)
 
