@@ -10,9 +10,8 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
 fi
 command -v uv > /dev/null || pip install uv
 # uv chooses torch's build by the GPU's driver, from an index that a network with a mirror of PyPI may not reach.
-uv pip install --torch-backend=auto -r requirements.txt || pip install -r requirements.txt
+uv pip install --torch-backend=auto -r requirements.txt || pip install --quiet -r requirements.txt
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the toy is too small for more, which crawl on busy cores
 python compute_embeddings.py @tests/toy/embeddings.txt
 python train_dreambooth_sd3_lora_miniature.py @tests/toy/train.txt --resume_from_checkpoint latest "$@"
 echo "The picture is $PWD/robot-lora/samples/progress.png"
