@@ -412,7 +412,7 @@ def encode_image(vae: diffusers.AutoencoderKL, example: Example, args: Args) -> 
     for center in crop_centers(image, example.shape, args.center_crop):
         place = (center, center)  # across and down; only one of the two sides is too long
         crop = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=place)
-        mask_crop = ImageOps.fit(mask, (width // 8, height // 8), Image.Resampling.BOX, centering=place)
+        mask_crop = crop_mask(mask, example.shape, center)
         variants.append(encode_crop(vae, crop, mask_crop))
         if args.random_flip:
             variants.append(encode_crop(vae, ImageOps.mirror(crop), ImageOps.mirror(mask_crop)))
@@ -427,6 +427,12 @@ def crop_centers(image: Image.Image, shape: tuple[int, int], center_crop: bool) 
     if center_crop or surplus < 8:  # a latent pixel is 8 pixels wide
         return [0.5]
     return list(np.linspace(0, 1, CROPS_PER_IMAGE))
+
+
+def crop_mask(mask: Image.Image, shape: tuple[int, int], center: float) -> Image.Image:
+    """Return a crop of a mask at the size of latents, an eighth of a shape, (height, width)."""
+    size = (shape[1] // 8, shape[0] // 8)
+    return ImageOps.fit(mask, size, Image.Resampling.BOX, centering=(center, center))
 
 
 def encode_crop(vae: diffusers.AutoencoderKL, crop: Image.Image, mask: Image.Image) -> dict[str, Tensor]:
@@ -2309,7 +2315,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
     start_lora = read_start_lora(args, base_model, problems)
     photos = find_photos(args, problems)
     examples = find_examples(photos.paths, args, base_model, accelerator, problems)
-    check_masks(photos, examples, args, problems)
+    check_masks(photos, examples, args, accelerator, problems)
     check_class_images(args, base_model, accelerator, problems)
     embeddings = open_embeddings(args, base_model, photos, problems)
     examples = with_prompts(examples, embeddings, args, problems)
@@ -2701,7 +2707,9 @@ def with_prompts(
     return examples
 
 
-def check_masks(photos: Photos, examples: list[Example], args: Args, problems: Problems) -> None:
+def check_masks(
+    photos: Photos, examples: list[Example], args: Args, accelerator: Accelerator, problems: Problems
+) -> None:
     """Check that some image has a mask, if --alpha_mask is to mean something; note what may be meant as a mask."""
     masked = paths_of([example for example in examples if example.has_alpha or example.mask])
     count = f"{len(masked)} of {count_of(len(photos.paths), 'image')}"
@@ -2710,12 +2718,14 @@ def check_masks(photos: Photos, examples: list[Example], args: Args, problems: P
     elif args.alpha_mask and len(masked) < len(photos.paths):
         problems.note(f"--alpha_mask: {count} have a mask; of the others all is learned")
     dark = []
-    for example in examples if args.alpha_mask else []:
+    share = examples[accelerator.process_index :: accelerator.num_processes]
+    for example in share if args.alpha_mask else []:
         try:
             if is_mask_dark(example, args):
                 dark.append(example)
         except UserError as error:
             problems.add(str(error))
+    dark = sorted(gather_object(dark), key=lambda example: example.path)
     if dark:
         report = problems.add if len(dark) == len(examples) else problems.note
         report(
@@ -2741,12 +2751,8 @@ def is_mask_dark(example: Example, args: Args) -> bool:
         return False
     image = load_upright_image(example.mask or example.path)
     mask = mask_in(image) if example.mask else image.getchannel("A")
-    height, width = example.shape
-    for center in crop_centers(mask, example.shape, args.center_crop):  # as encode_image does
-        crop = ImageOps.fit(mask, (width // 8, height // 8), Image.Resampling.BOX, centering=(center, center))
-        if np.asarray(crop).max() >= 128:
-            return False
-    return True
+    centers = crop_centers(mask, example.shape, args.center_crop)
+    return all(np.asarray(crop_mask(mask, example.shape, center)).max() < 128 for center in centers)
 
 
 def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Accelerator, problems: Problems) -> None:
