@@ -1548,7 +1548,7 @@ def class_velocities(
     noise = torch.randn(latents.shape, generator=generator)
     sigma = draw_sigmas(args, plan.base_model.noise_scheduler.sigmas, VERSIONS, generator)
     sigmas = sigma.view(-1, 1, 1, 1)
-    x = torch.lerp(latents, noise, sigmas)
+    x = (1 - sigmas) * latents + sigmas * noise
     prompt = default_collate([plan.embeddings[str(args.class_prompt)]] * VERSIONS)
     inputs = prompt | {"x": x, "sigma": sigma}
     velocities = []
