@@ -2970,7 +2970,7 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
     draws_class = args.with_prior_preservation and args.class_samples == "images"
     if args.validation_prompt or draws_class:
         guidance = guidance_of(args, plan.base_model.skeleton.config)
-        problems.note(f"previews and class images: {args.num_inference_steps} steps, --guidance_scale {guidance:g}")
+        problems.note(f"images are drawn in {args.num_inference_steps} steps, with --guidance_scale {guidance:g}")
 
 
 # ----------------------------------------------------------------------------- part V: what the world does to a run
