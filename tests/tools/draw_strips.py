@@ -57,7 +57,7 @@ class Strip:
 
 
 UNTRAINED = Column("before", steps=0)
-PLAIN = Column("five photos on red", images="red", steps=300)
+PLAIN = Column("five photos on red", "red", CLASS_IMAGES, 300)
 STRIPS = {
     "before_after": Strip((UNTRAINED, Column("after")), (ROBOT, ON_GREEN, SHAPE)),
     "steps": Strip(
@@ -78,8 +78,12 @@ STRIPS = {
         (ROBOT, SHAPE),
         samples=3,
     ),
-    "masks": Strip((PLAIN, Column("the same, with masks", "red", "--alpha_mask", 300)), (ROBOT,), samples=6),
-    "captions": Strip((PLAIN, Column("the same, with captions", "red, captioned", steps=300)), (ROBOT,), samples=6),
+    "masks": Strip(
+        (PLAIN, Column("the same, with masks", "red", f"--alpha_mask {CLASS_IMAGES}", 300)), (ROBOT,), samples=6
+    ),
+    "captions": Strip(
+        (PLAIN, Column("the same, with captions", "red, captioned", CLASS_IMAGES, 300)), (ROBOT,), samples=6
+    ),
 }
 
 
