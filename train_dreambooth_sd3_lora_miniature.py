@@ -798,6 +798,7 @@ OPTIMIZERS = {
         states=4,
         options={"use_bias_correction": True, "safeguard_warmup": True},
     ),
+    "adamw_schedulefree": OptimizerKind("schedulefree", "AdamWScheduleFree"),  # arXiv 2405.15682
 }
 
 
@@ -814,6 +815,24 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
             weight_decay=args.adam_weight_decay,
             **kind.options,
         )
+
+
+@contextmanager
+def weights_to_keep(state: TrainState) -> Iterator[None]:
+    """Within, the LoRA's weights are those to save or to draw with. Afterwards they are, to the bit, what they were.
+
+    A schedule-free optimizer trains at one point, and what it has learned is another: an average of the steps so far.
+    All others train at the point that they have learned, and accelerate does nothing for them.
+    """
+    lora_params = trainable_parameters(state.transformer)
+    trained = [parameter.detach().to("cpu", copy=True) for parameter in lora_params]
+    state.optimizer.eval()
+    try:
+        yield
+    finally:
+        state.optimizer.train()
+        for parameter, value in zip(lora_params, trained, strict=True):
+            parameter.data.copy_(value)
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -890,6 +909,7 @@ def prepare_training(
     model, state.optimizer, dataloader = accelerator.prepare(state.transformer, state.optimizer, dataloader)
     # Previews and checkpoints use the transformer inside DDP's wrapper, in weight_dtype.
     state.transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    state.optimizer.train()
     return model, dataloader
 
 
@@ -1076,7 +1096,8 @@ def save_checkpoint(args: Args, plan: Plan, state: TrainState, accelerator: Acce
     torch.save(saved, content)
     folder = args.output_dir / f"checkpoint-{state.global_step}"
     folder.mkdir(exist_ok=True)
-    write_lora(folder / LORA_NAME, state.transformer, plan.name, args)
+    with weights_to_keep(state):
+        write_lora(folder / LORA_NAME, state.transformer, plan.name, args)
     write_file(folder / STATE_NAME, content.getbuffer())
 
     if not state.has_saved:
@@ -1284,7 +1305,8 @@ def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accele
         for number in range(count):
             generator = seeded_generator(plan.seed, PREVIEW_STREAM, number)  # the same noise in each preview
             try:
-                images = generate_images(pipeline, plan.embeddings[prompt], negative_prompt, [generator], args)
+                with weights_to_keep(state):
+                    images = generate_images(pipeline, plan.embeddings[prompt], negative_prompt, [generator], args)
             except FloatingPointError as error:
                 print(f"note: no preview of {prompt!r} after step {state.global_step}: {error}")
                 continue
@@ -1582,7 +1604,8 @@ def with_class_examples(plan: Plan, class_examples: list[Example], accelerator: 
 def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator, stop: StopRequest) -> None:
     """Write the LoRA, its last previews and its card, report them, and upload them with --push_to_hub."""
     path = args.output_dir / LORA_NAME
-    write_lora(path, state.transformer, plan.name, args)
+    with weights_to_keep(state):
+        write_lora(path, state.transformer, plan.name, args)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
     stop.end_at_once()
     previews = make_previews(args, plan, state, accelerator) if args.validation_prompt else []
@@ -1927,7 +1950,7 @@ class Args:
     optimizer: str = flag(
         "training", "adamw", "the 8-bit ones need bitsandbytes; the paged one can move its state to RAM when the GPU "
         "is full, but only at a --rank above 65; prodigy finds the learning rate itself, needs `pip install "
-        "prodigyopt`, and works best with a constant schedule",
+        "prodigyopt`; adamw_schedulefree averages the steps; both work best with a constant schedule",
         choices=tuple(OPTIMIZERS), parse=str.lower, on_resume=REFUSED)
     use_8bit_adam: bool = flag("training", False, "the same as --optimizer adamw_8bit", on_resume=FREE)
     adam_beta1: float = flag("training", 0.9, "decay rate of the first moment", minimum=0, maximum=0.999999)
@@ -2082,6 +2105,8 @@ def combination_problems(args: Args) -> list[str]:
         )
     if args.use_8bit_adam and not args.optimizer.endswith("8bit"):
         problems.append(f"--use_8bit_adam and --optimizer {args.optimizer} are two different optimizers: choose one")
+    if args.optimizer == "adamw_schedulefree" and not args.adam_beta1:
+        problems.append("--optimizer adamw_schedulefree needs an --adam_beta1 above 0, by which it averages")
     if args.scale_lr and args.optimizer == "prodigy":
         problems.append("--scale_lr scales a learning rate, but --optimizer prodigy finds it: drop one")
     if args.with_prior_preservation and not args.class_prompt:

@@ -207,6 +207,7 @@ TRAINER = {  # what is spoiled, flags, exit code, and what the message must name
     "resolution off the grid": (nothing, "--resolution 100", 2, "--resolution 100"),
     "two optimizers": (nothing, "--use_8bit_adam --optimizer prodigy", 2, "--use_8bit_adam .*prodigy"),
     "a factor of no rate": (nothing, "--scale_lr --optimizer prodigy", 2, "--scale_lr .*prodigy"),
+    "an average of weight 0": (nothing, "--optimizer adamw_schedulefree --adam_beta1 0", 2, "--adam_beta1"),
     "several resolutions with shapes of one": (
         nothing,
         "--resolution 48 64 --aspect_ratio_buckets 64,64",

@@ -73,6 +73,7 @@ def command(values: dict[str, object], folder: Path) -> list[str]:
     ["--use_8bit_adam", "--mixed_precision=fp16"], ["--lora_dropout=0.2", "--random_flip", "--lora_alpha=48"],
     ["--lora_alpha=7", "--mixed_precision=bf16", "--caption_dropout=0.5"], ["--resolution", "48", "64"],
     ["--optimizer=prodigy", "--mixed_precision=fp16"], ["--optimizer=prodigy", "--adam_beta1=0"],
+    ["--optimizer=adamw_schedulefree", "--mixed_precision=fp16"],
     ["--quantize_base=int8", "--mixed_precision=fp16", "--gradient_checkpointing"],
 ])  # fmt: skip
 def test_resumed_equals_uninterrupted(train: Train, flags: list[str]) -> None:

@@ -180,6 +180,23 @@ def test_prodigy_finds_the_learning_rate_and_keeps_it_on_resume(train: Train, mo
         train("--optimizer=prodigy", "--dry_run")
 
 
+def test_schedule_free_training_keeps_the_average_of_its_steps(train: Train) -> None:
+    """The LoRA is the average, x; training goes on from y = 0.9 x + 0.1 z, whatever is saved and drawn on the way."""
+    flags = ["--optimizer=adamw_schedulefree", f"--validation_prompt={PREVIEW_PROMPT}"]
+    rarely = train(*flags, "--checkpointing_steps=0", output="rarely")
+    often = train(*flags, "--checkpointing_steps=1", "--validation_steps=1", output="often")
+    assert equal(lora(rarely), lora(often))
+    saved = state(often / "checkpoint-4")
+    trained_at = {f"transformer.{name}": y for name, y in saved["lora"].items()}
+    assert not equal(lora(often), trained_at)
+    for number, (name, y) in enumerate(trained_at.items()):
+        z = saved["optimizer"]["state"][number]["z"]
+        torch.testing.assert_close(y, 0.9 * lora(often)[name] + 0.1 * z, rtol=0, atol=1e-7)
+    from_it = train(f"--pretrained_lora_path={often}", flags[1], "--max_train_steps=1", output="from it")
+    before, after = from_it / "samples/step-000000-prompt-0-0.png", often / "samples/step-000004-prompt-0-0.png"
+    assert Image.open(before).tobytes() == Image.open(after).tobytes()
+
+
 def test_blocks_before_the_first_lora_are_not_recomputed(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     """They keep nothing, since no gradient passes through them: of two blocks, one is all that there is to choose."""
     said = {
