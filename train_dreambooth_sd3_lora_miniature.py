@@ -1866,7 +1866,7 @@ class Args:
         "data", 0.0, "probability that a sample is trained with the empty prompt", minimum=0, maximum=0.999999)
     alpha_mask: bool = flag(
         "data", False, "weight the loss by an image's alpha channel or its mask (NAME.mask.png, NAME_mask.png or "
-        "NAME-masklabel.png), so that the background is not learned", on_resume=REFUSED)
+        "NAME-masklabel.png), so that the background is learned less", on_resume=REFUSED)
     max_sequence_length: int | None = flag(
         "data", None, "number of T5 tokens that the embeddings must have; unset: any", on_resume=FREE,
         embeddings_flag="max_sequence_length")
