@@ -16,14 +16,18 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+import measuring
 import quantized_on_cpu
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, logged
 
 STEPS = 6
 SCRIPT_LINE = 'recorded_run.py", line'  # of a traceback that is not the launcher's own
+ON_LOOPBACK = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
 TWO_PROCESSES = ["--multi_gpu", "--num_processes=2", "--num_machines=1"]
+Script = Callable[..., list[str]]
 Launch = Callable[..., subprocess.Popen]
+RunTwo = Callable[..., str]
 Train = Callable[..., Path]
 
 
@@ -34,15 +38,10 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def launch(tiny: Path, photos: Path, embeddings: Path) -> Launch:
-    """Start recorded_run.py by accelerate, on the CPU, a micro-batch of one image in each process."""
+def script(tiny: Path, photos: Path, embeddings: Path) -> Script:
+    """recorded_run.py with its flags: a micro-batch of one image in each process."""
 
-    def start(
-        output: Path, *flags: str, launcher: list[str] = TWO_PROCESSES, cwd: Path = ROOT, **changes: object
-    ) -> subprocess.Popen:
-        port = [] if any("port" in flag for flag in launcher) else [f"--main_process_port={free_port()}"]
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision=no", *launcher]
-        script = [ROOT / "tests" / "tools" / "recorded_run.py", output / "record"]
+    def command(output: Path, *flags: str, **changes: object) -> list[str]:
         values = {
             "pretrained_model_name_or_path": tiny, "instance_data_dir": photos, "data_df_path": embeddings,
             "instance_prompt": PROMPT, "output_dir": output, "resolution": 64, "max_train_steps": STEPS, "seed": 0,
@@ -50,13 +49,50 @@ def launch(tiny: Path, photos: Path, embeddings: Path) -> Launch:
             "num_inference_steps": 2, "num_validation_images": 1,
         }  # fmt: skip
         given = [f"--{name}={value}" for name, value in (values | changes).items()]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+        return [str(ROOT / "tests" / "tools" / "recorded_run.py"), str(output / "record"), *given, *flags]
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def launch(script: Script) -> Launch:
+    """Start the script by accelerate, on the CPU."""
+
+    def start(
+        output: Path, *flags: str, launcher: list[str] = TWO_PROCESSES, cwd: Path = ROOT, **changes: object
+    ) -> subprocess.Popen:
+        port = [] if any("port" in flag for flag in launcher) else [f"--main_process_port={free_port()}"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision=no", *launcher]
         return subprocess.Popen(
-            list(map(str, [*command, *port, *script, *given, *flags])), env=environment, cwd=cwd, text=True,
+            [*command, *port, *script(output, *flags, **changes)], env=os.environ | ON_LOOPBACK, cwd=cwd, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     return start
+
+
+@pytest.fixture(scope="session")
+def run_two(script: Script, tmp_path_factory: pytest.TempPathFactory) -> RunTwo:
+    """Run the script in two processes that are forked from this one, which spares them the imports; what they print.
+
+    They get the environment that a launcher would give them.
+    """
+
+    def run(output: Path, *flags: str, code: int = 0, **changes: object) -> str:
+        folder = tmp_path_factory.mktemp("logs")
+        shared = ON_LOOPBACK | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        logs = [folder / f"{rank}.log" for rank in (0, 1)]
+        processes = []
+        for rank, log in enumerate(logs):
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(measuring.fork(folder, 0, script(output, *flags, **changes), log, environment))
+        codes = [process.wait(timeout=300) for process in processes]
+        printed = "".join(log.read_text() for log in logs)
+        assert codes == [code, code], printed
+        return printed
+
+    return run
 
 
 def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
@@ -124,7 +160,7 @@ def test_one_process_resumes_what_two_began(train: Train, two: Path) -> None:
 
 @pytest.mark.parametrize("kind, count", [("images", 3), ("velocities", 24)])  # three files
 def test_shapes_class_samples_accumulation_and_previews(
-    train: Train, launch: Launch, tmp_path: Path, kind: str, count: int
+    train: Train, run_two: RunTwo, tmp_path: Path, kind: str, count: int
 ) -> None:
     """All at once, and two resolutions, in two processes as in one; each makes its share of the class samples."""
     flags = ["--with_prior_preservation", f"--class_prompt={PREVIEW_PROMPT}", f"--num_class_images={count}"]
@@ -132,7 +168,7 @@ def test_shapes_class_samples_accumulation_and_previews(
     flags += [f"--class_samples={kind}"]
     flags += ["--resolution", "48", "64"]
     flags += [f"--validation_prompt={PREVIEW_PROMPT}", "--validation_steps=2"]
-    finish(launch(tmp_path / "two", *flags))
+    run_two(tmp_path / "two", *flags)
     one = train(*flags, train_batch_size=2, max_train_steps=STEPS, output="one")
     assert_same_training(one, tmp_path / "two", 1e-5, samples_per_step=4)
     samples = []
@@ -143,25 +179,25 @@ def test_shapes_class_samples_accumulation_and_previews(
 
 
 def test_4_bit_weights_and_8_bit_states(
-    train: Train, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, run_two: RunTwo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real layers and states of bitsandbytes in both processes: relative L2 1e-2."""
     quantized_on_cpu.allow(monkeypatch.setattr)
     flags = ["--quantize_base=nf4", "--use_8bit_adam", "--checkpointing_steps=6"]
-    finish(launch(tmp_path / "two", *flags))
+    run_two(tmp_path / "two", *flags)
     one = train(*flags, train_batch_size=2, max_train_steps=STEPS, output="one")
     assert_same_training(one, tmp_path / "two", 1e-2, samples_per_step=2)
     states = trainer.read_state(tmp_path / "two" / "checkpoint-6")["optimizer"]["state"]
     assert all(each["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8 for each in states.values())
 
 
-def test_8_bit_products_and_compiled_blocks(train: Train, launch: Launch, tmp_path: Path) -> None:
+def test_8_bit_products_and_compiled_blocks(train: Train, run_two: RunTwo, tmp_path: Path) -> None:
     """Two shapes, one of them compiled inside of DDP, as in one process that compiles nothing.
 
     Relative L2 1e-2 and losses 1e-4, since a number may be rounded to another integer.
     """
     flags = ["--quantize_base=int8", "--aspect_ratio_buckets=80,80;96,64"]  # 17 tokens and more in each process
-    finish(launch(tmp_path / "two", *flags, "--compile"))
+    run_two(tmp_path / "two", *flags, "--compile")
     one = train(*flags, train_batch_size=2, max_train_steps=STEPS, output="one")
     assert logged(one) == pytest.approx(logged(tmp_path / "two"), abs=1e-4, rel=0) and len(logged(one)) == STEPS
     assert distance(one, tmp_path / "two") <= 1e-2
@@ -193,25 +229,27 @@ def test_two_machines_without_a_common_folder(launch: Launch, machines: list[lis
         assert "latents" in printed and "share out" in printed and SCRIPT_LINE not in printed
 
 
-def test_a_folder_that_is_taken_is_one_message(launch: Launch, tmp_path: Path) -> None:
+def test_a_folder_that_is_taken_is_one_message(run_two: RunTwo, tmp_path: Path) -> None:
     """Every process hears of it, and ends."""
     with FileLock(tmp_path / ".lock"):
-        [printed] = finish(launch(tmp_path), code=1)
+        printed = run_two(tmp_path, code=1)
     assert printed.count(f"Another run is writing to {tmp_path}") == 1 and SCRIPT_LINE not in printed
 
 
-def test_what_each_process_finds_is_one_message(launch: Launch, photos: Path, tmp_path: Path) -> None:
+def test_what_each_process_finds_is_one_message(run_two: RunTwo, photos: Path, tmp_path: Path) -> None:
     """Each checks its share of the images; nobody waits for one that has ended."""
     shutil.copytree(photos, tmp_path / "photos")
     for name in ("a.jpg", "b.JPEG"):
         (tmp_path / "photos" / name).write_bytes(b"no image")
-    [printed] = finish(launch(tmp_path / "out", instance_data_dir=tmp_path / "photos"), code=1)
+    printed = run_two(tmp_path / "out", instance_data_dir=tmp_path / "photos", code=1)
     assert printed.count("a.jpg cannot be read") == printed.count("b.JPEG cannot be read") == 1
     assert printed.count("Cannot start") == 1 and SCRIPT_LINE not in printed
     assert not (tmp_path / "out" / "latents").exists()
 
 
-def test_a_killed_worker_ends_the_run_and_the_checkpoint_resumes(launch: Launch, two: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_ends_the_run_and_the_checkpoint_resumes(
+    launch: Launch, run_two: RunTwo, two: Path, tmp_path: Path
+) -> None:
     """Nobody waits for it for ever, the exit code is not 0, and the run goes on to the uninterrupted result."""
     flags = ["--checkpointing_steps=1", "--checkpoints_total_limit=0"]
     process = launch(tmp_path, *flags, max_train_steps=10**5)
@@ -224,5 +262,5 @@ def test_a_killed_worker_ends_the_run_and_the_checkpoint_resumes(launch: Launch,
     for path in tmp_path.glob("checkpoint-*"):
         if int(path.name.split("-")[1]) > 3:
             shutil.rmtree(path)
-    finish(launch(tmp_path, *flags, "--resume_from_checkpoint=latest"))
+    run_two(tmp_path, *flags, "--resume_from_checkpoint=latest")
     assert distance(two, tmp_path) == 0

@@ -22,6 +22,7 @@ from PIL import Image
 from traitlets.config import Config
 
 import compute_embeddings as embed
+import measuring
 import toy_notebook
 import train_dreambooth_sd3_lora_miniature as trainer
 from conftest import ROOT, names
@@ -145,11 +146,8 @@ EMBED, TRAIN, DOWNLOAD = '"embeddings.parquet"]\n', "!accelerate launch", "FileL
 DRAW = "StableDiffusion3Pipeline"
 
 
-def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, last_cell: str = "", **settings: object) -> list[dict]:
-    """Execute the notebook in a folder, in a kernel of its own, up to a cell; return its cells afterwards.
-
-    last_cell: a text in the last cell to run; "" runs all of them.
-    """
+def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> list[dict]:
+    """Execute the notebook in a folder, in a kernel of its own; return its cells afterwards."""
     pip = folder / "bin" / "pip"  # tests change no environment: nothing is uninstalled, and what is installed is there
     pip.parent.mkdir(exist_ok=True)
     pip.write_text(f'#!/bin/sh\n[ "$1" = uninstall ] || exec {shlex.quote(sys.executable)} -m pip "$@"\n')
@@ -157,11 +155,7 @@ def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, last_cell: str =
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     for programs in (Path(sys.executable).parent, pip.parent):
         monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
-    cells = NOTEBOOK["cells"]
-    if last_cell:
-        [end] = [number for number, cell in enumerate(cells) if last_cell in "".join(cell["source"])]
-        cells = cells[: end + 1]
-    return toy_notebook.execute(NOTEBOOK | {"cells": cells}, folder, settings)
+    return toy_notebook.execute(NOTEBOOK, folder, settings)
 
 
 @pytest.fixture
@@ -182,21 +176,6 @@ def workplace(tmp_path: Path) -> Path:
     folder = tmp_path / "workplace"
     toy_notebook.write_photos(folder / "robot")
     return folder
-
-
-def test_the_notebook_runs_for_a_new_user(workplace: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From top to bottom on the toy, over what a first try has left that got as far as training; training goes on."""
-    settings = {"REPOSITORY": str(repository)}
-    run_notebook(workplace, monkeypatch, last_cell=TRAIN, STEPS=2, **settings)
-    lora = workplace / "sd3-dreambooth-lora"
-    assert names(trainer.list_checkpoints(lora)) == ["checkpoint-2"]
-    cells = run_notebook(workplace, monkeypatch, STEPS=3, **settings)
-    assert names(trainer.list_checkpoints(lora)) == ["checkpoint-2", "checkpoint-3"]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    said = "".join(output.get("text", "") for output in outputs)
-    assert "1 step to train, from step 2" in said and "No LoRA keys" not in said
-    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 4
-    assert (lora / trainer.LORA_NAME).exists() and len(list(lora.glob("new-*.png"))) == 2
 
 
 def test_a_failing_command_ends_the_notebook(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +219,18 @@ class ColabNotebook(Notebook):
 ColabNotebook.__module__ = "google.colab._shell"
 
 
+class NotebookThatForks(Notebook):
+    """Its two scripts run, each in a process that is forked from this one; other commands do nothing."""
+
+    def system(self, command: str) -> None:
+        words = shlex.split(self.var_expand(command, depth=1))
+        script = [number for number, word in enumerate(words) if word.endswith(".py")]
+        self.user_ns["_exit_code"] = 0
+        if script:
+            taken = measuring.measure(words[script[0] :], Path("log.txt").absolute(), launcher=())
+            self.user_ns["_exit_code"] = taken["code"]
+
+
 @pytest.fixture
 def start(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Notebook]:
     """A notebook beside the scripts and the photos, after its first cell, with other settings."""
@@ -255,6 +246,22 @@ def start(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Not
         return notebook
 
     return run
+
+
+def test_the_notebook_runs_for_a_new_user(
+    workplace: Path, repository: Path, start: Callable[..., Notebook], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From top to bottom on the toy, over what a first try has left that got as far as training; training goes on."""
+    start(NotebookThatForks, STEPS=2).run(INSTALL, LOOK, EMBED, TRAIN)
+    lora = workplace / "sd3-dreambooth-lora"
+    assert names(trainer.list_checkpoints(lora)) == ["checkpoint-2"]
+    cells = run_notebook(workplace, monkeypatch, STEPS=3, REPOSITORY=str(repository))
+    assert names(trainer.list_checkpoints(lora)) == ["checkpoint-2", "checkpoint-3"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    said = "".join(output.get("text", "") for output in outputs)
+    assert "1 step to train, from step 2" in said and "No LoRA keys" not in said
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 4
+    assert (lora / trainer.LORA_NAME).exists() and len(list(lora.glob("new-*.png"))) == 2
 
 
 def test_the_install_cell_can_be_run_twice(start: Callable[..., Notebook], monkeypatch: pytest.MonkeyPatch) -> None:

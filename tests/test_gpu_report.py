@@ -1,7 +1,6 @@
 """The report on a GPU, rehearsed on a CPU: it is complete, loses nothing, and shows memory that a trainer wastes."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -27,9 +26,10 @@ MIB = 2**20
 
 def run(folder: Path, *flags: object) -> dict[str, dict]:
     """A rehearsal's rows by their names."""
-    command = [sys.executable, TOOL, "--tiny", f"--output_dir={folder}", *flags]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stdout + result.stderr
+    log = folder.with_suffix(".log")
+    command = [TOOL, "--tiny", f"--output_dir={folder}", *flags]
+    taken = measuring.measure(list(map(str, command)), log, launcher=(), limit_s=1200)  # () forks this process
+    assert taken["code"] == 0, log.read_text()
     return {row["what"]: row for row in json.loads((folder / "report.json").read_text())["rows"]}
 
 
@@ -133,14 +133,13 @@ def test_a_hanging_process_is_killed_with_its_children(tmp_path: Path) -> None:
 
 def test_ctrl_c_loses_no_row(tmp_path: Path) -> None:
     """What was done is in the report, and no process is left."""
-    command = [sys.executable, TOOL, "--tiny", f"--output_dir={tmp_path}"]
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if "embeddings" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        assert "interrupted" in process.communicate(timeout=300)[0]
-    assert process.returncode == 1
+    log = tmp_path / "log.txt"
+    command = [str(TOOL), "--tiny", f"--output_dir={tmp_path}"]
+    process = measuring.fork(tmp_path / "measured.json", 0, command, log)
+    while not (log.exists() and "embeddings" in log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=300) == 1 and "interrupted" in log.read_text()
     results = {row["what"]: row["result"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert results["embeddings, T5 exact"] == "ok" and results["everything else"] == "**interrupted**"
     assert not any(str(tmp_path) in " ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"]))
@@ -170,7 +169,5 @@ def test_the_recomputation_is_read_from_what_the_trainer_says(said: str, chosen:
 
 def test_time_that_is_over_is_a_row(tmp_path: Path) -> None:
     """Each run that was not begun has its reason in the table."""
-    command = [sys.executable, TOOL, "--tiny", f"--output_dir={tmp_path}", "--minutes=0.01"]
-    env = os.environ | {"TQDM_DISABLE": "1"}
-    subprocess.run(list(map(str, command)), capture_output=True, check=True, timeout=300, env=env)
-    assert (tmp_path / "report.md").read_text().count("not run: no time was left") > 15
+    run(tmp_path / "report", "--minutes=0.01")
+    assert (tmp_path / "report/report.md").read_text().count("not run: no time was left") > 15

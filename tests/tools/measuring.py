@@ -166,7 +166,7 @@ def run_script(command: list[str]) -> None:
     sys.argv = command
     script = Path(command[0])
     sys.path.insert(0, str(script.parent))
-    if "--quantize_base=nf4" in command and not torch.cuda.is_available():
+    if "--quantize_base=nf4" in command and not torch.cuda.is_available() and script.parent != HERE:
         import quantized_on_cpu  # it changes the module, so the module is what runs
 
         quantized_on_cpu.allow()
@@ -219,7 +219,9 @@ def start(launcher: tuple[str, ...], result: Path, limit_gb: float, command: lis
         )
 
 
-def fork(result: Path, limit_gb: float, command: list[str], log: Path) -> psutil.Process:
+def fork(
+    result: Path, limit_gb: float, command: list[str], log: Path, environment: dict[str, str] | None = None
+) -> psutil.Process:
     """The same from this process, which has loaded the libraries: for tiny models, where loading them costs most."""
     pid = os.fork()
     if pid:
@@ -227,6 +229,7 @@ def fork(result: Path, limit_gb: float, command: list[str], log: Path) -> psutil
     code = 1
     try:
         os.setsid()
+        os.environ |= environment or {}
         sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - open until the end
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)

@@ -1,6 +1,6 @@
 """Run the trainer as it is, and write down which images this process encoded and which samples it trained on.
 
-Started by accelerate from test_distributed.py: the first argument is the folder for rank-N.json, the rest are flags.
+For test_distributed.py: the first argument is the folder for rank-N.json, the rest are flags of the trainer.
 """
 
 import json
@@ -49,5 +49,6 @@ def choose_unrecorded(*args):
 
 trainer.encode_image, trainer.training_loss = encode_and_record, record_and_compute
 trainer.choose_recomputation = choose_unrecorded
+trainer.PARENT = os.getppid()  # a process that was forked has imported the trainer before it had this parent
 if __name__ == "__main__":
     trainer.main(trainer.parse_args())
