@@ -256,15 +256,16 @@ def test_a_token_is_stripped(token: str) -> None:
 def definitions(script: ModuleType) -> dict[str, str]:
     """The source of each name that a script defines at its top level; imports are none."""
     source = inspect.getsource(script)
+    lines = source.splitlines()
     found = {}
     for node in ast.parse(source).body:
         names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-        decorators = [ast.get_source_segment(source, each) for each in getattr(node, "decorator_list", [])]
+        start = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
         for name in names:
-            found[name] = "\n".join([*decorators, ast.get_source_segment(source, node)])
+            found[name] = "\n".join(lines[start - 1 : node.end_lineno])
     return found
 
 

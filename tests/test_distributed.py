@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import chdir
 from pathlib import Path
 
 import psutil
@@ -58,13 +59,11 @@ def script(tiny: Path, photos: Path, embeddings: Path) -> Script:
 def launch(script: Script) -> Launch:
     """Start the script by accelerate, on the CPU."""
 
-    def start(
-        output: Path, *flags: str, launcher: list[str] = TWO_PROCESSES, cwd: Path = ROOT, **changes: object
-    ) -> subprocess.Popen:
+    def start(output: Path, *flags: str, launcher: list[str] = TWO_PROCESSES, **changes: object) -> subprocess.Popen:
         port = [] if any("port" in flag for flag in launcher) else [f"--main_process_port={free_port()}"]
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision=no", *launcher]
         return subprocess.Popen(
-            [*command, *port, *script(output, *flags, **changes)], env=os.environ | ON_LOOPBACK, cwd=cwd, text=True,
+            [*command, *port, *script(output, *flags, **changes)], env=os.environ | ON_LOOPBACK, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
@@ -75,18 +74,21 @@ def launch(script: Script) -> Launch:
 def run_two(script: Script, tmp_path_factory: pytest.TempPathFactory) -> RunTwo:
     """Run the script in two processes that are forked from this one, which spares them the imports; what they print.
 
-    They get the environment that a launcher would give them.
+    They get the environment that a launcher would give them. machines: the working directory of each of two machines,
+    which have a process each; () is one machine.
     """
 
-    def run(output: Path, *flags: str, code: int = 0, **changes: object) -> str:
+    def run(output: Path, *flags: str, machines: Sequence[Path] = (), code: int = 0, **changes: object) -> str:
         folder = tmp_path_factory.mktemp("logs")
-        shared = ON_LOOPBACK | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}
+        shared = ON_LOOPBACK | {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared |= {"LOCAL_WORLD_SIZE": "1" if machines else "2"}
         logs = [folder / f"{rank}.log" for rank in (0, 1)]
         processes = []
         for rank, log in enumerate(logs):
-            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(measuring.fork(folder, 0, script(output, *flags, **changes), log, environment))
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": "0" if machines else str(rank)}
+            with chdir(machines[rank] if machines else ROOT):
+                processes.append(measuring.fork(folder, 0, script(output, *flags, **changes), log, environment))
         codes = [process.wait(timeout=300) for process in processes]
         printed = "".join(log.read_text() for log in logs)
         assert codes == [code, code], printed
@@ -203,30 +205,21 @@ def test_8_bit_products_and_compiled_blocks(train: Train, run_two: RunTwo, tmp_p
     assert distance(one, tmp_path / "two") <= 1e-2
 
 
-@pytest.fixture
-def machines() -> list[list[str]]:
-    """Two launches that meet on loopback, one process each."""
+def test_two_machines_with_a_common_folder(launch: Launch, two: Path, tmp_path: Path) -> None:
+    """A launch on each, which meet on loopback, train what two processes of one machine train, to the bit."""
     where = ["--multi_gpu", "--num_processes=2", "--num_machines=2", "--main_process_ip=127.0.0.1"]
     where += [f"--main_process_port={free_port()}"]
-    return [[*where, f"--machine_rank={rank}"] for rank in (0, 1)]
-
-
-def test_two_machines_with_a_common_folder(
-    launch: Launch, machines: list[list[str]], two: Path, tmp_path: Path
-) -> None:
-    """Train what two processes of one machine train, to the bit."""
-    finish(*(launch(tmp_path, launcher=machine) for machine in machines))
+    finish(*(launch(tmp_path, launcher=[*where, f"--machine_rank={rank}"]) for rank in (0, 1)))
     assert logged(tmp_path) == logged(two) and distance(tmp_path, two) == 0
 
 
-def test_two_machines_without_a_common_folder(launch: Launch, machines: list[list[str]], tmp_path: Path) -> None:
+def test_two_machines_without_a_common_folder(run_two: RunTwo, tmp_path: Path) -> None:
     """Both are asked to share it, and end."""
-    processes = []
-    for name, machine in zip(("first", "second"), machines, strict=True):
-        (tmp_path / name).mkdir()
-        processes.append(launch(Path("out"), launcher=machine, cwd=tmp_path / name))
-    for printed in finish(*processes, code=1):
-        assert "latents" in printed and "share out" in printed and SCRIPT_LINE not in printed
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    printed = run_two(Path("out"), machines=folders, code=1)
+    assert "latents" in printed and printed.count("share out") == 2 and SCRIPT_LINE not in printed
 
 
 def test_a_folder_that_is_taken_is_one_message(run_two: RunTwo, tmp_path: Path) -> None:
