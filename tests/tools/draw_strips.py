@@ -4,7 +4,8 @@
     python tests/tools/draw_strips.py --output_dir /tmp/strips --strip masks
 
 Each column of a strip is a training by the two real scripts, each row a prompt; the samples of a row have the same
-noise in every column. The settings are those of toy/train.txt, but for what the titles say.
+noise in every column. The settings are those of toy/train.txt, but for what the titles say; the strips of steps, masks
+and captions train with AdamW at a falling rate, as README's command does.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ ROBOT = "a photo of sks robot"
 ON_GREEN = f"{ROBOT} on a green background"
 SHAPE = "a photo of a red star on a white background"
 CLASS_FLAGS = ("--with_prior_preservation", "--class_prompt", "--class_samples", "--sample_batch_size")
+ADAMW = "--optimizer adamw --lr_scheduler cosine"
 CLASS_IMAGES = "--class_samples images --num_class_images 64 --sample_batch_size 32 --prior_loss_weight 2.5"
 SIDE = 96  # of an image of 64 x 64 pixels in a strip
 MARGIN = 8
@@ -43,7 +45,7 @@ class Column:
     title: str
     images: str = "robot"
     flags: str = ""
-    steps: int = 450
+    steps: int = 300
     keeps_class: bool = True
 
 
@@ -57,32 +59,32 @@ class Strip:
 
 
 UNTRAINED = Column("before", steps=0)
-PLAIN = Column("five photos on red", "red", CLASS_IMAGES, 300)
+PLAIN = Column("five photos on red", "red", f"{CLASS_IMAGES} {ADAMW}")
 STRIPS = {
     "before_after": Strip((UNTRAINED, Column("after")), (ROBOT, ON_GREEN, SHAPE)),
     "steps": Strip(
         (
-            Column("too few: 50 steps", steps=50, keeps_class=False),
-            Column("300 steps", steps=300, keeps_class=False),
-            Column("too many: 3,000 steps", steps=3000, keeps_class=False),
+            Column("too few: 50 steps", flags=ADAMW, steps=50, keeps_class=False),
+            Column("300 steps", flags=ADAMW, steps=300, keeps_class=False),
+            Column("too many: 3,000 steps", flags=ADAMW, steps=3000, keeps_class=False),
         ),
         (ROBOT, ON_GREEN, SHAPE),
         samples=3,
     ),
     "class_images": Strip(
         (
-            Column("neither: 350 steps", steps=350, keeps_class=False),
-            Column("class images: 700 steps", flags=CLASS_IMAGES, steps=700),
-            Column("velocities: 450 steps"),
+            Column("neither", keeps_class=False),
+            Column("class images", flags=CLASS_IMAGES),
+            Column("velocities"),
         ),
         (ROBOT, SHAPE),
         samples=3,
     ),
     "masks": Strip(
-        (PLAIN, Column("the same, with masks", "red", f"--alpha_mask {CLASS_IMAGES}", 300)), (ROBOT,), samples=6
+        (PLAIN, Column("the same, with masks", "red", f"--alpha_mask {CLASS_IMAGES} {ADAMW}")), (ROBOT,), samples=6
     ),
     "captions": Strip(
-        (PLAIN, Column("the same, with captions", "red, captioned", CLASS_IMAGES, 300)), (ROBOT,), samples=6
+        (PLAIN, Column("the same, with captions", "red, captioned", f"{CLASS_IMAGES} {ADAMW}")), (ROBOT,), samples=6
     ),
 }
 
