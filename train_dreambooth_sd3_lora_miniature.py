@@ -88,6 +88,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
     AutocastKwargs,
     GradientAccumulationPlugin,
@@ -226,7 +227,7 @@ class TrainState:
     """Everything that training changes."""
 
     transformer: diffusers.SD3Transformer2DModel
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer  # from prepare_training on
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     global_step: int  # optimizer steps that are done
     first_step: int  # those that were done when this run began
