@@ -820,10 +820,11 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
 
 @contextmanager
 def weights_to_keep(state: TrainState) -> Iterator[None]:
-    """Within, the LoRA's weights are those to save or to draw with. Afterwards they are, to the bit, what they were.
+    """Within, the LoRA has the weights to save or to draw with. Afterwards it has, to the bit, those that it had.
 
-    A schedule-free optimizer trains at one point, and what it has learned is another: an average of the steps so far.
-    All others train at the point that they have learned, and accelerate does nothing for them.
+    A schedule-free optimizer takes gradients at one point, and what it has learned is another: the average of its
+    steps. eval() moves to the average; train() moves back, but only up to rounding, hence the copy. Other optimizers
+    have neither, and accelerate does nothing for them.
     """
     lora_params = trainable_parameters(state.transformer)
     trained = [parameter.detach().to("cpu", copy=True) for parameter in lora_params]
@@ -910,7 +911,7 @@ def prepare_training(
     model, state.optimizer, dataloader = accelerator.prepare(state.transformer, state.optimizer, dataloader)
     # Previews and checkpoints use the transformer inside DDP's wrapper, in weight_dtype.
     state.transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    state.optimizer.train()
+    state.optimizer.train()  # a schedule-free one refuses its first step otherwise
     return model, dataloader
 
 
@@ -941,8 +942,7 @@ def train(
         disable=no_bar(accelerator),
     )
     for batch in dataloader:
-        # A micro-batch. accumulate() knows which one completes an optimizer step; before it, gradients only add up,
-        # and optimizer.step() and zero_grad() do nothing.
+        # A micro-batch. accumulate() knows which one completes an optimizer step; before it, gradients only add up.
         with accelerator.accumulate(model):
             if args.lora_dropout:  # the only randomness inside the model
                 torch.manual_seed(plan.seed + int(batch["sample_number"][0]))
@@ -953,11 +953,12 @@ def train(
                 report = finish_gradients(lora_params, step_loss, args, accelerator, stop)
                 step_loss.zero_()
                 skipped_in_a_row = 0 if report.is_finite else skipped_in_a_row + 1
-                if not report.is_finite:
-                    state.optimizer.zero_grad()  # so the optimizer skips its step, which counts all the same
+                if not report.is_finite:  # the optimizer skips its step, which counts all the same
+                    state.optimizer.zero_grad()
                     stop_if_diverged(args, plan, state, skipped_in_a_row, accelerator)
-            state.optimizer.step()
-            state.optimizer.zero_grad()
+                if report.is_finite or accelerator.scaler:  # a scaler skips it itself, and lowers its scale
+                    state.optimizer.step()
+                state.optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
 
@@ -1950,11 +1951,12 @@ class Args:
         minimum=0, const=1, choices=(0, 1))
     optimizer: str = flag(
         "training", "adamw", "the 8-bit ones need bitsandbytes; the paged one can move its state to RAM when the GPU "
-        "is full, but only at a --rank above 65; prodigy finds the learning rate itself, needs `pip install "
-        "prodigyopt`; adamw_schedulefree averages the steps; both work best with a constant schedule",
+        "is full, but only at a --rank above 65; prodigy finds the learning rate itself and needs `pip install "
+        "prodigyopt`; adamw_schedulefree keeps an average of its steps; both work best with a constant schedule",
         choices=tuple(OPTIMIZERS), parse=str.lower, on_resume=REFUSED)
     use_8bit_adam: bool = flag("training", False, "the same as --optimizer adamw_8bit", on_resume=FREE)
-    adam_beta1: float = flag("training", 0.9, "decay rate of the first moment", minimum=0, maximum=0.999999)
+    adam_beta1: float = flag(
+        "training", 0.9, "decay rate of the first moment", minimum=0, maximum=0.999999, on_resume=REFUSED)
     adam_beta2: float = flag("training", 0.999, "decay rate of the second moment", minimum=0, maximum=0.999999)
     adam_weight_decay: float = flag("training", 1e-4, "weight decay", minimum=0)
     adam_epsilon: float = flag("training", 1e-8, "added to the denominator of an update, against division by zero")
@@ -2106,8 +2108,8 @@ def combination_problems(args: Args) -> list[str]:
         )
     if args.use_8bit_adam and not args.optimizer.endswith("8bit"):
         problems.append(f"--use_8bit_adam and --optimizer {args.optimizer} are two different optimizers: choose one")
-    if args.optimizer == "adamw_schedulefree" and not args.adam_beta1:
-        problems.append("--optimizer adamw_schedulefree needs an --adam_beta1 above 0, by which it averages")
+    if args.optimizer == "adamw_schedulefree" and args.adam_beta1 < 0.01:
+        problems.append("--optimizer adamw_schedulefree divides by --adam_beta1, which must be at least 0.01 for it")
     if args.scale_lr and args.optimizer == "prodigy":
         problems.append("--scale_lr scales a learning rate, but --optimizer prodigy finds it: drop one")
     if args.with_prior_preservation and not args.class_prompt:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import measuring
 import quantized_on_cpu
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, logged
+from conftest import PREVIEW_PROMPT, PROMPT, RANK, ROOT, logged, reset_accelerate
 
 STEPS = 6
 SCRIPT_LINE = 'recorded_run.py", line'  # of a traceback that is not the launcher's own
@@ -79,6 +79,7 @@ def run_two(script: Script, tmp_path_factory: pytest.TempPathFactory) -> RunTwo:
     """
 
     def run(output: Path, *flags: str, machines: Sequence[Path] = (), code: int = 0, **changes: object) -> str:
+        reset_accelerate()
         folder = tmp_path_factory.mktemp("logs")
         shared = ON_LOOPBACK | {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -89,7 +90,12 @@ def run_two(script: Script, tmp_path_factory: pytest.TempPathFactory) -> RunTwo:
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": "0" if machines else str(rank)}
             with chdir(machines[rank] if machines else ROOT):
                 processes.append(measuring.fork(folder, 0, script(output, *flags, **changes), log, environment))
-        codes = [process.wait(timeout=300) for process in processes]
+        try:
+            codes = [process.wait(timeout=300) for process in processes]
+        finally:
+            for process in processes:
+                with suppress(psutil.Error):
+                    process.kill()
         printed = "".join(log.read_text() for log in logs)
         assert codes == [code, code], printed
         return printed

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth_sd3_lora_miniature as trainer
-from conftest import PREVIEW_PROMPT, compute, equal, logged, lora, names
+from conftest import PREVIEW_PROMPT, compute, equal, logged, lora, names, state
 from kill import AIMS, survive
 
 Train = Callable[..., Path]
@@ -266,6 +266,16 @@ def test_a_step_that_is_not_finite_is_skipped(train: Train, spoiled: Callable[[r
     if precision == "fp16":
         states = [torch.load(output / f"checkpoint-{step}" / trainer.STATE_NAME) for step in (1, 3)]
         assert states[0]["scaler"]["scale"] == 2 * states[1]["scaler"]["scale"]
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_schedule_free_averages_no_skipped_step(
+    train: Train, spoiled: Callable[[range], None], precision: str
+) -> None:
+    """It counts what it averages; three of four steps are that."""
+    spoiled(range(1, 2))
+    output = train(f"--mixed_precision={precision}", "--optimizer=adamw_schedulefree")
+    assert state(output / "checkpoint-4")["optimizer"]["param_groups"][0]["k"] == 3
 
 
 @pytest.mark.parametrize(("precision", "skipped"), [("no", 1), ("fp16", 2)])

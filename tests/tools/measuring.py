@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -229,6 +230,8 @@ def fork(
     code = 1
     try:
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # as in a new process, whatever this one has done
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ |= environment or {}
         sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - open until the end
         os.dup2(sys.stdout.fileno(), 1)
