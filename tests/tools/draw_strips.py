@@ -4,8 +4,8 @@
     python tests/tools/draw_strips.py --output_dir /tmp/strips --strip masks
 
 Each column of a strip is a training by the two real scripts, each row a prompt; the samples of a row have the same
-noise in every column. The settings are those of toy/train.txt, but for what the titles say; the strips of steps, masks
-and captions train with AdamW at a falling rate, as README's command does.
+noise in every column. The settings are those of toy/train.txt, but for what the titles say; the strips of steps and
+masks train with AdamW at a falling rate, as README's command does.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Strip:
 
 
 UNTRAINED = Column("before", steps=0)
-PLAIN = Column("five photos on red", "red", f"{CLASS_IMAGES} {ADAMW}")
+ON_RED = "five photos on red"
 STRIPS = {
     "before_after": Strip((UNTRAINED, Column("after")), (ROBOT, ON_GREEN, SHAPE)),
     "steps": Strip(
@@ -81,10 +81,15 @@ STRIPS = {
         samples=3,
     ),
     "masks": Strip(
-        (PLAIN, Column("the same, with masks", "red", f"--alpha_mask {CLASS_IMAGES} {ADAMW}")), (ROBOT,), samples=6
+        (
+            Column(ON_RED, "red", f"{CLASS_IMAGES} {ADAMW}"),
+            Column("the same, with masks", "red", f"--alpha_mask {CLASS_IMAGES} {ADAMW}"),
+        ),
+        (ROBOT,),
+        samples=6,
     ),
     "captions": Strip(
-        (PLAIN, Column("the same, with captions", "red, captioned", f"{CLASS_IMAGES} {ADAMW}")), (ROBOT,), samples=6
+        (Column(ON_RED, "red"), Column("the same, with captions", "red, captioned")), (ROBOT,), samples=6
     ),
 }
 
