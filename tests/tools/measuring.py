@@ -230,8 +230,7 @@ def fork(
     code = 1
     try:
         os.setsid()
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # as in a new process, whatever this one has done
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a new process; xdist's workers ignore it
         os.environ |= environment or {}
         sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - open until the end
         os.dup2(sys.stdout.fileno(), 1)
