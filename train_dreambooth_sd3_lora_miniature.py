@@ -2676,7 +2676,7 @@ def open_embeddings(
     length = about["max_sequence_length"]
     if args.max_sequence_length is not None and args.max_sequence_length != length:
         problems.add(f"{path} has {length} T5 tokens, not --max_sequence_length {args.max_sequence_length}. {fix}")
-    if about["captions"] != photos.captions_digest:
+    if photos.paths and about["captions"] != photos.captions_digest:
         problems.add(f"Captions were added, changed or removed since {path} was computed. {fix}")
     if unknown:
         missing = ", ".join(repr(prompt) for prompt in unknown)

@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import compute_embeddings as embed
-from conftest import PROMPT, compute
+from conftest import PROMPT, Train, compute
 
 
 def test_suffixes_in_any_case_sorted_hidden_ones_skipped(tmp_path: Path) -> None:
@@ -41,6 +41,15 @@ def test_suffixes_in_any_case_sorted_hidden_ones_skipped(tmp_path: Path) -> None
 def folder(photos: Path, tmp_path: Path) -> Path:
     """The five images, to be given captions."""
     return Path(shutil.copytree(photos, tmp_path / "photos"))
+
+
+def test_a_missing_folder_is_no_change_of_captions(tiny: Path, folder: Path, train: Train, tmp_path: Path) -> None:
+    """The command that follows a change would fail, too."""
+    (folder / "a.txt").write_text("sks dog asleep")
+    embeddings = compute(tiny, folder, tmp_path / "captioned.parquet", "--t5_precision=exact")
+    with pytest.raises(SystemExit, match="does not exist") as ended:
+        train(instance_data_dir=tmp_path / "none", data_df_path=embeddings)
+    assert "aptions" not in str(ended.value)
 
 
 def captions_of(folder: Path) -> dict[str, str]:

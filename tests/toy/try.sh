@@ -10,7 +10,10 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
 fi
 command -v uv > /dev/null || pip install uv
 # uv chooses torch's build by the GPU's driver, from an index that a network with a mirror of PyPI may not reach.
-uv pip install --torch-backend=auto -r requirements.txt || pip install --quiet -r requirements.txt
+uv pip install --torch-backend=auto -r requirements.txt || {
+    echo "uv could not do it; pip installs instead, which takes minutes"
+    pip install --quiet -r requirements.txt
+}
 
 python compute_embeddings.py @tests/toy/embeddings.txt
 python train_dreambooth_sd3_lora_miniature.py @tests/toy/train.txt --resume_from_checkpoint latest "$@"
