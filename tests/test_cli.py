@@ -376,11 +376,13 @@ def test_each_script_works_alone(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", [embed, trainer])
-def test_help_is_shown_in_ascii(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_is_shown_in_ascii(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As on Windows and with LANG=C; a superscript ended it in a UnicodeEncodeError."""
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
     with pytest.raises(SystemExit) as ended:
         script.parse_args(["--help"])
     sys.stdout.flush()
-    assert ended.value.code == 0 and b"usage:" in shown.getvalue()
+    assert ended.value.code == 0 and b"usage:" in shown.getvalue() and capsys.readouterr().err == ""
