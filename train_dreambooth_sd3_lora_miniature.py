@@ -986,7 +986,8 @@ def train(
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
             raise SystemExit(STOPPED.format(state.global_step) if is_main else 1)
         if is_main and has_previews:
-            make_previews(args, plan, state, accelerator)
+            with weights_to_keep(state):
+                make_previews(args, plan, state, accelerator)
     progress.close()
 
 
@@ -1307,8 +1308,7 @@ def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accele
         for number in range(count):
             generator = seeded_generator(plan.seed, PREVIEW_STREAM, number)  # the same noise in each preview
             try:
-                with weights_to_keep(state):
-                    images = generate_images(pipeline, plan.embeddings[prompt], negative_prompt, [generator], args)
+                images = generate_images(pipeline, plan.embeddings[prompt], negative_prompt, [generator], args)
             except FloatingPointError as error:
                 print(f"note: no preview of {prompt!r} after step {state.global_step}: {error}")
                 continue
@@ -1608,9 +1608,9 @@ def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator,
     path = args.output_dir / LORA_NAME
     with weights_to_keep(state):
         write_lora(path, state.transformer, plan.name, args)
-    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
-    stop.end_at_once()
-    previews = make_previews(args, plan, state, accelerator) if args.validation_prompt else []
+        print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
+        stop.end_at_once()
+        previews = make_previews(args, plan, state, accelerator) if args.validation_prompt else []
     with only_noted("README.md is not written"):
         write_model_card(args, plan, state, previews)
     samples = count_of(len(list(args.output_dir.glob("samples/step-*.png"))), "sample")
