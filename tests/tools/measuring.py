@@ -168,7 +168,7 @@ def run_script(command: list[str]) -> None:
     script = Path(command[0])
     sys.path.insert(0, str(script.parent))
     if "--quantize_base=nf4" in command and not torch.cuda.is_available() and script.parent != HERE:
-        import quantized_on_cpu  # it changes the module, so the module is what runs
+        import quantized_on_cpu  # it changes the module, so the module is what runs; the tools beside this do so too
 
         quantized_on_cpu.allow()
         module = importlib.import_module(script.stem)

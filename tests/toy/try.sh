@@ -11,7 +11,7 @@ fi
 command -v uv > /dev/null || pip install uv
 # uv chooses torch's build by the GPU's driver, from an index that a network with a mirror of PyPI may not reach.
 uv pip install --torch-backend=auto -r requirements.txt || {
-    echo "uv could not do it; pip installs instead, which takes minutes"
+    echo "uv failed: installing with pip, which takes minutes"
     pip install --quiet -r requirements.txt
 }
 
