@@ -1464,7 +1464,7 @@ MADE_BY = "generated_with.json"  # beside class images that this program has gen
 def class_folder(args: Args) -> Path:
     """Return --class_data_dir, or a folder that another model, class prompt or resolution does not share."""
     made_by = [model_name(args), args.revision, args.class_prompt, max(args.resolution)]
-    return args.class_data_dir or args.output_dir / f"class_images-{digest(made_by)}"
+    return args.class_data_dir or args.output_dir / f"class_{args.class_samples}-{digest(made_by)}"
 
 
 def model_name(args: Args) -> str:
@@ -1526,27 +1526,29 @@ def make_class_images(
 VERSIONS = 8  # noisy ones of a photo, in a file of velocities
 
 
-def make_class_velocities(
-    args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
-) -> list[Example]:
-    """Make the files of velocities that are missing, and return all of them; the transformer must not have a LoRA yet.
+def velocity_files(args: Args, plan: Plan) -> list[tuple[Path, Example]]:
+    """Return the files of velocities, each with the photo that it starts from; photos of the subject take turns.
 
-    Photos of the subject take turns. A file is named by a digest of all that it depends on.
+    A file is named by a digest of all that it depends on.
     """
-    folder = class_folder(args)
-    folder.mkdir(parents=True, exist_ok=True)
     depends_on = [plan.base_model.identity, str(plan.weight_dtype), args.quantize_base, plan.settings["embeddings"]]
     depends_on += [args.class_prompt, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale]
     photos = Deck(plan.examples, random.Random(0))
-    prompt = str(args.class_prompt)
-    examples = []
-    missing = []
+    files = []
     for number in range(math.ceil(args.num_class_images / VERSIONS)):
         photo = photos.deal()
-        path = folder / f"{digest([*depends_on, photo.latents.name, number])}.safetensors"
-        examples.append(replace(photo, latents=path, prompt=prompt, loss_weight=args.prior_loss_weight))
-        if not are_latents(path):
-            missing.append((path, photo))
+        name = digest([*depends_on, photo.latents.name, number])
+        files.append((class_folder(args) / f"{name}.safetensors", photo))
+    return files
+
+
+def make_class_velocities(
+    args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
+) -> list[Example]:
+    """Make the files of velocities that are missing, and return all; the transformer must not have a LoRA yet."""
+    class_folder(args).mkdir(parents=True, exist_ok=True)
+    files = velocity_files(args, plan)
+    missing = [(path, photo) for path, photo in files if not are_latents(path)]
     accelerator.wait_for_everyone()  # until every process has counted
 
     share = missing[accelerator.process_index :: accelerator.num_processes]  # each process makes its own
@@ -1554,6 +1556,10 @@ def make_class_velocities(
         generator = seeded_generator(CLASS_IMAGE_STREAM, path.stem)
         write_latents(path, class_velocities(photo, generator, args, plan, transformer))
     accelerator.wait_for_everyone()
+    prompt = str(args.class_prompt)
+    examples = []
+    for path, photo in files:
+        examples.append(replace(photo, latents=path, prompt=prompt, loss_weight=args.prior_loss_weight))
     check_visible(examples)
     return examples
 
@@ -2787,12 +2793,11 @@ def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Ac
     """Read the class images that exist and have no latents yet, before the others are generated, which takes long."""
     if not args.with_prior_preservation:
         return
-    found = find_images(class_folder(args))
     if args.class_samples == "velocities":
-        problems.note(f"class velocities: {args.num_class_images}; each that is missing takes one pass of the model")
-        if found:
+        if find_images(class_folder(args)):
             problems.note(f"--class_samples velocities does not use the images in {class_folder(args)}")
         return
+    found = find_images(class_folder(args))
     paths = found[: args.num_class_images]
     if len(paths) < len(found):
         problems.note(f"{len(paths)} of {len(found)} class images are used, as many as --num_class_images")
@@ -2996,6 +3001,10 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
             f"--optimizer prodigy multiplies what it finds by --learning_rate {args.learning_rate}: leave that out"
         )
     draws_class = args.with_prior_preservation and args.class_samples == "images"
+    if args.with_prior_preservation and not draws_class:
+        missing = sum(not path.exists() for path, _ in velocity_files(args, plan))
+        if missing:
+            problems.note(f"to make first: {count_of(missing, 'file')} of class velocities, {VERSIONS} passes each")
     if args.validation_prompt or draws_class:
         guidance = guidance_of(args, plan.base_model.skeleton.config)
         problems.note(f"images are drawn in {args.num_inference_steps} steps, with --guidance_scale {guidance:g}")
@@ -3534,7 +3543,7 @@ def lock_output_dir(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     problems.stop_if_any()
     try:
         if accelerator.is_main_process:
-            for part in (".", "latents", "samples", "checkpoint-*", "class_images-*"):
+            for part in (".", "latents", "samples", "checkpoint-*", "class_*-*"):
                 for unfinished in folder.glob(f"{part}/.unfinished-*"):  # of a run that was killed
                     shutil.rmtree(unfinished, ignore_errors=True)
         yield

@@ -181,7 +181,7 @@ def test_shapes_class_samples_accumulation_and_previews(
     assert_same_training(one, tmp_path / "two", 1e-5, samples_per_step=4)
     samples = []
     for folder in (one, tmp_path / "two"):
-        samples.append({path.name: path.read_bytes() for path in folder.glob("class_images-*/*.[ps]*")})
+        samples.append({path.name: path.read_bytes() for path in folder.glob("class_*-*/*.[ps]*")})
     assert len(samples[0]) == 3 and samples[0].keys() == samples[1].keys()
     assert kind == "velocities" or samples[0] == samples[1]  # no rounding to 8 bits hides theirs
 

@@ -189,6 +189,18 @@ def test_velocities_resume_exactly_with_shapes_masks_and_dropped_captions(
         train(*flags, "--class_samples=images", LATEST, output="parts")
 
 
+def test_the_plan_counts_the_velocities_that_are_missing(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run whose files are all there has nothing to make first."""
+    train(*velocity_flags(tmp_path / "class"), output="one")
+    assert "to make first: 4 files of class velocities" in capsys.readouterr().out
+    train(*velocity_flags(tmp_path / "class", "--num_class_images=40", "--dry_run"), output="two")
+    assert "to make first: 1 file of class velocities" in capsys.readouterr().out
+    train(*velocity_flags(tmp_path / "class", "--dry_run"), output="two")
+    assert "to make first" not in capsys.readouterr().out
+
+
 def test_another_run_uses_the_velocities_that_fit_it(train: Train, tmp_path: Path) -> None:
     """Whatever its seed and batch are; a damaged file is made again, and another precision has files of its own."""
     folder = tmp_path / "class"
