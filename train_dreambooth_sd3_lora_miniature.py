@@ -892,15 +892,18 @@ def prepare_training(
     """Choose the recomputation, and let accelerate prepare model, optimizer and a data loader of what is left."""
     samples_left = range(state.global_step * plan.samples_per_step, len(dataset.order))  # empty if the run is over
     steps_left = len(samples_left) // plan.samples_per_step
-    accelerator.print(f"{count_of(steps_left, 'step')} to train, from step {state.global_step}")
-    if steps_left:
+    if not steps_left:
+        accelerator.print(f"step {state.global_step} is the last; a higher --max_train_steps would train on")
+    else:
+        accelerator.print(f"{count_of(steps_left, 'step')} to train, from step {state.global_step}")
         if args.compile:
             accelerator.print("compiling the blocks, which takes minutes; another shape of images compiles them again")
             compile_blocks(state.transformer, len({example.shape for example in dataset.order}))
         seconds = choose_recomputation(args, plan, state, dataset, accelerator) * args.gradient_accumulation_steps
-        minutes = math.ceil(steps_left * seconds / 60)
+        total = steps_left * seconds
+        in_all = f"{math.ceil(total)} s" if total < 60 else count_of(math.ceil(total / 60), "minute")
         where = " on a CPU" if accelerator.device.type == "cpu" else ""
-        accelerator.print(f"about {seconds:.2g} s per step{where}, {count_of(minutes, 'minute')} in all")
+        accelerator.print(f"about {seconds:.2g} s per step{where}, {in_all} in all")
     dataloader = DataLoader(
         Subset(dataset, samples_left),  # a resumed run starts after the samples that it has seen
         args.train_batch_size,

@@ -113,11 +113,12 @@ def test_more_steps_after_the_end_go_on_from_it(train: Train) -> None:
     assert equal(lora(output), expected) and len(logged(output)) == 6
 
 
-def test_a_finished_run_resumed_ends_well(train: Train) -> None:
-    """The reference crashed; here the LoRA is written once more, the same."""
+def test_a_finished_run_resumed_ends_well(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reference crashed; here the LoRA is written once more, the same, and how to train on is said."""
     output = train("--checkpointing_steps=4")
     before = lora(output)
     train("--checkpointing_steps=4", LATEST)
+    assert "--max_train_steps" in capsys.readouterr().out
     assert equal(before, lora(output)) and len(logged(output)) == 4
 
 
