@@ -13,7 +13,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1
 # A GPU is for test_gpu.py alone: what the others assert to the bit holds on a CPU. xdist's workers see no arguments.
 os.environ |= {"SD3_TEST_GPU": "1"} if any("test_gpu" in argument for argument in sys.argv) else {}
 os.environ |= {} if "SD3_TEST_GPU" in os.environ else {"CUDA_VISIBLE_DEVICES": ""}
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest in the background ignores it
+# Signals as a terminal leaves them: a shell that starts pytest in the background ignores the first, nohup the other.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
 
