@@ -1622,6 +1622,9 @@ def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator,
         previews = make_previews(args, plan, state, accelerator) if args.validation_prompt else []
     with only_noted("README.md is not written"):
         write_model_card(args, plan, state, previews)
+    sheet = args.output_dir / "samples" / "progress.png"
+    if previews and sheet.exists():
+        print(f"wrote {sheet}: the previews side by side")
     samples = count_of(len(list(args.output_dir.glob("samples/step-*.png"))), "sample")
     print(f"README.md and {samples} beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
     if args.push_to_hub:

@@ -120,8 +120,9 @@ def test_the_first_command_trains_the_toy(tmp_path: Path, monkeypatch: pytest.Mo
     small = ["--max_train_steps=1", "--num_class_images=2", "--num_inference_steps=1", "--num_validation_images=1"]
     command = ["bash", tmp_path / "tests" / "toy" / "try.sh", *small]
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    picture = Path(said.split("The picture is ")[1].strip())
-    assert "1 step to train" in said and Image.open(picture).width > 2 * 256  # columns of steps 0 and 1
+    picture = re.search(r"wrote (\S+progress\.png)", said)
+    assert picture and "1 step to train" in said
+    assert Image.open(tmp_path / picture[1]).width > 2 * 256  # columns of steps 0 and 1
 
 
 def test_the_first_command_runs_what_is_shown_below_it() -> None:

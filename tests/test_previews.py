@@ -53,8 +53,9 @@ def test_previews_have_fixed_noise(train: Train) -> None:
 
 def test_the_samples_that_are_there_are_counted(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of all steps, not of the last alone."""
-    train(PREVIEWS, "--validation_steps=1", max_train_steps=2)
-    assert "README.md and 3 samples beside it" in capsys.readouterr().out
+    output = train(PREVIEWS, "--validation_steps=1", max_train_steps=2)
+    said = capsys.readouterr().out
+    assert "README.md and 3 samples beside it" in said and f"wrote {output / 'samples' / 'progress.png'}" in said
 
 
 def images_of(path: Path) -> Image.Image:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Teach the toy SD3 a robot: install what is missing, run both scripts, and say where the picture is.
+# Teach the toy SD3 a robot: install what is missing, and run both scripts; the last says where the picture is.
 # A second start installs nothing and goes on where the first one ended. Flags are handed on to the trainer.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -17,4 +17,3 @@ uv pip install --torch-backend=auto -r requirements.txt || {
 
 python compute_embeddings.py @tests/toy/embeddings.txt
 python train_dreambooth_sd3_lora_miniature.py @tests/toy/train.txt --resume_from_checkpoint latest "$@"
-echo "The picture is $PWD/robot-lora/samples/progress.png"
