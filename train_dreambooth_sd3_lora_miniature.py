@@ -2475,7 +2475,7 @@ def check_libraries(args: Args, problems: Problems) -> None:
     except ImportError as error:  # an old one, as on Colab and Kaggle, which PEFT refuses when it adds the LoRA
         problems.add(f"{first_line(error)}. Training does not need torchao. Run: pip uninstall -y torchao")
     try:
-        make_optimizer([nn.Parameter(torch.zeros(1))], args, samples_per_step=1)
+        make_optimizer([nn.Parameter(torch.zeros(1, 1))], args, samples_per_step=1)
     except ModuleNotFoundError as error:
         problems.add(f"--optimizer {args.optimizer} is not installed. Run: pip install {error.name}")
 
