@@ -9,8 +9,8 @@
 Memory for SD3-medium at 1024 x 1024 and rank 4, as counted by tests/tools/step_cost.py: 7.2 GiB of VRAM, and 4.4 GiB
 with --gradient_checkpointing. No text encoder is ever loaded. Which image sample n shows follows from the seed and the
 list of images; its crop, noise and noise level follow from the seed and n. So a resumed run continues exactly, and any
-number of processes sees the same samples. "The reference" is diffusers' examples/research_projects/sd3_lora_colab,
-whose command line still runs.
+number of processes sees the same samples (with several shapes of images, any that share a micro-batch alike). "The
+reference" is diffusers' examples/research_projects/sd3_lora_colab, whose command line still runs.
 
 The file is read like a newspaper: what matters most comes first, and a name may be used before it is defined.
 
@@ -175,8 +175,8 @@ def main(args: Args) -> None:
 # keeps all of it. Whoever wants to learn how that is done needs only this part.
 
 # ------------------------------------------------------------------------------------------ records, random numbers
-# Two records carry a run. Preflight makes the Plan, to which main adds the repository's name and the samples of the
-# class; the training loop changes the TrainState.
+# Two records carry a run. Preflight makes the Plan, to which main adds the repository's name and a digest of the
+# samples of the class; the training loop changes the TrainState.
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Example:
     size: tuple[int, int]  # (height, width) in pixels
     shape: tuple[int, int]  # (height, width) in pixels that it is trained in
     has_alpha: bool  # whether it has an alpha channel, which --alpha_mask can use
-    prompt: str = ""  # set by with_prompts: what the embeddings' file has for sha256
+    prompt: str = ""  # set by with_prompts to what the embeddings' file has for sha256, or else the class prompt
     loss_weight: float = 1.0
 
 
@@ -450,20 +450,20 @@ def encode_crop(vae: diffusers.AutoencoderKL, crop: Image.Image, mask: Image.Ima
 
 def write_latents(path: Path, latents: dict[str, Tensor]) -> None:
     """Write a file of latents, which are_latents recognizes."""
-    write_file(path, safetensors.torch.save(latents, checksum_of_latents(path.stem, latents)))
+    write_file(path, safetensors.torch.save(latents, checksum_of(path.stem, latents)))
 
 
 def are_latents(path: Path) -> bool:
     """Whether a file of latents exists, is intact and matches its name."""
     try:
         with reading(path, ""), safe_open(path, "pt") as file:
-            return file.metadata() == checksum_of_latents(path.stem, load_file(path))
+            return file.metadata() == checksum_of(path.stem, load_file(path))
     except UserError:  # a missing, short or damaged file is written again
         return False
 
 
-def checksum_of_latents(name: str, latents: dict[str, Tensor]) -> dict[str, str]:
-    """Return the metadata of a file of latents: a digest of its name, and of the tensors' names and bytes.
+def checksum_of(name: str, latents: dict[str, Tensor]) -> dict[str, str]:
+    """Return a digest of a name and of the names and bytes of tensors, as metadata of a file of latents.
 
     It is a single entry because safetensors does not fix the order of several, and the same photo gives the same file.
     """
@@ -584,7 +584,7 @@ class SampleDataset(Dataset):
         noise = torch.randn(mean.shape, generator=generator)
         sigma = draw_sigmas(args, self.sigmas, 1, generator)[0]
         is_dropped = bool(torch.rand((), generator=generator) < args.caption_dropout)  # its prompt becomes empty
-        if "noise" in stored:  # a velocity of the class, true only for its own noise, noise level and prompt
+        if "noise" in stored:  # a velocity of the class, true for its own noise, noise level and prompt alone
             latents = mean
             noise = stored["noise"]
             mask = torch.ones_like(mean[:1])
@@ -820,11 +820,10 @@ def make_optimizer(lora_params: list[nn.Parameter], args: Args, samples_per_step
 
 @contextmanager
 def weights_to_keep(state: TrainState) -> Iterator[None]:
-    """Within, the LoRA has the weights to save or to draw with. Afterwards it has, to the bit, those that it had.
+    """Within, a schedule-free optimizer's LoRA has the average of its steps, which is what to save and to draw with.
 
-    A schedule-free optimizer takes gradients at one point, and what it has learned is another: the average of its
-    steps. eval() moves to the average; train() moves back, but only up to rounding, hence the copy. Other optimizers
-    have neither, and accelerate does nothing for them.
+    Afterwards it has, to the bit, the point at which gradients are taken: eval() moves to the average, but train()
+    moves back only up to rounding, hence the copy. Other optimizers have neither, and nothing changes.
     """
     lora_params = trainable_parameters(state.transformer)
     trained = [parameter.detach().to("cpu", copy=True) for parameter in lora_params]
@@ -889,7 +888,7 @@ AGAIN = "the same command again, with --resume_from_checkpoint latest"
 def prepare_training(
     args: Args, plan: Plan, state: TrainState, dataset: SampleDataset, accelerator: Accelerator
 ) -> tuple[nn.Module, DataLoader]:
-    """Choose the recomputation, and let accelerate prepare model, optimizer and a data loader of what is left."""
+    """Choose the recomputation, say how long the rest takes, and prepare model, optimizer and a loader of the rest."""
     samples_left = range(state.global_step * plan.samples_per_step, len(dataset.order))  # empty if the run is over
     steps_left = len(samples_left) // plan.samples_per_step
     if not steps_left:
@@ -899,11 +898,12 @@ def prepare_training(
         if args.compile:
             accelerator.print("compiling the blocks, which takes minutes; another shape of images compiles them again")
             compile_blocks(state.transformer, len({example.shape for example in dataset.order}))
-        seconds = choose_recomputation(args, plan, state, dataset, accelerator) * args.gradient_accumulation_steps
+        seconds_per_micro_batch = choose_recomputation(args, plan, state, dataset, accelerator)
+        seconds = seconds_per_micro_batch * args.gradient_accumulation_steps
         total = steps_left * seconds
         in_all = f"{math.ceil(total)} s" if total < 60 else count_of(math.ceil(total / 60), "minute")
         where = " on a CPU" if accelerator.device.type == "cpu" else ""
-        accelerator.print(f"about {seconds:.2g} s per step{where}, {in_all} in all")
+        accelerator.print(f"about {seconds:.3g} s per step{where}, {in_all} in all")
     dataloader = DataLoader(
         Subset(dataset, samples_left),  # a resumed run starts after the samples that it has seen
         args.train_batch_size,
@@ -956,10 +956,12 @@ def train(
                 report = finish_gradients(lora_params, step_loss, args, accelerator, stop)
                 step_loss.zero_()
                 skipped_in_a_row = 0 if report.is_finite else skipped_in_a_row + 1
-                if not report.is_finite:  # the optimizer skips its step, which counts all the same
+                # A step that is not finite is skipped, and counts all the same: by the scaler, which then lowers its
+                # scale, or without one by leaving out step().
+                if not report.is_finite:
                     state.optimizer.zero_grad()
                     stop_if_diverged(args, plan, state, skipped_in_a_row, accelerator)
-                if report.is_finite or accelerator.scaler:  # a scaler skips it itself, and lowers its scale
+                if report.is_finite or accelerator.scaler:
                     state.optimizer.step()
                 state.optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -984,7 +986,7 @@ def train(
         if is_main and (report.stops or is_last or is_worth_it):
             save_checkpoint(args, plan, state, accelerator)
             seconds = (time.monotonic() - started) / (state.global_step - state.first_step)
-            tqdm.write(f"step {state.global_step}: loss {report.loss:.4f}, {seconds:.2g} s per step, checkpoint saved")
+            tqdm.write(f"step {state.global_step}: loss {report.loss:.4f}, {seconds:.3g} s per step, checkpoint saved")
         if report.stops:
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
             raise SystemExit(STOPPED.format(state.global_step) if is_main else 1)
@@ -995,7 +997,7 @@ def train(
 
 
 def stop_if_diverged(args: Args, plan: Plan, state: TrainState, skipped: int, accelerator: Accelerator) -> None:
-    """After a skipped step, end the run if MAX_SKIPPED_STEPS were in a row, or its last ones, or fp16's scale is 1."""
+    """End the run after MAX_SKIPPED_STEPS skipped steps in a row, after skipped last ones, or if fp16's scale is 1."""
     scale = accelerator.scaler.get_scale() if accelerator.scaler else math.inf  # each skipped step halves it
     tolerated = MAX_SKIPPED_STEPS - 1
     if state.global_step + 1 == plan.max_train_steps:
@@ -1322,10 +1324,13 @@ def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accele
                 written.append((prompt, path))
     if len(written) == count * len(args.validation_prompt):  # the sheet is drawn from the files
         sheet = draw_progress(folder, args.validation_prompt, last_step=state.global_step)
+        is_last = state.global_step >= plan.max_train_steps
         with only_noted(f"{folder / 'progress.png'} is not written"):
             save_image(sheet, folder / "progress.png")
-        if state.global_step >= plan.max_train_steps:
-            shown["progress"].append(sheet)
+            if is_last:
+                print(f"wrote {folder / 'progress.png'}: the previews side by side")
+        if is_last:
+            shown["progress"] = [sheet]
     with noted_logging(accelerator):
         log_images(shown, state.global_step, accelerator)
     return written
@@ -1532,10 +1537,20 @@ VERSIONS = 8  # noisy ones of a photo, in a file of velocities
 def velocity_files(args: Args, plan: Plan) -> list[tuple[Path, Example]]:
     """Return the files of velocities, each with the photo that it starts from; photos of the subject take turns.
 
-    A file is named by a digest of all that it depends on.
+    A file is named by a digest of all that it depends on; the run's seed is not among it, so that runs share files.
     """
-    depends_on = [plan.base_model.identity, str(plan.weight_dtype), args.quantize_base, plan.settings["embeddings"]]
-    depends_on += [args.class_prompt, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale]
+    prompt = str(args.class_prompt)
+    depends_on = [
+        plan.base_model.identity,
+        str(plan.weight_dtype),
+        args.quantize_base,
+        checksum_of(prompt, plan.embeddings[prompt]),
+        digest(plan.base_model.noise_scheduler.sigmas.tolist()),
+        args.weighting_scheme,
+        args.logit_mean,
+        args.logit_std,
+        args.mode_scale,
+    ]
     photos = Deck(plan.examples, random.Random(0))
     files = []
     for number in range(math.ceil(args.num_class_images / VERSIONS)):
@@ -1548,7 +1563,7 @@ def velocity_files(args: Args, plan: Plan) -> list[tuple[Path, Example]]:
 def make_class_velocities(
     args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel, accelerator: Accelerator
 ) -> list[Example]:
-    """Make the files of velocities that are missing, and return all; the transformer must not have a LoRA yet."""
+    """Make the missing files of velocities; return an Example for each file. The transformer must not have a LoRA."""
     class_folder(args).mkdir(parents=True, exist_ok=True)
     files = velocity_files(args, plan)
     missing = [(path, photo) for path, photo in files if not are_latents(path)]
@@ -1571,10 +1586,11 @@ def make_class_velocities(
 def class_velocities(
     photo: Example, generator: torch.Generator, args: Args, plan: Plan, transformer: diffusers.SD3Transformer2DModel
 ) -> dict[str, Tensor]:
-    """Ask the model for its velocity v under the class prompt at noisy versions x of a photo; return them as samples.
+    """Return V samples whose target is what the model now predicts for the class prompt at noisy versions of a photo.
 
-    A sample's latents and noise mix to x at its noise level sigma (V,), and their difference is v. So the latents,
-    called mean, are x - sigma * v, and the noise is x + (1 - sigma) * v, both (V, 16, H/8, W/8) in fp16.
+    Training mixes noisy latents x = (1 - sigma) * latents + sigma * noise, and its target is noise - latents. To give
+    back x and the prediction v, the latents are x - sigma * v and the noise is x + (1 - sigma) * v, both
+    (V, 16, H/8, W/8) in fp16, with their sigma (V,). Latents are stored as "mean", their name in other files.
     """
     crops = load_file(photo.latents)["mean"].float()
     latents = crops[torch.randint(len(crops), (VERSIONS,), generator=generator)]
@@ -1596,9 +1612,9 @@ def class_velocities(
 
 
 def with_class_examples(plan: Plan, class_examples: list[Example], accelerator: Accelerator) -> Plan:
-    """Return the plan with the samples of the class among its settings; note if a resumed run finds others.
+    """Return the plan with a digest of the class samples' files in its settings; note if the checkpoint has another.
 
-    They are not refused: images that were lost are made again, the same but for a GPU's rounding.
+    That is not refused: images that were lost are made again, the same but for a GPU's rounding.
     """
     found = digest([example.latents.name for example in class_examples])
     before = plan.checkpoint.get("settings", {}).get("class images", found)
@@ -1622,9 +1638,6 @@ def publish(args: Args, plan: Plan, state: TrainState, accelerator: Accelerator,
         previews = make_previews(args, plan, state, accelerator) if args.validation_prompt else []
     with only_noted("README.md is not written"):
         write_model_card(args, plan, state, previews)
-    sheet = args.output_dir / "samples" / "progress.png"
-    if previews and sheet.exists():
-        print(f"wrote {sheet}: the previews side by side")
     samples = count_of(len(list(args.output_dir.glob("samples/step-*.png"))), "sample")
     print(f"README.md and {samples} beside it; {peak_memory()}, {time.monotonic() - STARTED:.0f} s")
     if args.push_to_hub:
@@ -2388,7 +2401,8 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
                 "would never reach its learning rate. Use fewer, or 0: a LoRA starts at zero and needs none."
             )
         check_resume(plan, problems)
-        describe_plan(args, plan, problems)
+        if not problems.problems:
+            describe_plan(args, plan, problems)
     problems.stop_if_any()
     assert plan is not None  # what was not found was a problem
     return plan
@@ -2589,13 +2603,16 @@ def note_download(args: Args, problems: Problems) -> None:
 
 
 def digest_of_weights(model: LocalModel) -> str:
-    """Return a digest of the first MiB of each weight file: it changes if others take their place."""
-    starts = []
+    """Return a digest of 64 places in each weight file: it changes if others take their place."""
+    contents = []
     for part, stem in WEIGHTS.items():
         for pattern in weight_patterns(part, stem, model.variant):
             for path in sorted(model.folder.glob(pattern)):
-                starts.append(np.fromfile(path, np.uint8, 2**20).tobytes().hex())
-    return digest(starts)
+                with open(path, "rb") as file:
+                    for place in range(64):
+                        file.seek(place * path.stat().st_size // 64)
+                        contents.append(file.read(2**14).hex())
+    return digest(contents)
 
 
 def misfit_of_lora(weights: dict[str, Tensor], args: Args, base_model: BaseModel) -> str:
@@ -2984,7 +3001,7 @@ def check_resume(plan: Plan, problems: Problems) -> None:
 
 
 def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
-    """Note the size of the run and, in a dry run, what becomes of each image."""
+    """Note the size of the run, what it makes first and, in a dry run, what becomes of each image."""
     if args.dry_run:
         for example in plan.examples:
             height, width = example.shape
@@ -3006,12 +3023,12 @@ def describe_plan(args: Args, plan: Plan, problems: Problems) -> None:
         problems.note(
             f"--optimizer prodigy multiplies what it finds by --learning_rate {args.learning_rate}: leave that out"
         )
-    draws_class = args.with_prior_preservation and args.class_samples == "images"
-    if args.with_prior_preservation and not draws_class:
+    class_samples = args.class_samples if args.with_prior_preservation else None
+    if class_samples == "velocities":
         missing = sum(not path.exists() for path, _ in velocity_files(args, plan))
         if missing:
-            problems.note(f"to make first: {count_of(missing, 'file')} of class velocities, {VERSIONS} passes each")
-    if args.validation_prompt or draws_class:
+            problems.note(f"to make first: {missing * VERSIONS} class velocities, a pass of the model each")
+    if args.validation_prompt or class_samples == "images":
         guidance = guidance_of(args, plan.base_model.skeleton.config)
         problems.note(f"images are drawn in {args.num_inference_steps} steps, with --guidance_scale {guidance:g}")
 

@@ -194,15 +194,18 @@ def test_the_plan_counts_the_velocities_that_are_missing(
 ) -> None:
     """A run whose files are all there has nothing to make first."""
     train(*velocity_flags(tmp_path / "class"), output="one")
-    assert "to make first: 4 files of class velocities" in capsys.readouterr().out
+    assert "to make first: 32 class velocities" in capsys.readouterr().out
     train(*velocity_flags(tmp_path / "class", "--num_class_images=40", "--dry_run"), output="two")
-    assert "to make first: 1 file of class velocities" in capsys.readouterr().out
+    assert "to make first: 8 class velocities" in capsys.readouterr().out
     train(*velocity_flags(tmp_path / "class", "--dry_run"), output="two")
     assert "to make first" not in capsys.readouterr().out
 
 
-def test_another_run_uses_the_velocities_that_fit_it(train: Train, tmp_path: Path) -> None:
-    """Whatever its seed and batch are; a damaged file is made again, and another precision has files of its own."""
+def test_another_run_uses_the_velocities_that_fit_it(train: Train, tiny: Path, tmp_path: Path) -> None:
+    """Whatever its seed and batch are; a damaged file is made again.
+
+    Another precision has files of its own, and so have other noise levels and another attention's weights.
+    """
     folder = tmp_path / "class"
     train(*velocity_flags(folder), output="one")
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
@@ -215,6 +218,17 @@ def test_another_run_uses_the_velocities_that_fit_it(train: Train, tmp_path: Pat
     assert all(torch.allclose(one[name], other[name], atol=1e-2) for name in ("mean", "noise", "sigma"))
     train(*velocity_flags(folder, "--mixed_precision=bf16"), output="bf16")
     assert len([*folder.iterdir()]) == 9
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"shift": 3.0', '"shift": 2.0'))
+    train(*velocity_flags(folder, f"--pretrained_model_name_or_path={model}"), output="noise levels")
+    assert len([*folder.iterdir()]) == 13
+    weights = next((model / "transformer").glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors["transformer_blocks.1.attn.to_out.0.weight"].neg_()
+    safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    train(*velocity_flags(folder, f"--pretrained_model_name_or_path={model}"), output="weights")
+    assert len([*folder.iterdir()]) == 17
 
 
 def test_velocities_that_are_not_finite_are_not_written(
