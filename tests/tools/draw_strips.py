@@ -4,8 +4,8 @@
     python tests/tools/draw_strips.py --output_dir /tmp/strips --strip masks
 
 Each column of a strip is a training by the two real scripts, each row a prompt; the samples of a row have the same
-noise in every column. The settings are those of toy/train.txt, but for what the titles say; the strips of steps and
-masks train with AdamW at a falling rate, as README's command does.
+noise in every column. The settings are those of toy/train.txt, but for what the titles say, and in all strips but the
+first a step has 8 samples; those of steps and masks train with AdamW at a falling rate, as README's command does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ ROBOT = "a photo of sks robot"
 ON_GREEN = f"{ROBOT} on a green background"
 SHAPE = "a photo of a red star on a white background"
 CLASS_FLAGS = ("--with_prior_preservation", "--class_prompt", "--class_samples", "--sample_batch_size")
-ADAMW = "--optimizer adamw --lr_scheduler cosine"
+STEPS_OF_8 = "--train_batch_size 8 --learning_rate 4e-3"
+ADAMW = f"{STEPS_OF_8} --optimizer adamw --lr_scheduler cosine"
 CLASS_IMAGES = "--class_samples images --num_class_images 64 --sample_batch_size 32 --prior_loss_weight 2.5"
 SIDE = 96  # of an image of 64 x 64 pixels in a strip
 MARGIN = 8
@@ -44,7 +45,7 @@ class Column:
 
     title: str
     images: str = "robot"
-    flags: str = ""
+    flags: str = STEPS_OF_8
     steps: int = 300
     keeps_class: bool = True
 
@@ -61,7 +62,7 @@ class Strip:
 UNTRAINED = Column("before", steps=0)
 ON_RED = "five photos on red"
 STRIPS = {
-    "before_after": Strip((UNTRAINED, Column("after")), (ROBOT, ON_GREEN, SHAPE)),
+    "before_after": Strip((UNTRAINED, Column("after", flags="", steps=200)), (ROBOT, ON_GREEN, SHAPE)),
     "steps": Strip(
         (
             Column("too few: 50 steps", flags=ADAMW, steps=50, keeps_class=False),
@@ -74,7 +75,7 @@ STRIPS = {
     "class_images": Strip(
         (
             Column("neither", keeps_class=False),
-            Column("class images", flags=CLASS_IMAGES),
+            Column("class images", flags=f"{STEPS_OF_8} {CLASS_IMAGES}"),
             Column("velocities"),
         ),
         (ROBOT, SHAPE),

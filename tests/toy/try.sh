@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Teach the toy SD3 a robot: install what is missing, and run both scripts; the last says where the picture is.
+# Teach the toy SD3 a robot: install what is missing, and run both scripts; the second says where the picture is.
 # A second start installs nothing and goes on where the first one ended. Flags are handed on to the trainer.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
