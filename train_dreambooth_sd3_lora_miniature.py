@@ -235,7 +235,7 @@ class TrainState:
 
 
 # Previews, class images and all choices about a sample are drawn from generators that are seeded by the run's seed,
-# one of these streams, and a number; class velocities, which runs may share, by a file's name instead of the seed. The
+# one of these streams, and a number; class velocities, which runs may share, by their stream and a file's name. The
 # order of samples and the new LoRA use the run's seed itself, the LoRA's dropout the seed plus a sample's number.
 SAMPLE_STREAM = 1
 PREVIEW_STREAM = 2
@@ -991,8 +991,10 @@ def train(
             accelerator.wait_for_everyone()  # until the main process has saved the checkpoint
             raise SystemExit(STOPPED.format(state.global_step) if is_main else 1)
         if is_main and has_previews:
+            drawing_since = time.monotonic()
             with weights_to_keep(state):
                 make_previews(args, plan, state, accelerator)
+            started += time.monotonic() - drawing_since  # so that the seconds per step are those of training
     progress.close()
 
 
