@@ -41,6 +41,11 @@ RANK = 64  # the smallest at which bitsandbytes keeps the tiny transformer's sta
 Train = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the toy's trainings, which take minutes: at the end, one process would wait for the other."""
+    items.sort(key=lambda item: item.path.name != "test_toy.py")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline like SD3-medium."""
