@@ -9,8 +9,8 @@
 Memory for SD3-medium at 1024 x 1024 and rank 4, as counted by tests/tools/step_cost.py: 7.2 GiB of VRAM, and 4.4 GiB
 with --gradient_checkpointing. No text encoder is ever loaded. Which image sample n shows follows from the seed and the
 list of images; its crop, noise and noise level follow from the seed and n. So a resumed run continues exactly, and any
-number of processes sees the same samples (with several shapes of images, any that share a micro-batch alike). "The
-reference" is diffusers' examples/research_projects/sd3_lora_colab, whose command line still runs.
+number of processes sees the same samples (with several shapes of images, if processes times --train_batch_size is the
+same). "The reference" is diffusers' examples/research_projects/sd3_lora_colab, whose command line still runs.
 
 The file is read like a newspaper: what matters most comes first, and a name may be used before it is defined.
 
@@ -999,7 +999,7 @@ def train(
 
 
 def stop_if_diverged(args: Args, plan: Plan, state: TrainState, skipped: int, accelerator: Accelerator) -> None:
-    """End the run after MAX_SKIPPED_STEPS skipped steps in a row, after skipped last ones, or if fp16's scale is 1."""
+    """End the run after MAX_SKIPPED_STEPS skipped steps in a row, if its last were skipped, or at a scale of 1."""
     scale = accelerator.scaler.get_scale() if accelerator.scaler else math.inf  # each skipped step halves it
     tolerated = MAX_SKIPPED_STEPS - 1
     if state.global_step + 1 == plan.max_train_steps:
@@ -1326,11 +1326,12 @@ def make_previews(args: Args, plan: Plan, state: TrainState, accelerator: Accele
                 written.append((prompt, path))
     if len(written) == count * len(args.validation_prompt):  # the sheet is drawn from the files
         sheet = draw_progress(folder, args.validation_prompt, last_step=state.global_step)
+        sheet_path = folder / "progress.png"
         is_last = state.global_step >= plan.max_train_steps
-        with only_noted(f"{folder / 'progress.png'} is not written"):
-            save_image(sheet, folder / "progress.png")
+        with only_noted(f"{sheet_path} is not written"):
+            save_image(sheet, sheet_path)
             if is_last:
-                print(f"wrote {folder / 'progress.png'}: the previews side by side")
+                print(f"wrote {sheet_path}: the previews side by side")
         if is_last:
             shown["progress"] = [sheet]
     with noted_logging(accelerator):
@@ -1524,13 +1525,16 @@ def make_class_images(
 
     problems = Problems(accelerator)
     paths = find_images(folder)[: args.num_class_images]
-    found = find_examples(paths, args, plan.base_model, accelerator, problems)
+    examples = as_class_samples(find_examples(paths, args, plan.base_model, accelerator, problems), args)
     problems.stop_if_any()
-    examples = []
-    for example in found:
-        examples.append(replace(example, prompt=str(args.class_prompt), loss_weight=args.prior_loss_weight))
     encode_latents(examples, args, plan.base_model.files, accelerator)
     return examples
+
+
+def as_class_samples(examples: list[Example], args: Args) -> list[Example]:
+    """Return the examples with the class prompt, and with the weight that samples of the class have."""
+    prompt = str(args.class_prompt)
+    return [replace(example, prompt=prompt, loss_weight=args.prior_loss_weight) for example in examples]
 
 
 VERSIONS = 8  # noisy ones of a photo, in a file of velocities
@@ -1576,10 +1580,7 @@ def make_class_velocities(
         generator = seeded_generator(CLASS_IMAGE_STREAM, path.stem)
         write_latents(path, class_velocities(photo, generator, args, plan, transformer))
     accelerator.wait_for_everyone()
-    prompt = str(args.class_prompt)
-    examples = []
-    for path, photo in files:
-        examples.append(replace(photo, latents=path, prompt=prompt, loss_weight=args.prior_loss_weight))
+    examples = as_class_samples([replace(photo, latents=path) for path, photo in files], args)
     check_visible(examples)
     return examples
 
@@ -2403,7 +2404,7 @@ def preflight(args: Args, accelerator: Accelerator) -> Plan:
                 "would never reach its learning rate. Use fewer, or 0: a LoRA starts at zero and needs none."
             )
         check_resume(plan, problems)
-        if not problems.problems:
+        if not problems.problems:  # the class prompt, which it looks up, may be what is missing
             describe_plan(args, plan, problems)
     problems.stop_if_any()
     assert plan is not None  # what was not found was a problem
@@ -2610,9 +2611,10 @@ def digest_of_weights(model: LocalModel) -> str:
     for part, stem in WEIGHTS.items():
         for pattern in weight_patterns(part, stem, model.variant):
             for path in sorted(model.folder.glob(pattern)):
+                size = path.stat().st_size
                 with open(path, "rb") as file:
                     for place in range(64):
-                        file.seek(place * path.stat().st_size // 64)
+                        file.seek(place * size // 64)
                         contents.append(file.read(2**14).hex())
     return digest(contents)
 
@@ -2818,11 +2820,11 @@ def check_class_images(args: Args, base_model: BaseModel | None, accelerator: Ac
     """Read the class images that exist and have no latents yet, before the others are generated, which takes long."""
     if not args.with_prior_preservation:
         return
+    found = find_images(class_folder(args))
     if args.class_samples == "velocities":
-        if find_images(class_folder(args)):
+        if found:
             problems.note(f"--class_samples velocities does not use the images in {class_folder(args)}")
         return
-    found = find_images(class_folder(args))
     paths = found[: args.num_class_images]
     if len(paths) < len(found):
         problems.note(f"{len(paths)} of {len(found)} class images are used, as many as --num_class_images")

@@ -15,7 +15,8 @@ os.environ |= {"SD3_TEST_GPU": "1"} if any("test_gpu" in argument for argument i
 os.environ |= {} if "SD3_TEST_GPU" in os.environ else {"CUDA_VISIBLE_DEVICES": ""}
 # Signals as a terminal leaves them: a shell that starts pytest in the background ignores the first, nohup the other.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
 
